@@ -1,0 +1,141 @@
+"""
+Time and peak memory of a training step of each method, as ratios to `SFTTrainer`'s.
+
+Time: both trainers take steps in turns in one process, in changing order, so that a slow moment of the machine hits
+both; the figure is the median of the pairs' ratios, with its quartiles. Memory: peak resident memory of one process
+for each trainer (on a GPU, the peak the allocator saw).
+
+    python benchmarks/step_overhead.py --model quickstart/model --batch_size 8 --length 256 --pairs 12
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+
+
+METHODS = {
+    "sft": (SFTTrainer, SFTConfig, {}),
+    "sft_go": (SFTGOTrainer, SFTGOConfig, {}),
+    "sft_go_uniform": (SFTGOTrainer, SFTGOConfig, {"sample_weighting": "uniform"}),
+}
+
+
+def make_trainer(method: str, options: argparse.Namespace, output_dir: str):
+    trainer_class, config_class, method_options = METHODS[method]
+    on_gpu = torch.cuda.is_available()
+    args = config_class(
+        output_dir,
+        per_device_train_batch_size=options.batch_size,
+        max_length=options.length,
+        packing=options.packing,
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
+        gradient_checkpointing=False,
+        report_to="none",
+        **method_options,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch_size * (options.pairs + options.warm_up), options.length)
+    input_ids = torch.randint(0, len(tokenizer), shape, generator=generator).tolist()
+    rows = Dataset.from_dict({"input_ids": input_ids})
+    trainer = trainer_class(options.model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer, iter(trainer.get_train_dataloader())
+
+
+def step(trainer, batches) -> float:
+    """One optimizer step as the training loop takes it, in seconds."""
+    start = time.perf_counter()
+    (batch,), num_items = trainer.get_batch_samples(batches, 1, trainer.args.device)
+    trainer.training_step(trainer.model, batch, num_items)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def time_ratio(method: str, options: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {name: make_trainer(name, options, folder) for name in ("sft", method)}
+        seconds = {name: [] for name in trainers}
+        for pair in tqdm(range(options.warm_up + options.pairs), desc=method):
+            for name in sorted(trainers, reverse=pair % 2 == 1):
+                seconds[name].append(step(*trainers[name]))
+    seconds = {name: values[options.warm_up :] for name, values in seconds.items()}
+    ratios = [ours / plain for ours, plain in zip(seconds[method], seconds["sft"], strict=True)]
+    first, median, third = statistics.quantiles(ratios, n=4)
+    return {
+        "time_ratio": round(median, 4),
+        "time_ratio_quartiles": [round(first, 4), round(third, 4)],
+        "seconds_sft": round(statistics.median(seconds["sft"]), 3),
+        "seconds": round(statistics.median(seconds[method]), 3),
+    }
+
+
+def peak_memory(method: str, options: argparse.Namespace) -> float:
+    """Peak memory in MiB of a process that takes three steps with one trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, batches = make_trainer(method, options, folder)
+        for _ in range(3):
+            step(trainer, batches)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def peak_memory_of_a_process(method: str, arguments: list[str]) -> float:
+    command = [sys.executable, __file__, *arguments, "--only_memory_of", method]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="quickstart/model")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256, help="tokens of each row")
+    parser.add_argument("--pairs", type=int, default=12, help="timed pairs of steps")
+    parser.add_argument("--warm_up", type=int, default=2, help="pairs before the timed ones")
+    parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--output", help="JSON file for the results")
+    parser.add_argument("--only_memory_of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only_memory_of:
+        print(peak_memory(options.only_memory_of, options))
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    results = {"device": device, "machine": platform.machine(), "torch": torch.__version__, "options": vars(options)}
+    plain_memory = peak_memory_of_a_process("sft", sys.argv[1:])
+    for method in options.methods:
+        memory = peak_memory_of_a_process(method, sys.argv[1:])
+        results[method] = {
+            **time_ratio(method, options),
+            "memory_ratio": round(memory / plain_memory, 4),
+            "memory_mib": round(memory),
+            "memory_mib_sft": round(plain_memory),
+        }
+        print(json.dumps({method: results[method]}), flush=True)
+    if options.output:
+        with open(options.output, "w") as file:
+            json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Drop-in variants of TRL's `SFTTrainer`: other objectives, the same everything else."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0.dev0"
+
+# Imported on first use: `import hf_sft_variants` and the command line answer before torch is loaded.
+_SUBMODULE_OF = {
+    "AnnotatedBatch": "base",
+    "AnnotatedSFTTrainer": "base",
+    "SFTGOConfig": "sft_go",
+    "SFTGOTrainer": "sft_go",
+}
+
+__all__ = ["AnnotatedBatch", "AnnotatedSFTTrainer", "SFTGOConfig", "SFTGOTrainer", "__version__"]
+
+if TYPE_CHECKING:
+    from .base import AnnotatedBatch, AnnotatedSFTTrainer
+    from .sft_go import SFTGOConfig, SFTGOTrainer
+
+
+def __getattr__(name: str):
+    if name not in _SUBMODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_SUBMODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

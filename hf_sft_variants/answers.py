@@ -1,0 +1,69 @@
+"""Reading the final answer of a chain of thought, which stands behind `####` as in GSM8K."""
+
+import re
+
+
+ANSWER_MARK = "####"
+NUMBER = re.compile(r"([-+]?)(\d[\d,]*)(?:\.(\d*))?")
+
+
+def normalize_number(text: str) -> str:
+    """
+    Writes a number in its shortest form, so that equal numbers are equal strings.
+
+    Args:
+        text (`str`):
+            A number with optional sign, thousands separators and decimals, e.g. `" 1,036.0"`.
+
+    Returns:
+        `str`: The number without superfluous characters, e.g. `"1036"`.
+
+    Raises:
+        ValueError: If `text` is not a number.
+    """
+    match = NUMBER.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a number.")
+    return _shortest(match)
+
+
+def extract_answer(text: str) -> str | None:
+    """
+    Finds the first number behind the last `####`, on the same line.
+
+    The last mark counts, because a model may write several, and only what it settles on is its answer.
+
+    Args:
+        text (`str`):
+            A generated text.
+
+    Returns:
+        `str` or `None`: The number as [`normalize_number`] writes it, `None` where there is no such number.
+    """
+    _, mark, tail = text.rpartition(ANSWER_MARK)
+    match = NUMBER.search(tail.split("\n", 1)[0]) if mark else None
+    return _shortest(match) if match else None
+
+
+def extract_last_number(text: str) -> str | None:
+    """
+    Finds the last number of a text, for models that were never taught to mark their answer.
+
+    Args:
+        text (`str`):
+            A generated text.
+
+    Returns:
+        `str` or `None`: The number as [`normalize_number`] writes it, `None` where there is no number.
+    """
+    matches = list(NUMBER.finditer(text))
+    return _shortest(matches[-1]) if matches else None
+
+
+def _shortest(match: re.Match) -> str:
+    # Kept as text: a generated number may be longer than Python converts, and must not be rounded
+    sign, integer, fraction = match.groups(default="")
+    integer = integer.replace(",", "").lstrip("0") or "0"
+    fraction = fraction.rstrip("0")
+    number = f"{integer}.{fraction}" if fraction else integer
+    return f"-{number}" if sign == "-" and number != "0" else number

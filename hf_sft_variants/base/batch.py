@@ -1,0 +1,95 @@
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+# A metric is a pair (numerator, denominator), summed over all processes before it is divided.
+Ratio = tuple[torch.Tensor | float, torch.Tensor | float]
+
+
+@dataclass
+class AnnotatedBatch:
+    """
+    What a loss is made of: one micro-batch, every tensor aligned with the token that is predicted (the label).
+
+    `L` is the number of predictions of a row: `sequence length - 1`, more where prompt learning prepends virtual
+    tokens.
+
+    Attributes:
+        log_probs (`torch.Tensor` of shape `(B, L)`):
+            Log-probability of each label in nats, float32, zero where there is no label. The only field with a
+            gradient.
+        label_mask (`torch.Tensor` of shape `(B, L)`):
+            `True` where there is a label.
+        sample_ids (`torch.Tensor` of shape `(B, L)`):
+            Number of the sample that each label belongs to, from `0` to `num_samples - 1`: the row, or the document of
+            a packed or padding-free row.
+        num_samples (`int`):
+            Number of samples in this micro-batch, those without a label included.
+        annotations (`dict[str, torch.Tensor]`):
+            The annotation columns, each of shape `(B, L)`.
+        num_items (`dict[str, torch.Tensor]`):
+            Number of `"tokens"`, `"samples"` and of whatever else
+            [`AnnotatedSFTTrainer.count_items`] counts, over the whole optimizer step (all micro-batches, all
+            processes); at least 1. Divide sums by them.
+        metrics (`dict[str, tuple]`):
+            Filled by the loss: name to a pair (numerator, denominator). Each is summed over all processes, divided,
+            and logged. A metric whose denominator is zero is left out.
+    """
+
+    log_probs: torch.Tensor
+    label_mask: torch.Tensor
+    sample_ids: torch.Tensor
+    num_samples: int
+    annotations: dict[str, torch.Tensor]
+    num_items: dict[str, torch.Tensor]
+    metrics: dict[str, Ratio] = field(default_factory=dict)
+
+
+def align_with_labels(values: torch.Tensor, num_predictions: int, padding_value: float) -> torch.Tensor:
+    """
+    Align per-token values with predictions, from the right: the last prediction is about the last token.
+
+    The first token of a row is predicted by nothing, so it falls away; prompt learning prepends virtual tokens, which
+    get `padding_value`.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T)`):
+            One value for each token of `input_ids`.
+        num_predictions (`int`):
+            Number of predictions of a row, `L`.
+        padding_value (`int` or `float`):
+            Value for predictions that no token stands behind.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`.
+    """
+    missing = num_predictions - values.size(1)
+    if missing > 0:
+        return F.pad(values, (missing, 0), value=padding_value)
+    return values[:, -missing:]
+
+
+def sample_ids_of(inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """
+    Number the samples of a collated batch: one a row, or one a document of a padding-free row.
+
+    Returns:
+        `tuple[torch.Tensor, int]`: Sample of each token, shape `(B, T)`, and the number of samples.
+    """
+    if "seq_idx" in inputs:  # padding-free: TRL's collator numbers the documents
+        return inputs["seq_idx"].long(), inputs["cu_seq_lens_q"].numel() - 1
+    num_rows, length = inputs["labels"].shape
+    rows = torch.arange(num_rows, device=inputs["labels"].device)
+    return rows[:, None].expand(num_rows, length), num_rows
+
+
+def count_supervised_samples(inputs: dict[str, Any]) -> torch.Tensor:
+    """Number of samples of a collated batch that have at least one label to predict."""
+    sample_ids, num_samples = sample_ids_of(inputs)
+    supervised = inputs["labels"][:, 1:] != -100
+    labels_per_sample = torch.zeros(num_samples, dtype=torch.long, device=supervised.device)
+    labels_per_sample.index_add_(0, sample_ids[:, 1:].flatten(), supervised.flatten().long())
+    return (labels_per_sample > 0).sum()

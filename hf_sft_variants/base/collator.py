@@ -1,0 +1,72 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class AnnotationCollator:
+    """
+    Adds the annotation columns to what another collator makes.
+
+    Args:
+        collator (`Callable`):
+            TRL's collator, or the user's own. It must keep each row's tokens at the start of the row (pad on the
+            right) or, padding-free, one after the other.
+        padding_values (`dict[str, int | float]`):
+            Annotation column to the value that stands on padding.
+
+    Raises:
+        `KeyError`: If an example has no such column.
+        `ValueError`: If an annotation has another length than the example's `input_ids`, or the collator moves tokens.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    padding_values: dict[str, int | float]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        token_ids = [torch.as_tensor(example["input_ids"]) for example in examples]
+        if batch["input_ids"].size(0) == 1:  # padding-free, or a single row
+            token_ids = [torch.cat(token_ids)]
+        self._check_tokens_kept(batch["input_ids"], token_ids)
+        for name, padding_value in self.padding_values.items():
+            batch[name] = self._collate_column(name, padding_value, examples, batch["input_ids"].shape)
+        return batch
+
+    def _collate_column(self, name, padding_value, examples, shape) -> torch.Tensor:
+        rows = [self._annotation(example, name) for example in examples]
+        if shape[0] == 1:
+            rows = [torch.cat(rows)]
+        padded = torch.full(shape, padding_value, dtype=rows[0].dtype)
+        for row, values in enumerate(rows):
+            padded[row, : len(values)] = values
+        return padded
+
+    @staticmethod
+    def _annotation(example: dict[str, Any], name: str) -> torch.Tensor:
+        if name not in example:
+            raise KeyError(
+                f"The data set has no column `{name}`. The trainer adds it when it prepares a data set; one that is "
+                "given with `skip_prepare_dataset=True` must bring it, with one value for each token."
+            )
+        values = torch.as_tensor(example[name])
+        if len(values) != len(example["input_ids"]):
+            raise ValueError(
+                f"Column `{name}` has {len(values)} values in an example of {len(example['input_ids'])} tokens. Give "
+                "one value for each token of `input_ids`."
+            )
+        return values
+
+    @staticmethod
+    def _check_tokens_kept(batch_input_ids: torch.Tensor, token_ids: list[torch.Tensor]) -> None:
+        same_rows = len(token_ids) == batch_input_ids.size(0)
+        if not same_rows or any(
+            len(ids) > batch_input_ids.size(1) or not torch.equal(batch_input_ids[row, : len(ids)], ids)
+            for row, ids in enumerate(token_ids)
+        ):
+            raise ValueError(
+                "The `data_collator` moves, drops or changes tokens, so per-token annotations can't follow them. Use "
+                "one that pads on the right, or leave `data_collator` unset."
+            )

@@ -1,0 +1,100 @@
+"""What happens to a prepared data set between TRL's tokenization and its packing: check, truncate, drop."""
+
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from trl import SFTConfig
+
+
+logger = get_logger(__name__)
+
+
+def map_description(dataset: Dataset | IterableDataset, args: SFTConfig, description: str) -> dict[str, Any]:
+    """Keyword arguments of `map` and `filter`, which streaming data sets do not take."""
+    if isinstance(dataset, IterableDataset):
+        return {}
+    return {"num_proc": args.dataset_num_proc, "desc": description}
+
+
+def cut_to_max_length(
+    dataset: Dataset | IterableDataset, token_columns: list[str], args: SFTConfig, packing: bool, dataset_name: str
+) -> Dataset | IterableDataset:
+    """
+    Check that the user's per-token columns fit the tokens, and truncate all per-token columns alike.
+
+    Follows TRL: without packing to `max_length` by `truncation_mode`, and examples left without a label are dropped
+    (and counted); `"bfd"` keeps the first `max_length` tokens; `"bfd_split"` and `"wrapped"` keep all.
+
+    Raises:
+        `ValueError`: If a column is missing or its length is not that of `input_ids`, naming the row.
+    """
+    length = args.max_length if not packing or args.packing_strategy == "bfd" else None
+    keep_end = not packing and args.truncation_mode == "keep_end"
+    if length is None and not token_columns:
+        return dataset
+    dataset = dataset.map(
+        _check_and_cut,
+        with_indices=True,
+        fn_kwargs={
+            "token_columns": token_columns,
+            "kept": slice(-length, None) if keep_end else slice(None, length),
+            "dataset_name": dataset_name,
+        },
+        **map_description(dataset, args, f"Truncating {dataset_name} dataset"),
+    )
+    if length is None or packing:
+        return dataset
+    return _drop_without_labels(dataset, args, dataset_name)
+
+
+def _check_and_cut(
+    example: dict[str, Any], row: int, token_columns: list[str], kept: slice, dataset_name: str
+) -> dict[str, Any]:
+    num_tokens = len(example["input_ids"])
+    for column in token_columns:
+        if column not in example:
+            raise ValueError(f"The {dataset_name} dataset has no column `{column}`; it has {sorted(example)}.")
+        values = example[column]
+        if not isinstance(values, list) or len(values) != num_tokens:
+            found = f"{len(values)} values" if isinstance(values, list) else repr(values)
+            raise ValueError(
+                f"Row {row} of the {dataset_name} dataset: column `{column}` has {found}, but `input_ids` has "
+                f"{num_tokens} tokens. Give one value for each token, counted before truncation and with the chat "
+                "template's tokens."
+            )
+    return {column: example[column][kept] for column in ["input_ids", "labels", *token_columns]}
+
+
+def _drop_without_labels(
+    dataset: Dataset | IterableDataset, args: SFTConfig, dataset_name: str
+) -> Dataset | IterableDataset:
+    description = f"Dropping fully masked examples from {dataset_name} dataset"
+    kept = dataset.filter(_has_label, **map_description(dataset, args, description))
+    if isinstance(dataset, Dataset) and len(kept) < len(dataset):
+        logger.warning(
+            f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: no token "
+            f"of theirs is in the loss after truncation to max_length={args.max_length}."
+        )
+    return kept
+
+
+def _has_label(example: dict[str, Any]) -> bool:
+    return any(label != -100 for label in example["labels"])
+
+
+def require_supervised_token(dataset: Dataset | IterableDataset, dataset_name: str) -> None:
+    """
+    Refuse a data set that would train on nothing. A streaming data set can't be looked through, so it passes.
+
+    Raises:
+        `ValueError`: If no token of the data set is in the loss.
+    """
+    if isinstance(dataset, IterableDataset):
+        return
+    # The first token of a row is predicted by nothing, so a label there does not count
+    if not any(_has_label({"labels": labels[1:]}) for labels in dataset["labels"]):
+        raise ValueError(
+            f"The {dataset_name} dataset has no supervised token: every label is -100. "
+            "Check the prompt and completion columns, the label masks, and whether `max_length` cuts the responses."
+        )

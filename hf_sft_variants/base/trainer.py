@@ -1,0 +1,304 @@
+from collections.abc import Callable
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalPrediction
+from trl import SFTConfig, SFTTrainer, pack_dataset
+
+from .batch import AnnotatedBatch, align_with_labels, count_supervised_samples, sample_ids_of
+from .collator import AnnotationCollator
+from .preparation import cut_to_max_length, map_description, require_supervised_token
+from .refusals import refuse_sequence_sharding, refuse_unsupported, resolve_args
+from .trl_internals import global_then_local_main_first
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+# Carries the step's counts with each micro-batch, so that a loss can't meet the counts of another step
+_NUM_ITEMS = "num_items_in_step"
+
+
+class _RememberOutputs:
+    """Stands in for the model in one call of `SFTTrainer.compute_loss` and keeps the fused LM head's outputs."""
+
+    def __init__(self, model):
+        self.model = model
+        self.outputs = None
+
+    def __call__(self, **inputs):
+        outputs = self.model(**inputs)
+        if inputs.get("fused_lm_head"):
+            self.outputs = outputs
+        return outputs
+
+
+class AnnotatedSFTTrainer(SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] whose loss may use what is known about each token.
+
+    A method is three things: the per-token columns it adds to the prepared data set ([`annotate`]), the loss it makes
+    of log-probabilities and annotations ([`compute_annotated_loss`]), and, if need be, what else has to be counted
+    over an optimizer step ([`count_items`]). Tokenization, truncation, packing, padding-free batches, evaluation,
+    gradient accumulation, several processes, PEFT and the logged metrics are TRL's. Takes the arguments of
+    [`~trl.SFTTrainer`]; as it stands it computes SFTTrainer's loss. `nll`, the plain mean negative log-likelihood per
+    token, is logged beside every loss.
+
+    Class attributes to set in a subclass:
+
+    - **config_class** (`type`): the [`~trl.SFTConfig`] subclass that is used without `args`, and that a plain
+      `SFTConfig` or `TrainingArguments` is turned into.
+    - **annotation_columns** (`dict[str, int | float]`): the columns [`annotate`] adds, each with the value that stands
+      on padding.
+
+    Example:
+
+    ```python
+    import torch
+    from datasets import load_dataset
+    from hf_sft_variants import AnnotatedSFTTrainer
+
+
+    def add_position_weights(example):
+        num_tokens = len(example["input_ids"])
+        return {"token_weights": [(position + 1) / num_tokens for position in range(num_tokens)]}
+
+
+    class LateTokensTrainer(AnnotatedSFTTrainer):
+        \"\"\"Tokens late in a sample weigh more.\"\"\"
+
+        annotation_columns = {"token_weights": 0.0}
+
+        def annotate(self, dataset, args, dataset_name):
+            return dataset.map(add_position_weights)
+
+        def compute_annotated_loss(self, batch):
+            weights = batch.annotations["token_weights"]
+            batch.metrics["late_tokens/mean_weight"] = ((weights * batch.label_mask).sum(), batch.label_mask.sum())
+            return -(weights * batch.log_probs).sum() / batch.num_items["tokens"]
+
+
+    trainer = LateTokensTrainer("Qwen/Qwen2.5-0.5B", train_dataset=load_dataset("trl-lib/Capybara", split="train"))
+    trainer.train()
+    ```
+
+    Raises:
+        `ValueError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, and context or
+            sequence parallelism.
+    """
+
+    config_class: type[SFTConfig] = SFTConfig
+    annotation_columns: dict[str, int | float] = {}
+
+    _eval_set_prefix = ""
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: "PeftConfig | None" = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
+        args = resolve_args(args, self.config_class, model, self._name)
+        refuse_unsupported(type(self).__name__, args, train_dataset, compute_loss_func)
+        if args.accelerator_config.dispatch_batches is None:
+            # For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too;
+            # SFTTrainer sets this for a streaming training set only, not for a streaming evaluation set
+            args.accelerator_config.dispatch_batches = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        refuse_sequence_sharding(type(self).__name__, self.accelerator)
+        self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
+
+    # What a method overrides
+
+    def annotate(
+        self, dataset: Dataset | IterableDataset, args: SFTConfig, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        """
+        Add the columns of `annotation_columns`: each a list with one number for each token of `input_ids`.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Tokenized, labelled and truncated, not packed: columns `input_ids` and `labels` (`-100` on tokens that
+                are not in the loss), beside the user's own. An annotation belongs to the token it stands on, which is
+                the label to predict; no shift. With `packing_strategy="bfd_split"` or `"wrapped"` a sample is still
+                whole here and split later.
+            args ([`~trl.SFTConfig`]):
+                The trainer's arguments (`self.args` is not there yet when the trainer is built).
+            dataset_name (`str`):
+                `"train"`, `"eval"`, or the name of one of several evaluation sets. `"train"` comes first.
+        """
+        return dataset
+
+    def user_token_columns(self, args: SFTConfig) -> list[str]:
+        """The user's per-token columns that [`annotate`] reads: checked for length, truncated with the tokens."""
+        return []
+
+    def count_items(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """
+        Number of each kind of item in one collated micro-batch, integer scalars; `"tokens"` is added by the trainer.
+
+        The sums over the optimizer step, all processes included, arrive as `num_items` of [`AnnotatedBatch`].
+        """
+        return {"samples": count_supervised_samples(inputs)}
+
+    def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
+        """
+        This micro-batch's part of the loss: a sum over its tokens or samples, divided by the matching
+        `batch.num_items`. The trainer sees to processes and to the mixture-of-experts auxiliary loss.
+
+        A micro-batch with nothing to learn must give a differentiable zero.
+        """
+        return -batch.log_probs.sum() / batch.num_items["tokens"]
+
+    # Data: annotations through preparation, truncation and packing
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if packing and args.max_length is None:
+            raise ValueError("When packing is enabled, `max_length` can't be `None`.")
+        # TRL truncates and packs `input_ids` and `labels` alone, so here it only tokenizes and builds the labels
+        tokenize_args = copy(args)
+        tokenize_args.max_length = None
+        tokenize_args.shuffle_dataset = False
+        dataset = super()._prepare_dataset(
+            dataset, processing_class, tokenize_args, False, formatting_func, dataset_name
+        )
+        with global_then_local_main_first():
+            dataset = cut_to_max_length(dataset, self.user_token_columns(args), args, packing, dataset_name)
+            require_supervised_token(dataset, dataset_name)
+            dataset = self.annotate(dataset, args, dataset_name)
+            if packing:
+                dataset = self._pack(dataset, args, dataset_name)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _pack(self, dataset, args, dataset_name):
+        dataset = dataset.select_columns(["input_ids", "labels", *self.annotation_columns])
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        map_kwargs = map_description(dataset, args, f"Packing {dataset_name} dataset")
+        return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        new_columns = [name for name in self.annotation_columns if name not in self._signature_columns]
+        self._signature_columns = self._signature_columns + new_columns
+
+    def _reject_skip_prepare_without_labels(self, datasets, data_collator):
+        # TRL looks at the collator's type, which `evaluate` finds wrapped
+        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
+
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed casts every floating-point input to the model's dtype; annotations keep theirs
+        annotations = {name: inputs[name].to(self.args.device) for name in self.annotation_columns if name in inputs}
+        return {**super()._prepare_inputs(inputs), **annotations}
+
+    # Loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if num_items_in_batch is not None:
+            num_items = self._count_step_items(batch_samples, device)
+            for inputs in batch_samples:
+                inputs[_NUM_ITEMS] = num_items
+        return batch_samples, num_items_in_batch
+
+    def _count_step_items(self, batch_samples, device) -> dict[str, torch.Tensor]:
+        """Like `Trainer._get_num_items_in_batch`, for whatever the method counts, with one gather for all."""
+        counts = [self.count_items(inputs) for inputs in batch_samples]
+        names = list(counts[0])
+        totals = torch.stack([sum(count[name].to(device) for count in counts) for name in names])
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            totals = self.accelerator.gather(totals[None]).sum(0) // self.get_tp_size()
+        return dict(zip(names, totals.unbind(), strict=True))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        step_items = inputs.pop(_NUM_ITEMS, None)
+        annotations = {name: inputs.pop(name) for name in self.annotation_columns}
+        model = _RememberOutputs(model)
+        parent_result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model.outputs
+
+        batch = self._annotated_batch(inputs, annotations, outputs, num_items_in_batch, step_items)
+        loss = self.compute_annotated_loss(batch)
+        # As in SFTTrainer: the counts are global and DDP averages the gradients over the processes
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+
+        batch.metrics["nll"] = (-batch.log_probs.detach().sum(), batch.label_mask.sum())
+        self._record_metrics(batch.metrics)
+        return (loss, parent_result[1]) if return_outputs else loss
+
+    def _annotated_batch(self, inputs, annotations, outputs, num_items_in_batch, step_items) -> AnnotatedBatch:
+        num_predictions = outputs.log_probs.size(1)
+        sample_ids, num_samples = sample_ids_of(inputs)
+        num_tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        num_items = {**(step_items or self.count_items(inputs)), "tokens": torch.as_tensor(num_tokens)}
+        return AnnotatedBatch(
+            log_probs=outputs.log_probs.float(),
+            label_mask=outputs.label_mask,
+            sample_ids=align_with_labels(sample_ids, num_predictions, 0),
+            num_samples=num_samples,
+            annotations={
+                name: align_with_labels(values, num_predictions, self.annotation_columns[name])
+                for name, values in annotations.items()
+            },
+            # Clamped so that a batch with nothing to learn gives a finite zero rather than 0 / 0
+            num_items={name: count.clamp(min=1) for name, count in num_items.items()},
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        # Of several evaluation sets, each has its own metrics: "eval_<name>" becomes "<name>_" before the metric
+        self._eval_set_prefix = (metric_key_prefix.removeprefix("eval").removeprefix("_") + "_").lstrip("_")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _record_metrics(self, metrics) -> None:
+        device = self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        sums = [torch.as_tensor(value, device=device).to(dtype) for pair in metrics.values() for value in pair]
+        sums = torch.stack(sums)
+        sums = self.accelerator.gather(sums[None]).sum(0).view(-1, 2).tolist()
+        mode, prefix = ("train", "") if self.model.training else ("eval", self._eval_set_prefix)
+        for name, (numerator, denominator) in zip(metrics, sums, strict=True):
+            if denominator != 0:
+                self._metrics[mode][prefix + name].append(numerator / denominator)

@@ -1,0 +1,47 @@
+"""The `hf-sft-variants` command. Each subcommand is a module with `add_parser` and `run`."""
+
+import argparse
+import sys
+
+from .. import __version__
+from ..errors import InputError
+from . import evaluate, quickstart
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """
+    Builds the parser of the command and its subcommands.
+
+    Returns:
+        `argparse.ArgumentParser`: The parser; what it parses has the subcommand's function as `run`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-sft-variants",
+        description="Tools around the trainers of hf_sft_variants. Training itself is `trl sft --config RECIPE`.",
+        epilog="example: hf-sft-variants quickstart",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (quickstart, evaluate):
+        module.add_parser(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs the command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments, by default those of the process.
+
+    Returns:
+        `int`: The exit status: 0, or 2 for input that cannot be used.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except InputError as error:
+        print(f"hf-sft-variants: error: {error}", file=sys.stderr)
+        return 2
+    return 0

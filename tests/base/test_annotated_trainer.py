@@ -1,0 +1,311 @@
+import inspect
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import SMALL, assert_same_gradients, make_trainer, one_step
+from transformers import TrainingArguments
+from trl import DPOConfig, SFTConfig, SFTTrainer
+
+from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer
+
+
+def echo_tokens(example):
+    return {"echo": example["input_ids"], "thirds": [token_id / 3 for token_id in example["input_ids"]]}
+
+
+class EchoTrainer(AnnotatedSFTTrainer):
+    """Annotates each token with its own id, so that any shift, cut or mix-up shows."""
+
+    annotation_columns = {"echo": -7, "thirds": 0.0}
+
+    def annotate(self, dataset, args, dataset_name):
+        return dataset.map(echo_tokens)
+
+    def compute_annotated_loss(self, batch):
+        labels_echoed = batch.annotations["echo"][batch.label_mask]
+        batch.metrics["echo/token_sum"] = (labels_echoed.sum(), 1)
+        torch.testing.assert_close(batch.annotations["thirds"][batch.label_mask], labels_echoed / 3)
+        return super().compute_annotated_loss(batch)
+
+
+LAYOUTS = {
+    "padded": {},
+    "truncated": {"max_length": 11},
+    "not_truncated": {"max_length": None},
+    "bfd": {"packing": True},
+    "bfd_truncating": {"packing": True, "max_length": 11},
+    "bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 11},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 40},
+    "wrapped_padding_free": {"packing": True, "packing_strategy": "wrapped", "max_length": 40, "padding_free": True},
+    "padding_free": {"padding_free": True, "max_length": None},
+    "multiple_of_16": {"pad_to_multiple_of": 16},
+    "padding_free_multiple_of_16": {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16},
+    "shuffled": {"shuffle_dataset": True},
+    "shuffled_and_packed": {"shuffle_dataset": True, "packing": True},
+    "two_workers": {"dataset_num_proc": 2},
+}
+
+
+def assert_annotations_stand_on_their_tokens(batch):
+    is_padding = batch["echo"] == -7
+    assert torch.equal(batch["echo"][~is_padding], batch["input_ids"][~is_padding])
+    assert (batch["labels"][is_padding] == -100).all() and (batch["thirds"][is_padding] == 0).all()
+    if "attention_mask" in batch:
+        assert torch.equal(is_padding, batch["attention_mask"] == 0)
+
+
+class TestAnnotationsFollowTokens:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
+    def test_through_every_layout(self, layout, streaming, tiny_model, tokenizer, token_rows, tmp_path):
+        rows = token_rows.to_iterable_dataset() if streaming else token_rows
+        options = {"max_steps": 2, "per_device_train_batch_size": 3, **LAYOUTS[layout]}
+        common = (tiny_model, tokenizer, rows, tmp_path)
+        ours = make_trainer(EchoTrainer, SFTConfig, *common, **options)
+        plain = make_trainer(SFTTrainer, SFTConfig, *common, **options)
+        our_batches, plain_batches = list(ours.get_train_dataloader()), list(plain.get_train_dataloader())
+        assert len(our_batches) == len(plain_batches) > 1
+        for our_batch, plain_batch in zip(our_batches, plain_batches, strict=True):
+            assert_annotations_stand_on_their_tokens(our_batch)
+            for key, value in plain_batch.items():
+                assert torch.equal(torch.as_tensor(our_batch[key]), torch.as_tensor(value)), key
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_training_equals_sft_trainer(self, layout, tiny_model, tokenizer, token_rows, tmp_path):
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **LAYOUTS[layout]}
+        common = (tiny_model, tokenizer, token_rows, tmp_path)
+        loss, gradients = one_step(SFTTrainer, SFTConfig, *common, **options)
+        our_loss, our_gradients = one_step(EchoTrainer, SFTConfig, *common, **options)
+        assert our_loss == loss
+        assert_same_gradients(our_gradients, gradients)
+
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            Dataset.from_dict({"text": ["What is 12 plus 30?", "The sum is 42.", "cows"]}),
+            Dataset.from_dict({"prompt": ["What is 12 plus 30? ", "7 + 5 = "], "completion": ["42", "12"]}),
+            Dataset.from_list(
+                [{"messages": [{"role": "user", "content": "7?"}, {"role": "assistant", "content": "8"}]}]
+            ),
+            Dataset.from_list([{"conversations": [{"from": "human", "value": "7?"}, {"from": "gpt", "value": "8"}]}]),
+            Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]}),
+            Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "completion_mask": [[0, 1, 1], [0, 1]]}),
+        ],
+        ids=["text", "prompt_completion", "messages", "from_value", "pre_tokenized", "pre_tokenized_mask"],
+    )
+    def test_kinds_of_data(self, rows, tiny_model, tokenizer, tmp_path):
+        trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, eval_dataset=rows)
+        for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+            for batch in loader:
+                assert_annotations_stand_on_their_tokens(batch)
+
+    def test_several_evaluation_sets_and_a_late_one(self, tiny_model, tokenizer, token_rows, chat_rows, tmp_path):
+        trainer = make_trainer(
+            EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path,
+            eval_dataset={"short": token_rows.select([1, 3]), "long": token_rows.select([0, 8])}, packing=True,
+            eval_packing=False,
+        )  # fmt: skip
+        metrics = trainer.evaluate()
+        for name, indices in (("short", [1, 3]), ("long", [0, 8])):
+            labels = [label for row in indices for label in token_rows[row]["labels"][1:] if label != -100]
+            assert metrics[f"eval_{name}_echo/token_sum"] == sum(labels)
+        assert "eval_echo/token_sum" in trainer.evaluate(chat_rows)
+        assert "eval_new_nll" in trainer.evaluate({"new": chat_rows.to_iterable_dataset()})
+
+    def test_skipped_preparation_needs_the_columns(self, tiny_model, tokenizer, token_rows, tmp_path):
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 1, "save_strategy": "no"}
+        trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+        with pytest.raises(KeyError, match="The data set has no column `echo`"):
+            trainer.train()
+        rows = token_rows.map(echo_tokens)
+        make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, **options).train()
+
+    def test_annotation_of_another_length(self, tiny_model, tokenizer, token_rows, tmp_path):
+        class ShortTrainer(EchoTrainer):
+            def annotate(self, dataset, args, dataset_name):
+                return dataset.map(lambda example: {"echo": example["input_ids"][1:], "thirds": [0.0]})
+
+        trainer = make_trainer(ShortTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path)
+        with pytest.raises(ValueError, match=r"Column `echo` has \d+ values in an example of \d+ tokens"):
+            trainer.train()
+
+
+class TestCountsAndScaling:
+    def test_counts_are_of_the_whole_step(self, tiny_model, tokenizer, token_rows, tmp_path):
+        seen = []
+
+        class CountingTrainer(AnnotatedSFTTrainer):
+            def compute_annotated_loss(self, batch):
+                seen.append({name: int(count) for name, count in batch.num_items.items()})
+                return super().compute_annotated_loss(batch)
+
+        rows = token_rows.select(range(4)).add_column("unused", list("abcd"))
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1}
+        trainer = make_trainer(CountingTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, **options)
+        trainer.train()
+        num_tokens = sum(label != -100 for labels in rows["labels"] for label in labels[1:])
+        assert seen == [{"samples": 4, "tokens": num_tokens}] * 4
+
+        seen.clear()
+        trainer.evaluate(rows.select([1]))  # no count is given: the micro-batch's own
+        assert seen == [{"samples": 1, "tokens": 2}]
+
+    def test_samples_without_a_label_are_not_counted(self, tiny_model, tokenizer, tmp_path):
+        rows = Dataset.from_dict({"input_ids": [[3, 4, 5], [6, 7], [8, 9]], "labels": [[-100] * 3, [6, -100], [8, 9]]})
+        for layout in ({"max_length": None}, {"packing": True}):
+            trainer = make_trainer(AnnotatedSFTTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, **layout)
+            (batch,) = trainer.get_train_dataloader()
+            assert trainer.count_items(batch)["samples"] == 1
+
+    def test_nothing_to_learn_is_a_differentiable_zero(self, tiny_model, tokenizer, token_rows, tmp_path):
+        trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path)
+        batch = next(iter(trainer.get_train_dataloader()))
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        assert loss.item() == 0
+        assert all((parameter.grad == 0).all() for parameter in trainer.model.parameters())
+
+
+class TestWhatStaysTRLs:
+    def test_arguments_are_sft_trainers(self):
+        ours = list(inspect.signature(AnnotatedSFTTrainer.__init__).parameters)
+        assert ours == list(inspect.signature(SFTTrainer.__init__).parameters)
+        ours = inspect.signature(AnnotatedSFTTrainer.compute_loss)
+        assert ours == inspect.signature(SFTTrainer.compute_loss)
+
+    def test_metrics(self, tiny_model, tokenizer, token_rows, tmp_path):
+        options = {"max_steps": 2, "eval_dataset": token_rows, "save_strategy": "no"}
+        trainers = [
+            make_trainer(trainer_class, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+            for trainer_class in (SFTTrainer, AnnotatedSFTTrainer)
+        ]
+        for trainer in trainers:
+            trainer.train(), trainer.evaluate()
+        for plain, ours in zip(*[trainer.state.log_history for trainer in trainers], strict=True):
+            kept = {key: value for key, value in plain.items() if "runtime" not in key and "per_second" not in key}
+            assert {key: ours[key] for key in kept} == kept
+            if "loss" in plain:
+                assert ours["nll"] == pytest.approx(plain["loss"], rel=1e-4)
+
+    @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+    def test_outputs_are_returned(self, tiny_model, tokenizer, token_rows, tmp_path):
+        trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path)
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        assert loss.ndim == 0 and outputs.logits.shape[:2] == batch["input_ids"].shape
+
+    def test_own_collator(self, tiny_model, tokenizer, token_rows, tmp_path):
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        def left_padding(examples):
+            batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
+            return {key: value.flip(1) for key, value in batch.items()}
+
+        for collator, works in ((DataCollatorForLanguageModeling(pad_token_id=0), True), (left_padding, False)):
+            args = SFTConfig(str(tmp_path), **SMALL)
+            trainer = EchoTrainer(
+                tiny_model, args, data_collator=collator, train_dataset=token_rows, processing_class=tokenizer
+            )
+            loader = iter(trainer.get_train_dataloader())
+            if works:
+                assert_annotations_stand_on_their_tokens(next(loader))
+            else:
+                with pytest.raises(ValueError, match="`data_collator` moves, drops or changes tokens"):
+                    next(loader)
+
+    @pytest.mark.parametrize("layout", [{}, {"packing": True}], ids=["padded", "packed"])
+    def test_second_start_reads_the_prepared_data(self, layout, tiny_model, tokenizer, token_rows, tmp_path):
+        token_rows.save_to_disk(tmp_path / "data")
+        common = (EchoTrainer, SFTConfig, tiny_model, tokenizer)
+        prepared = [
+            make_trainer(*common, Dataset.load_from_disk(tmp_path / "data"), tmp_path, **layout).train_dataset
+            for _ in range(2)
+        ]
+        assert prepared[0]._fingerprint == prepared[1]._fingerprint
+
+
+class TestConfiguration:
+    def test_without_arguments(self, tiny_model, tokenizer, token_rows, tmp_path, monkeypatch):
+        @dataclass
+        class CPUConfig(SFTGOConfig):
+            use_cpu: bool = True
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(SFTGOTrainer, "config_class", CPUConfig)
+        trainer = SFTGOTrainer(tiny_model, train_dataset=token_rows, processing_class=tokenizer)
+        assert type(trainer.args) is CPUConfig and trainer.args.output_dir.endswith("-SFT-GO")
+
+    @pytest.mark.parametrize("args_class", [SFTConfig, TrainingArguments])
+    def test_plainer_arguments_are_kept(self, args_class, tiny_model, tokenizer, token_rows, tmp_path):
+        options = {**SMALL, "learning_rate": 0.123, "hub_token": "secret", "seed": 7, "eval_strategy": "steps",
+                   "eval_steps": 3, "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 3}  # fmt: skip
+        args = args_class(str(tmp_path), **options)
+        trainer = SFTGOTrainer(
+            tiny_model, args, train_dataset=token_rows, eval_dataset=token_rows, processing_class=tokenizer
+        )
+        assert type(trainer.args) is SFTGOConfig
+        for name in (*options, "output_dir", "accelerator_config"):
+            if name != "gradient_checkpointing":
+                assert getattr(trainer.args, name) == getattr(args, name), name
+
+    def test_another_trainers_arguments(self, tiny_model, tokenizer, token_rows, tmp_path):
+        args = DPOConfig(str(tmp_path), **SMALL)
+        with pytest.raises(TypeError, match="`args` is a `DPOConfig`, which is no `SFTGOConfig`"):
+            SFTGOTrainer(tiny_model, args, train_dataset=token_rows, processing_class=tokenizer)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"loss_type": "dft"}, "`loss_type='dft'` is not supported: EchoTrainer has its own loss"),
+            ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),
+            ({"packing": True, "max_length": None}, "`max_length` can't be `None`"),
+        ],
+    )
+    def test_refusals(self, options, message, tiny_model, tokenizer, token_rows, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+
+    def test_own_loss_function(self, tiny_model, token_rows, tmp_path):
+        args = SFTConfig(str(tmp_path), **SMALL)
+        with pytest.raises(ValueError, match="`compute_loss_func` is not supported"):
+            EchoTrainer(tiny_model, args, train_dataset=token_rows, compute_loss_func=lambda *_: 0)
+
+    def test_vision_data(self, tiny_model, tokenizer, tmp_path):
+        args = SFTConfig(str(tmp_path), **SMALL)
+        rows = Dataset.from_dict({"images": [[None]], "text": ["hello"]})
+        for dataset in (rows, rows.to_iterable_dataset()):
+            with pytest.raises(ValueError, match="has the column 'images': vision data sets are not supported"):
+                EchoTrainer(tiny_model, args, train_dataset=dataset, processing_class=tokenizer)
+
+    def test_empty_data(self, tiny_model, tokenizer, token_rows, tmp_path):
+        with pytest.raises(ValueError, match="`train_dataset` is empty"):
+            make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows.select([]), tmp_path)
+
+    def test_no_supervised_token_in_an_evaluation_set(self, tiny_model, tokenizer, token_rows, tmp_path):
+        masked = token_rows.map(lambda row: {"labels": [-100] * len(row["labels"])})
+        with pytest.raises(ValueError, match="The eval dataset has no supervised token"):
+            make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, eval_dataset=masked)
+
+    def test_dropped_examples_are_counted(self, tiny_model, tokenizer, token_rows, tmp_path, caplog):
+        rows = token_rows.map(lambda row: {"labels": [-100] * 5 + row["labels"][5:]})
+        trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, max_length=10)
+        assert len(trainer.train_dataset) == 13
+        assert "Dropped 3 of 16 examples of the train dataset" in caplog.text
+
+
+def test_example_in_the_docstring(tiny_model, tokenizer, token_rows, tmp_path):
+    """The example is what users copy: it runs as it stands, on another model and data."""
+    (code,) = re.findall(r"```python\n(.*?)```", inspect.getdoc(AnnotatedSFTTrainer), re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    definitions = code[: code.index("trainer =")]
+    namespace = {}
+    exec(definitions, namespace)
+    trainer = make_trainer(
+        namespace["LateTokensTrainer"], SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, max_steps=2
+    )
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["late_tokens/mean_weight"] < 1

@@ -1,0 +1,58 @@
+"""Started by torchrun: one optimizer step for each case, losses and gradients written by the first process."""
+
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from datasets import Dataset
+from helpers import GradientRecorder, make_trainer
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+
+
+CLASSES = {"SFTTrainer": (SFTTrainer, SFTConfig), "SFTGOTrainer": (SFTGOTrainer, SFTGOConfig)}
+
+
+class AssertTwoProcesses(TrainerCallback):
+    """A launch that quietly runs one process, or two that do not talk, would prove nothing."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert args.world_size == torch.distributed.get_world_size() == 2
+        self.checked = True
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        assert isinstance(self.trainer.model_wrapped, DistributedDataParallel)
+
+
+def run_case(case, model, tokenizer, rows, output_dir):
+    recorder, check = GradientRecorder(), AssertTwoProcesses()
+    trainer = make_trainer(
+        *CLASSES[case["trainer"]], model, tokenizer, rows, output_dir,
+        callbacks=[recorder, check], max_steps=1, save_strategy="no", train_sampling_strategy="sequential",
+        **case["options"],
+    )  # fmt: skip
+    check.trainer = trainer
+    trainer.train()
+    return {"log": trainer.state.log_history[0], "gradients": recorder.gradients}
+
+
+def main(folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder / "cache"))
+    cases = json.loads((folder / "cases.json").read_text())
+    results = {name: run_case(case, model, tokenizer, rows, folder / "run") for name, case in cases.items()}
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,82 @@
+"""Two gloo processes give the loss and the gradients of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same_gradients, one_step
+
+from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+
+
+# Eight rows in one optimizer step each; packed to four rows of at most 40 tokens
+PADDED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+PACKED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_length": 40}
+OWN_GROUPS = {"group_by": "column", "group_column": "mine"}
+METHOD_OPTIONS = {
+    "padded": {},
+    "uniform": {"sample_weighting": "uniform"},
+    "own_groups": OWN_GROUPS,
+    "packed": PACKED,
+    "packed_uniform": {**PACKED, **OWN_GROUPS, "sample_weighting": "uniform"},
+}
+SEPARATE_COUNTS = {"average_tokens_across_devices": False}
+
+
+@pytest.fixture(scope="module")
+def eight_rows(token_rows):
+    rows = token_rows.select(range(8))
+    return rows.add_column(
+        "mine", [[(row + t) % (row % 3 + 1) for t in range(len(ids))] for row, ids in enumerate(rows["input_ids"])]
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, tiny_model_factory, tokenizer, eight_rows):
+    folder = tmp_path_factory.mktemp("two_processes")
+    tiny_model_factory().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    eight_rows.to_json(folder / "rows.jsonl")
+    cases = {
+        name: {"trainer": "SFTGOTrainer", "options": {**PADDED, **options}} for name, options in METHOD_OPTIONS.items()
+    }
+    cases["plain_separate"] = {"trainer": "SFTTrainer", "options": {**PADDED, **SEPARATE_COUNTS}}
+    cases["ours_separate"] = {
+        "trainer": "SFTGOTrainer",
+        "options": {**PADDED, **SEPARATE_COUNTS, "worst_group_weight": 0},
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("steps_of_two_processes.py")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+    )
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", METHOD_OPTIONS)
+def test_equal_to_one_process(case, results, tiny_model, tokenizer, eight_rows, tmp_path):
+    options = {**PADDED, **METHOD_OPTIONS[case]}
+    options["gradient_accumulation_steps"] *= 2
+    loss, gradients = one_step(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, eight_rows, tmp_path, **options)
+    assert results[case]["log"]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(results[case]["gradients"], gradients, tolerance=1e-5)
+
+
+def test_counts_of_each_process_alone_are_sft_trainers(results):
+    plain, ours = results["plain_separate"], results["ours_separate"]
+    assert ours["log"]["loss"] == plain["log"]["loss"]
+    assert_same_gradients(ours["gradients"], plain["gradients"])
+
+
+def test_metrics_are_of_both_processes(results):
+    """Row `r` has `r % 3 + 1` groups, so the first process sees groups that the second does not have at that time."""
+    log = results["own_groups"]["log"]
+    assert {name for name in log if name.endswith("_is_worst")} == {f"sft_go/group_{g}_is_worst" for g in range(3)}
+    assert all(0 <= log[f"sft_go/group_{g}_is_worst"] <= 1 for g in range(3))

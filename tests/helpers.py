@@ -1,0 +1,62 @@
+"""What several test modules need: small trainers, and the loss and gradients of one optimizer step."""
+
+import copy
+
+import torch
+from transformers import TrainerCallback
+
+
+SMALL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1}
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps a copy of every gradient of the first optimizer step."""
+
+    def __init__(self):
+        self.gradients = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            model = model.module if hasattr(model, "module") else model
+            self.gradients = {
+                name: parameter.grad.detach().clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+
+
+def make_trainer(trainer_class, config_class, model, tokenizer, rows, output_dir, **options):
+    """A trainer on a copy of the model, deterministic and small; `options` go to the configuration."""
+    trainer_options = {key: options.pop(key) for key in ("eval_dataset", "peft_config", "callbacks") if key in options}
+    args = config_class(str(output_dir), **{**SMALL, "max_length": 64, "max_grad_norm": 0, **options})
+    return trainer_class(copy.deepcopy(model), args, train_dataset=rows, processing_class=tokenizer, **trainer_options)
+
+
+def one_step(trainer_class, config_class, model, tokenizer, rows, output_dir, **options):
+    """Loss as logged and gradients of one optimizer step."""
+    recorder = GradientRecorder()
+    options = {"max_steps": 1, "save_strategy": "no", "train_sampling_strategy": "sequential", **options}
+    trainer = make_trainer(
+        trainer_class, config_class, model, tokenizer, rows, output_dir, callbacks=[recorder], **options
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], recorder.gradients
+
+
+def assert_same_gradients(first, second, tolerance=0.0):
+    """Each gradient equal, to the last bit or relative to the largest entry of its parameter."""
+    assert first.keys() == second.keys() and first
+    for name in first:
+        error = (first[name] - second[name]).abs().max()
+        assert error <= tolerance * first[name].abs().max(), f"{name}: {error} of {first[name].abs().max()}"
+
+
+def padded_document_log_probs(model, input_ids, labels):
+    """Log-probabilities of one document's labels from the model's own logits, without any fused head."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([input_ids])).logits[0, :-1].double()
+    return [
+        logits[position - 1].log_softmax(-1)[label].item() if label != -100 else None
+        for position, label in enumerate(labels)
+        if position > 0
+    ]

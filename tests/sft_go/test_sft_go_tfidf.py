@@ -1,0 +1,87 @@
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+from datasets import Dataset
+
+from hf_sft_variants.sft_go.tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf
+
+
+@pytest.fixture(autouse=True)
+def process_state():
+    PartialState(cpu=True)  # a trainer's arguments do this; accelerate's loggers need it
+
+
+def slow_tfidf(documents, training_documents):
+    """TF-IDF by scikit-learn's documented formula, document by document."""
+    frequency = Counter(term for document in training_documents for term in set(document))
+    num_documents = len(training_documents)
+    rows = []
+    for document in documents:
+        counts = Counter(document)
+        weight = {
+            term: count * (math.log((1 + num_documents) / (1 + frequency[term])) + 1) for term, count in counts.items()
+        }
+        norm = math.sqrt(sum(value * value for value in weight.values()))
+        rows.append([weight[term] / norm for term in document])
+    return rows
+
+
+def test_scores_equal_the_slow_formula(token_rows, tokenizer):
+    tfidf = TokenTfidf.fit(token_rows, tokenizer)
+    scores = add_tfidf_scores({"labels": list(token_rows["labels"])}, tfidf.transformer.idf_)["importance_scores"]
+    documents = [[label for label in labels[1:] if label != -100] for labels in token_rows["labels"]]
+    for labels, row, expected in zip(token_rows["labels"], scores, slow_tfidf(documents, documents), strict=True):
+        positions = [t for t in range(1, len(labels)) if labels[t] != -100]
+        np.testing.assert_allclose(row[positions], expected, rtol=1e-6)
+        assert all(row[t] == 0 for t in range(len(labels)) if t not in positions)
+
+
+def test_unseen_terms_and_rows_without_labels(tokenizer):
+    tfidf = TokenTfidf.fit(Dataset.from_dict({"labels": [[-100, 5, 5, 6], [-100, 6, 7]]}), tokenizer)
+    scores = add_tfidf_scores({"labels": [[-100, 9, 6], [-100, -100], [4]]}, tfidf.transformer.idf_)
+    assert [list(row) for row in scores["importance_scores"]][1:] == [[0, 0], [0]]
+    expected = slow_tfidf([[9, 6]], [[5, 5, 6], [6, 7]])[0]
+    np.testing.assert_allclose(scores["importance_scores"][0][1:], expected, rtol=1e-6)
+
+
+def test_file_is_written_once_and_read_after(token_rows, tokenizer, tmp_path):
+    path = tmp_path / "new_folder" / "idf.npz"
+    fitted = load_or_fit_tfidf(token_rows, str(path), tokenizer)
+    read = load_or_fit_tfidf(token_rows.select(range(2)), str(path), tokenizer)
+    np.testing.assert_array_equal(fitted.transformer.idf_, read.transformer.idf_)
+    assert [file.name for file in path.parent.iterdir()] == ["idf.npz"]
+
+
+def test_file_of_another_tokenizer(token_rows, tokenizer, tmp_path, monkeypatch):
+    TokenTfidf.fit(token_rows, tokenizer).save(tmp_path / "idf.npz")
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: {"other": 0})
+    with pytest.raises(ValueError, match="written with another tokenizer"):
+        TokenTfidf.load(tmp_path / "idf.npz", tokenizer)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut"])
+def test_broken_file(tokenizer, tmp_path, content):
+    path = tmp_path / "idf.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"tfidf_file=.*can't be read"):
+        TokenTfidf.load(path, tokenizer)
+
+
+def test_pickled_file_is_not_opened(tokenizer, tmp_path):
+    path = tmp_path / "idf.npz"
+    np.savez(path, idf=np.array([{"any": "object"}], dtype=object), vocabulary="")
+    with pytest.raises(ValueError, match="can't be read"):
+        TokenTfidf.load(path, tokenizer)
+
+
+def test_streaming_needs_a_file(token_rows, tokenizer):
+    with pytest.raises(ValueError, match=r"streaming training set .* `tfidf_file` is None"):
+        load_or_fit_tfidf(token_rows.to_iterable_dataset(), None, tokenizer)
+
+
+def test_token_ids_beyond_the_tokenizer(tokenizer):
+    with pytest.raises(ValueError, match=rf"token id 5000, but the tokenizer has {len(tokenizer)} tokens"):
+        TokenTfidf.fit(Dataset.from_dict({"labels": [[3, 5000]]}), tokenizer)

@@ -1,0 +1,403 @@
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from trl import SFTConfig, SFTTrainer
+
+import hf_sft_variants
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.recipe import main, make_parser, parse
+
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPES = sorted(set(REPOSITORY.glob("recipes/**/*.yaml")) - set(REPOSITORY.glob("recipes/accelerate/*")))
+
+RECIPE = """\
+num_processes: 1
+module: toy_variant
+model_name_or_path: a/model
+toy_weight: 0.5
+reference_models: [a, b]
+dataset_name: a/dataset
+learning_rate: 1e-3
+rates: [1e-3, 0.1]
+centered: false
+max_length: null
+use_cpu: true
+bf16: false
+"""
+
+
+@dataclass
+class ToyConfig(SFTConfig):
+    toy_weight: float = 1.0
+    rates: list[float] | None = None
+    reference_models: list[str] | None = None
+    centered: bool = True
+    toy_mode: str = field(default="fast", metadata={"choices": ["fast", "exact"]})
+    steps_between: int | None = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.toy_weight < 0:
+            raise ValueError(f"`toy_weight` must be 0 or more, got {self.toy_weight}.")
+
+
+class ToyTrainer(SFTTrainer):
+    __module__ = "toy_variant.trainer"
+
+
+def read(argv):
+    return parse(make_parser(ToyTrainer, ToyConfig), argv)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text=RECIPE):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def argv_of_module(argv, monkeypatch):
+    return argv
+
+
+def argv_of_accelerate(argv, monkeypatch):
+    launch = launch_command_parser().parse_args(["--num_processes", "1", "-m", "toy_variant", *argv])
+    return launch.training_script_args
+
+
+def argv_of_trl(argv, monkeypatch):
+    """What the installed TRL hands to our module: its own command, without the launch."""
+    from trl.cli import accelerate_launcher
+    from trl.cli.main import main as trl_main
+
+    launches = []
+    launch = functools.partial(accelerate_launcher.launch_training_script, launch_command_fn=launches.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerate_launcher, "launch_training_script", launch)
+        trl_main(["sft", *argv])
+    assert launches[0].module and launches[0].training_script == "toy_variant"
+    return launches[0].training_script_args
+
+
+@pytest.fixture(params=[argv_of_module, argv_of_accelerate, argv_of_trl])
+def start(request, monkeypatch):
+    return lambda argv: read(request.param(argv, monkeypatch))
+
+
+def test_trl_repeats_keys_and_names_its_script(recipe, monkeypatch):
+    argv = argv_of_trl(["--config", recipe(), "--toy_weight", "2", "--seed", "1"], monkeypatch)
+    script = argv.index("--config") - 1
+    assert argv[:2] == ["--toy_weight", "0.5"] and argv[script - 2 : script] == ["--toy_weight", "2"]
+    assert argv[script].endswith("sft.py") and argv[script + 3 :] == ["--seed", "1"]
+
+
+def test_recipe_values_arrive_with_their_types(start, recipe):
+    script_args, training_args, model_args, _ = start(["--config", recipe()])
+    assert (script_args.dataset_name, model_args.model_name_or_path) == ("a/dataset", "a/model")
+    assert (training_args.learning_rate, training_args.max_length) == (1e-3, None)
+    assert (training_args.toy_weight, training_args.centered, training_args.toy_mode) == (0.5, False, "fast")
+    assert (training_args.reference_models, training_args.rates) == (["a", "b"], [1e-3, 0.1])
+
+
+def test_flags_override_the_recipe(start, recipe):
+    flags = "--learning_rate 0.1 --max_length 7 --toy_weight 0.25 --reference_models c d --steps_between none"
+    flags += " --packing --rates 0.5 --centered --toy_mode=exact --logging_steps 2"
+    _, training_args, _, _ = start(["--config", recipe(RECIPE + "packing: false\n"), *flags.split()])
+    assert (training_args.learning_rate, training_args.max_length, training_args.packing) == (0.1, 7, True)
+    assert (training_args.toy_weight, training_args.reference_models, training_args.rates) == (0.25, ["c", "d"], [0.5])
+    assert (training_args.steps_between, training_args.centered, training_args.toy_mode) == (None, True, "exact")
+
+
+def test_a_flag_equal_to_the_repeated_key_is_kept(start, recipe):
+    _, training_args, _, _ = start(["--config", recipe(), "--toy_weight", "0.5", "--no_centered"])
+    assert (training_args.toy_weight, training_args.centered) == (0.5, False)
+
+
+def test_a_single_value_of_a_list_key_is_a_list_of_one(start, recipe):
+    _, training_args, model_args, _ = start(
+        ["--config", recipe(RECIPE.replace("[a, b]", "a") + "lora_target_modules: all-linear\n")]
+    )
+    assert training_args.reference_models == ["a"]
+    assert model_args.lora_target_modules == "all-linear"  # unpacked by TRL, as on the command line
+
+
+def test_env_of_the_recipe_is_set(start, recipe, monkeypatch):
+    monkeypatch.setenv("TOY_VARIABLE", "0")
+    start(["--config", recipe(RECIPE + "env: {TOY_VARIABLE: 1}\n")])
+    assert os.environ["TOY_VARIABLE"] == "1"
+
+
+def test_accelerate_config_may_stand_in_the_recipe(start, recipe):
+    start(["--config", recipe(RECIPE + "accelerate_config: single_gpu\n")])
+
+
+def test_without_a_recipe():
+    flags = ["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu", "--bf16", "false", "--toy_weight", "2"]
+    assert read(flags)[1].toy_weight == 2
+
+
+def test_trl_without_a_recipe_or_without_module_in_it(recipe, monkeypatch):
+    flags = ["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu", "--bf16", "false"]
+    method_flags = ["--module", "toy_variant", "--toy_weight", "2"]
+    assert read(argv_of_trl([*method_flags, *flags], monkeypatch))[1].toy_weight == 2
+    plain = recipe("num_processes: 1\nseed: 3\n")
+    training_args = read(argv_of_trl(["--config", plain, *method_flags, *flags], monkeypatch))[1]
+    assert (training_args.seed, training_args.toy_weight) == (3, 2)
+
+
+@pytest.mark.parametrize("key", ["toy_wieght: 0.3", "learnin_rate: 0.1"])
+def test_misspelt_key_below_module(start, recipe, key):
+    nearest = {"toy_wieght": "toy_weight", "learnin_rate": "learning_rate"}[key.partition(":")[0]]
+    with pytest.raises(InputError, match=rf"recipe\.yaml: unknown key .*; did you mean `{nearest}`\?"):
+        start(["--config", recipe(RECIPE + key)])
+
+
+def test_misspelt_flag(start, recipe):
+    with pytest.raises(InputError, match=r"command line: unknown flag `--toy_wieght`; did you mean `--toy_weight`\?"):
+        start(["--config", recipe(), "--toy_wieght", "0.3"])
+
+
+def test_abbreviated_flag(start, recipe):
+    with pytest.raises(InputError, match=r"unknown flag `--learning_rat`; did you mean `--learning_rate`\?"):
+        start(["--config", recipe(), "--learning_rat", "0.3"])
+
+
+def test_launch_option_below_module(start, recipe):
+    with pytest.raises(InputError, match="`num_machines` is an option of `accelerate launch`: move it above `module`"):
+        start(["--config", recipe(RECIPE + "num_machines: 1\n")])
+
+
+def test_launch_option_on_the_command_line(start, recipe):
+    with pytest.raises(InputError, match="`--num_processes` is an option of `accelerate launch`"):
+        start(["--config", recipe(), "--num_processes", "2"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rate: fast", "`learning_rate` must be float, got 'fast'"),
+        ("learning_rate: null", "`learning_rate` must be float, got None"),
+        ("toy_weight: [1]", r"`toy_weight` must be float, got \[1\]"),
+        ("toy_weight: true", "`toy_weight` must be float, got True"),
+        ("toy_weight: {a: 1}", "`toy_weight` must be float, got {'a': 1}"),
+        ("rates: [a]", r"`rates` must be list\[float\] \| None, got \['a'\]"),
+        ("reference_models: [{}]", r"`reference_models` must be list\[str\] \| None"),
+        ("centered: 3", "`centered` must be bool, got 3"),
+        ("centered: maybe", "`centered` must be bool, got 'maybe'"),
+        ("max_steps: 2.5", "`max_steps` must be int, got 2.5"),
+        ("toy_mode: fats", "`toy_mode` must be one of fast, exact, got 'fats'"),
+        ("toy_mode: [fast]", r"`toy_mode` must be one of fast, exact, got \['fast'\]"),
+        ("eval_strategy: no", '`eval_strategy` must be one of no, steps, .*, got False .*write "no"'),
+        ("datasets: [{pth: x}]", r"unknown key `pth` in `datasets`; did you mean `path`\?"),
+        ("datasets: [{name: x}]", "`path` is missing in an entry of `datasets`"),
+        ("env: 3", "`env` must be a mapping"),
+        ("learning-rate: 0.1", r"unknown key `learning-rate`; did you mean `learning_rate`\?"),
+        ("xyzzy: 1", "unknown key `xyzzy`; `--help` lists"),
+        ("1: 1", "unknown key `1`"),
+    ],
+)
+def test_wrong_line_in_the_recipe(recipe, line, message):
+    with pytest.raises(InputError, match=r"recipe\.yaml: " + message):
+        read(["--config", recipe(RECIPE + line)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_proceses: 1\n" + RECIPE, r"unknown key `num_proceses`; did you mean `num_processes`\?"),
+        (RECIPE.replace("toy_variant", "other_variant"), "`module` is other_variant, but toy_variant was started"),
+        (RECIPE.replace("model_name_or_path: a/model", ""), "`model_name_or_path` is missing"),
+        (RECIPE.replace("dataset_name: a/dataset", ""), "`dataset_name` is missing"),
+        ("- a\n- b\n", r"recipe.yaml must hold lines of `key: value` .*got \['a', 'b'\]"),
+        ("", "recipe.yaml must hold lines of `key: value` .*got None"),
+        ("a: [", "recipe.yaml is not valid YAML"),
+        (RECIPE.replace("toy_weight: 0.5", "toy_weight: -1"), "`toy_weight` must be 0 or more, got -1"),
+    ],
+)
+def test_wrong_recipe(recipe, text, message):
+    with pytest.raises(InputError, match=message):
+        read(["--config", recipe(text)])
+
+
+def test_missing_recipe():
+    with pytest.raises(InputError, match=r"the recipe `--config nowhere\.yaml` can't be read: No such file"):
+        read(["--config", "nowhere.yaml"])
+
+
+def test_recipe_given_without_config(recipe):
+    with pytest.raises(InputError, match="belongs to no flag; a recipe is given as `--config FILE`"):
+        read([recipe()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--toy_wieght", "1"], "did you mean `--toy_weight`?"),
+        (["--toy_weight", "heavy"], "argument --toy_weight/--toy-weight: invalid float value: 'heavy'"),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_main_ends_with_a_short_message(recipe, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main(ToyTrainer, ToyConfig, ["--config", recipe(), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and error.startswith("usage: python -m toy_variant [--config") and error.count("\n") == 2
+
+
+def test_missing_split(recipe, dataset_folder, capsys):
+    text = RECIPE.replace("a/dataset", str(dataset_folder)) + "dataset_train_split: trian\n"
+    with pytest.raises(SystemExit):
+        main(ToyTrainer, ToyConfig, ["--config", recipe(text)])
+    assert "`dataset_train_split` is 'trian', but the data set has train, test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in hf_sft_variants.__all__ if name.endswith("Config")])
+def test_no_key_of_a_method_is_an_abbreviation_for_trl(name):
+    """`trl sft` reads the first letters of one of its own flags as that flag, before our module is started."""
+    keys, trl_keys = ({field.name for field in fields(c)} for c in (getattr(hf_sft_variants, name), SFTConfig))
+    flags = make_parser(SFTTrainer, SFTConfig)._option_string_actions
+    assert not [flag for flag in flags if flag.startswith(tuple(f"--{key}" for key in keys - trl_keys))]
+
+
+def test_missing_data(recipe, tmp_path, capsys):
+    folder = str(tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        main(ToyTrainer, ToyConfig, ["--config", recipe(RECIPE.replace("a/dataset", folder))])
+    assert f"`dataset_name` is {folder!r}, but no such folder is here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_recipes_are_read_strictly(path, monkeypatch):
+    module = yaml.safe_load(path.read_text()).get("module")
+    trainer_class, config_class = SFTTrainer, SFTConfig
+    if module is not None:
+        package = importlib.import_module(module)
+        trainer_class, config_class = (
+            next(getattr(package, name) for name in package.__all__ if name.endswith(suffix))
+            for suffix in ("Trainer", "Config")
+        )
+    parse(make_parser(trainer_class, config_class), ["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
+
+
+def test_quickstart_recipes_differ_in_the_method_alone():
+    ours, plain = (
+        yaml.safe_load((REPOSITORY / "recipes" / "quickstart" / name).read_text())
+        for name in ("sft_go.yaml", "sft_baseline.yaml")
+    )
+    own_keys = {"module", "group_by", "important_fraction", "worst_group_weight", "output_dir"}
+    assert {key for key in ours if ours[key] != plain.get(key)} == own_keys
+    assert plain.keys() <= ours.keys()
+
+
+# The commands themselves, on a tiny model.
+
+
+@pytest.fixture(scope="module")
+def dataset_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"prompt": f"what is {i} plus {i}", "completion": f" {i} plus {i} is {2 * i}"} for i in range(8)]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = str(tmp_path_factory.mktemp("model"))
+    words = ["<pad>", "<eos>", "<unk>", "what", "is", "plus", *map(str, range(20))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, model_folder, dataset_folder):
+    values = {
+        "num_processes": 1,
+        "module": "hf_sft_variants.sft_go",
+        "worst_group_weight": 0.5,
+        "min_grouped_tokens": 2,
+        "model_name_or_path": model_folder,
+        "dataset_name": str(dataset_folder),
+        "output_dir": str(tmp_path / "run"),
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def run(*command):
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=str(REPOSITORY), PYTHONWARNINGS="ignore")
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def assert_sft_go_trained(folder, steps, worst_group_weight):
+    """Returns what was logged."""
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert "SFT-GO" in (folder / "README.md").read_text()
+    state = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["sft_go/worst_group_weight"] == worst_group_weight
+    return state["log_history"]
+
+
+def test_stock_trl_command_runs_the_method(tiny_recipe):
+    trl = Path(sys.executable).with_name("trl")
+    finished = run(trl, "sft", "--config", tiny_recipe, "--max_steps", "2", "--worst_group_weight", "0.25")
+    assert finished.returncode == 0, finished.stderr
+    assert "Model saved to" in finished.stdout
+    assert_sft_go_trained(tiny_recipe.parent / "run", steps=2, worst_group_weight=0.25)
+
+
+def test_accelerate_launch_runs_the_method(tiny_recipe):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "hf_sft_variants.sft_go"]
+    finished = run(*launch, "--config", tiny_recipe, "--max_steps", "1", "--eval_strategy", "steps")
+    assert finished.returncode == 0, finished.stderr
+    logs = assert_sft_go_trained(tiny_recipe.parent / "run", steps=1, worst_group_weight=0.5)
+    assert any("eval_loss" in log for log in logs)
+
+
+def test_stock_trl_command_refuses_a_misspelt_key(tiny_recipe):
+    tiny_recipe.write_text(tiny_recipe.read_text() + "learnin_rate: 0.1\n")
+    finished = run(Path(sys.executable).with_name("trl"), "sft", "--config", tiny_recipe)
+    assert finished.returncode != 0
+    assert f"error: {tiny_recipe}: unknown key `learnin_rate`; did you mean `learning_rate`?" in finished.stderr
