@@ -35,14 +35,17 @@ def load_model_and_tokenizer(
         adapter (`str`, *optional*):
             Folder of a PEFT adapter to load on `model`.
         device (`str`, *optional*):
-            Where to put the model, e.g. `"cpu"` or `"cuda:1"`. By default the accelerator if there is one, else the CPU.
+            Where to put the model, e.g. `"cpu"` or `"cuda:1"`. By default the accelerator if there is one, else
+            the CPU.
 
     Returns:
         `tuple`: The model in evaluation mode, and its tokenizer.
 
     Raises:
-        InputError: If the model or the adapter cannot be loaded, or the tokenizer has no chat template.
+        InputError: If the model or the adapter cannot be loaded, the tokenizer has no chat template or torch does not
+            know the device.
     """
+    target = _torch_device(device)
     if adapter is None and _is_adapter(model):
         model, adapter = PeftConfig.from_pretrained(model).base_model_name_or_path, model
     elif adapter is not None and not _is_adapter(adapter):
@@ -61,7 +64,7 @@ def load_model_and_tokenizer(
         raise InputError(f"`model` is {model!r}, whose tokenizer has no chat template: pass a chat model.")
     if adapter is not None:
         loaded = PeftModel.from_pretrained(loaded, adapter)
-    return loaded.to(device or _default_device()).eval(), tokenizer
+    return loaded.to(target).eval(), tokenizer
 
 
 def load_split(dataset: str, split: str = "test") -> Dataset:
@@ -85,7 +88,8 @@ def load_split(dataset: str, split: str = "test") -> Dataset:
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise InputError(
             f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({str(error).splitlines()[0]}): pass a "
-            "folder that holds one file per split, e.g. test.jsonl, or an id on the Hub."
+            "folder that holds one file per split, e.g. test.jsonl (`hf-sft-variants quickstart` writes one), or an id "
+            "on the Hub."
         ) from error
     if len(rows) == 0:
         raise InputError(f"`split` {split!r} of `dataset` {dataset!r} is empty: choose another split.")
@@ -207,8 +211,8 @@ def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         raise InputError(
-            f"`dataset` has no column {', '.join(map(repr, missing))}, only {', '.join(map(repr, dataset.column_names))}"
-            ": rename or add what is missing."
+            f"`dataset` has no column {', '.join(map(repr, missing))}, only "
+            f"{', '.join(map(repr, dataset.column_names))}: rename or add what is missing."
         )
     if len(dataset) == 0:
         raise InputError("`dataset` is empty: pass at least one row.")
@@ -229,8 +233,13 @@ def _has_tokenizer(folder: str) -> bool:
     return Path(folder, "tokenizer_config.json").is_file()
 
 
-def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+def _torch_device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"`device` is {device!r}, which torch does not know: pass e.g. cpu or cuda:0.") from error
 
 
 def _share_right(generations: list[str], dataset: Dataset, extract: Callable[[str], str | None]) -> float:

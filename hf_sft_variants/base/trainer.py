@@ -81,7 +81,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
 
         annotation_columns = {"token_weights": 0.0}
 
-        def annotate(self, dataset, args, dataset_name):
+        def annotate(self, dataset, dataset_name):
             return dataset.map(add_position_weights)
 
         def compute_annotated_loss(self, batch):
@@ -124,6 +124,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
     ):
         args = resolve_args(args, self.config_class, model, self._name)
         refuse_unsupported(type(self).__name__, args, train_dataset, compute_loss_func)
+        self.args = args  # `Trainer` sets it too, but only after the data sets are prepared
         if args.accelerator_config.dispatch_batches is None:
             # For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too;
             # SFTTrainer sets this for a streaming training set only, not for a streaming evaluation set
@@ -149,9 +150,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
 
     # What a method overrides
 
-    def annotate(
-        self, dataset: Dataset | IterableDataset, args: SFTConfig, dataset_name: str
-    ) -> Dataset | IterableDataset:
+    def annotate(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
         """
         Add the columns of `annotation_columns`: each a list with one number for each token of `input_ids`.
 
@@ -161,14 +160,12 @@ class AnnotatedSFTTrainer(SFTTrainer):
                 are not in the loss), beside the user's own. An annotation belongs to the token it stands on, which is
                 the label to predict; no shift. With `packing_strategy="bfd_split"` or `"wrapped"` a sample is still
                 whole here and split later.
-            args ([`~trl.SFTConfig`]):
-                The trainer's arguments (`self.args` is not there yet when the trainer is built).
             dataset_name (`str`):
                 `"train"`, `"eval"`, or the name of one of several evaluation sets. `"train"` comes first.
         """
         return dataset
 
-    def user_token_columns(self, args: SFTConfig) -> list[str]:
+    def user_token_columns(self) -> list[str]:
         """The user's per-token columns that [`annotate`] reads: checked for length, truncated with the tokens."""
         return []
 
@@ -202,9 +199,9 @@ class AnnotatedSFTTrainer(SFTTrainer):
             dataset, processing_class, tokenize_args, False, formatting_func, dataset_name
         )
         with global_then_local_main_first():
-            dataset = cut_to_max_length(dataset, self.user_token_columns(args), args, packing, dataset_name)
+            dataset = cut_to_max_length(dataset, self.user_token_columns(), args, packing, dataset_name)
             require_supervised_token(dataset, dataset_name)
-            dataset = self.annotate(dataset, args, dataset_name)
+            dataset = self.annotate(dataset, dataset_name)
             if packing:
                 dataset = self._pack(dataset, args, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset

@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="hf-sft-variants",
-        description="Tools around the trainers of hf_sft_variants. Training itself is `trl sft --config RECIPE`.",
+        description="Tools around the trainers of hf_sft_variants. To train: trl sft --config RECIPE",
         epilog="example: hf-sft-variants quickstart",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 
-EXAMPLE = "example: hf-sft-variants evaluate quickstart/runs/sft_go --dataset quickstart/data"
+EXAMPLE = "example: hf-sft-variants evaluate quickstart/runs/sft_go"
 
 
 def add_parser(subparsers) -> None:

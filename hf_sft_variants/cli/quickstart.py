@@ -5,7 +5,7 @@ from pathlib import Path
 from shlex import quote
 
 
-EXAMPLE = "example: hf-sft-variants quickstart --task gsm_symbolic --output-dir quickstart_gsm"
+EXAMPLE = "example: hf-sft-variants quickstart --task gsm_symbolic"
 
 
 def add_parser(subparsers) -> None:

@@ -76,8 +76,8 @@ def build_splits(
         if len(rows) == wanted:
             return {"train": rows[test_size:], "test": rows[:test_size]}
     raise InputError(
-        f"`train_size` and `test_size` ask for {wanted} distinct questions, but `task` {task!r} gave only {len(rows)}: "
-        "ask for fewer."
+        f"`train_size` and `test_size` ask for {wanted} distinct questions, but `task` {task!r} gave only {len(rows)}:"
+        " ask for fewer."
     )
 
 

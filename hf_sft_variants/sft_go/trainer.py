@@ -57,16 +57,17 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     # Annotation: a group id for each token
 
-    def user_token_columns(self, args):
-        return [column for column in (args.importance_column, args.group_column) if column is not None]
+    def user_token_columns(self):
+        return [column for column in (self.args.importance_column, self.args.group_column) if column is not None]
 
-    def annotate(self, dataset, args, dataset_name):
+    def annotate(self, dataset, dataset_name):
+        args = self.args
         if args.group_column is not None:
-            return self._copy_column(dataset, args, args.group_column, copy_group_ids, dataset_name)
+            return self._copy_column(dataset, args.group_column, copy_group_ids, dataset_name)
         if args.importance_column is not None:
-            dataset = self._copy_column(dataset, args, args.importance_column, copy_scores, dataset_name)
+            dataset = self._copy_column(dataset, args.importance_column, copy_scores, dataset_name)
         else:
-            dataset = self._add_tfidf_scores(dataset, args, dataset_name)
+            dataset = self._add_tfidf_scores(dataset, dataset_name)
         first_token_ids = special_token_ids(self._tokenizer) if args.special_tokens_important else set()
         return dataset.map(
             add_group_ids,
@@ -79,22 +80,22 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
             **map_description(dataset, args, f"Grouping tokens of {dataset_name} dataset"),
         )
 
-    def _copy_column(self, dataset, args, column, function, dataset_name):
+    def _copy_column(self, dataset, column, function, dataset_name):
         return dataset.map(
             function,
             with_indices=True,
             fn_kwargs={"column": column, "dataset_name": dataset_name},
-            **map_description(dataset, args, f"Checking column {column} of {dataset_name} dataset"),
+            **map_description(dataset, self.args, f"Checking column {column} of {dataset_name} dataset"),
         )
 
-    def _add_tfidf_scores(self, dataset, args, dataset_name):
+    def _add_tfidf_scores(self, dataset, dataset_name):
         if self._tfidf is None:  # the training set comes first, evaluation sets use its document frequencies
-            self._tfidf = load_or_fit_tfidf(dataset, args.tfidf_file, self._tokenizer)
+            self._tfidf = load_or_fit_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
         return dataset.map(
             add_tfidf_scores,
             batched=True,
             fn_kwargs={"idf": self._tfidf.transformer.idf_},
-            **map_description(dataset, args, f"Weighing tokens of {dataset_name} dataset"),
+            **map_description(dataset, self.args, f"Weighing tokens of {dataset_name} dataset"),
         )
 
     # Loss

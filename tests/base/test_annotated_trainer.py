@@ -21,7 +21,7 @@ class EchoTrainer(AnnotatedSFTTrainer):
 
     annotation_columns = {"echo": -7, "thirds": 0.0}
 
-    def annotate(self, dataset, args, dataset_name):
+    def annotate(self, dataset, dataset_name):
         return dataset.map(echo_tokens)
 
     def compute_annotated_loss(self, batch):
@@ -125,7 +125,7 @@ class TestAnnotationsFollowTokens:
 
     def test_annotation_of_another_length(self, tiny_model, tokenizer, token_rows, tmp_path):
         class ShortTrainer(EchoTrainer):
-            def annotate(self, dataset, args, dataset_name):
+            def annotate(self, dataset, dataset_name):
                 return dataset.map(lambda example: {"echo": example["input_ids"][1:], "thirds": [0.0]})
 
         trainer = make_trainer(ShortTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path)

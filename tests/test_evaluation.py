@@ -1,0 +1,152 @@
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.evaluation import (
+    exact_match,
+    held_out_nll,
+    last_number_match,
+    load_model_and_tokenizer,
+    load_split,
+)
+
+
+@pytest.fixture
+def rows(chat_rows) -> Dataset:
+    answers = [row["completion"][0]["content"].split()[-1] for row in chat_rows]
+    return chat_rows.add_column("answer", answers)
+
+
+@pytest.fixture
+def saved_model(tmp_path, tiny_model, tokenizer) -> str:
+    tiny_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def saved_adapter(tmp_path, saved_model) -> str:
+    base, _ = load_model_and_tokenizer(saved_model, device="cpu")
+    peft_model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+def uneven(rows):
+    """The same rows with prompts and completions of different lengths."""
+    return rows.map(
+        lambda row, i: {
+            "prompt": [{"role": "user", "content": "Please. " * (i % 4) + row["prompt"][0]["content"]}],
+            "completion": [{"role": "assistant", "content": row["completion"][0]["content"] * (1 + i % 3)}],
+        },
+        with_indices=True,
+    )
+
+
+def slow_nll(model, tokenizer, rows):
+    """One row and one token at a time, in float64."""
+    terms = []
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        prompt_ids, ids = tokenizer(prompt)["input_ids"], tokenizer(text)["input_ids"]
+        assert ids[: len(prompt_ids)] == prompt_ids
+        with torch.no_grad():
+            log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        terms += [-log_probs[i - 1, ids[i]].item() for i in range(len(prompt_ids), len(ids))]
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_nll_equals_a_slow_computation_for_any_batch_size(tiny_model, tokenizer, rows, batch_size):
+    rows = uneven(rows)
+    expected = slow_nll(tiny_model.eval(), tokenizer, rows)
+    assert held_out_nll(tiny_model, tokenizer, rows, batch_size) == pytest.approx(expected, rel=1e-6)
+
+
+def test_nll_is_the_evaluation_loss_of_sft_trainer(tmp_path, tiny_model, tokenizer, rows):
+    rows = rows.select_columns(["prompt", "completion"])
+    args = SFTConfig(tmp_path, use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=len(rows))
+    trainer = SFTTrainer(tiny_model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    expected = trainer.evaluate()["eval_loss"]
+    assert held_out_nll(tiny_model, tokenizer, rows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluating_leaves_the_model_in_its_mode(tiny_model, tokenizer, rows):
+    tiny_model.train()
+    held_out_nll(tiny_model, tokenizer, rows.select(range(2)))
+    assert tiny_model.training
+
+
+def test_batched_generations_equal_single_ones(tiny_model, tokenizer, rows):
+    rows = uneven(rows).select(range(6))
+    _, batched = exact_match(tiny_model, tokenizer, rows, max_new_tokens=8, batch_size=4)
+    for row, text in zip(rows, batched, strict=True):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        output = tiny_model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+        assert text == tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)
+
+
+def test_exact_match_counts_marked_answers_only(monkeypatch, tiny_model, tokenizer, rows):
+    rows = rows.select(range(4))  # the answers are 5, 20, 61, 16
+    texts = ["#### 5.0", "It is 20.", "#### 16\n#### 61", "#### 16 #### 17"]
+    text_of = {row["prompt"][0]["content"]: text for row, text in zip(rows, texts, strict=True)}
+
+    def answer(model, tokenizer, prompts, max_new_tokens):
+        contents = [tokenizer.decode(ids) for ids in prompts]
+        return [next(text for question, text in text_of.items() if question in content) for content in contents]
+
+    monkeypatch.setattr("hf_sft_variants.evaluation._generate", answer)
+    share, generations = exact_match(tiny_model, tokenizer, rows, batch_size=3)
+    assert share == 0.5
+    assert generations == texts
+    assert last_number_match(generations, rows) == 0.75
+
+
+def test_an_adapter_folder_is_loaded_on_the_base_model_it_names(saved_model, saved_adapter, rows):
+    recognised, tokenizer = load_model_and_tokenizer(saved_adapter, device="cpu")
+    named, _ = load_model_and_tokenizer(saved_model, adapter=saved_adapter, device="cpu")
+    base, _ = load_model_and_tokenizer(saved_model, device="cpu")
+    nlls = [held_out_nll(model, tokenizer, rows) for model in (recognised, named, base)]
+    assert nlls[0] == nlls[1] != nlls[2]
+    assert exact_match(recognised, tokenizer, rows, max_new_tokens=2)[0] == 0.0
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path, saved_model, tiny_model, tokenizer):
+    with pytest.raises(InputError, match="`model` is 'nowhere/at-all'.*could not be loaded"):
+        load_model_and_tokenizer("nowhere/at-all")
+    with pytest.raises(InputError, match=r"`adapter` is .*adapter_config\.json"):
+        load_model_and_tokenizer(saved_model, adapter=saved_model)
+    with pytest.raises(InputError, match="`device` is 'gpu9'"):
+        load_model_and_tokenizer(saved_model, device="gpu9")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, saved_model):
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="no chat template"):
+        load_model_and_tokenizer(saved_model)
+
+
+def test_a_data_set_that_cannot_be_evaluated_is_refused(tiny_model, tokenizer, rows):
+    with pytest.raises(InputError, match="no column 'completion', only 'prompt', 'answer'"):
+        held_out_nll(tiny_model, tokenizer, rows.remove_columns("completion"))
+    with pytest.raises(InputError, match="`dataset` is empty"):
+        held_out_nll(tiny_model, tokenizer, rows.select([]))
+    with pytest.raises(InputError, match="Column 'prompt' of `dataset` holds 'Hi'"):
+        held_out_nll(tiny_model, tokenizer, Dataset.from_list([{"prompt": "Hi", "completion": "Ho"}]))
+    with pytest.raises(InputError, match="`answer` of row 1 is 'many'"):
+        wrong = rows.select(range(2)).remove_columns("answer").add_column("answer", ["3", "many"])
+        exact_match(tiny_model, tokenizer, wrong)
+
+
+def test_a_split_that_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"prompt": "Hi"}\n')
+    assert len(load_split(str(tmp_path))) == 1
+    with pytest.raises(InputError, match="`split` 'validation' could not be loaded"):
+        load_split(str(tmp_path), "validation")
+    with pytest.raises(InputError, match="`dataset` 'nowhere/at-all'"):
+        load_split("nowhere/at-all")
