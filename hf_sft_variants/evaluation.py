@@ -2,98 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import takewhile
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
-from peft import PeftConfig, PeftModel
+from datasets import Dataset
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from trl.data_utils import common_prefix_length
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .answers import extract_answer, extract_last_number, normalize_number
 from .errors import InputError
-
-
-def load_model_and_tokenizer(
-    model: str, adapter: str | None = None, device: str | None = None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """
-    Loads a causal language model, with a PEFT adapter if there is one.
-
-    Args:
-        model (`str`):
-            Folder or Hub id of a model. A folder that holds a PEFT adapter is loaded on the base model it names.
-        adapter (`str`, *optional*):
-            Folder of a PEFT adapter to load on `model`.
-        device (`str`, *optional*):
-            Where to put the model, e.g. `"cpu"` or `"cuda:1"`. By default the accelerator if there is one, else
-            the CPU.
-
-    Returns:
-        `tuple`: The model in evaluation mode, and its tokenizer.
-
-    Raises:
-        InputError: If the model or the adapter cannot be loaded, the tokenizer has no chat template or torch does not
-            know the device.
-    """
-    target = _torch_device(device)
-    if adapter is None and _is_adapter(model):
-        model, adapter = PeftConfig.from_pretrained(model).base_model_name_or_path, model
-    elif adapter is not None and not _is_adapter(adapter):
-        raise InputError(f"`adapter` is {adapter!r}, which has no adapter_config.json: pass a folder that PEFT saved.")
-    try:
-        # The tokenizer that was trained with stands beside the adapter
-        tokenizer = AutoTokenizer.from_pretrained(adapter if adapter and _has_tokenizer(adapter) else model)
-        loaded = AutoModelForCausalLM.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"`model` is {model!r}, which could not be loaded ({str(error).splitlines()[0]}): pass a folder that holds "
-            "a saved model, or an id on the Hub; for an adapter whose base model has moved, pass the base model as "
-            "`model` and the adapter's folder as `adapter`."
-        ) from error
-    if tokenizer.chat_template is None:
-        raise InputError(f"`model` is {model!r}, whose tokenizer has no chat template: pass a chat model.")
-    if adapter is not None:
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    return loaded.to(target).eval(), tokenizer
-
-
-def load_split(dataset: str, split: str = "test") -> Dataset:
-    """
-    Loads one split of a data set.
-
-    Args:
-        dataset (`str`):
-            Folder with data files, or Hub id.
-        split (`str`, *optional*, defaults to `"test"`):
-            Name of the split.
-
-    Returns:
-        `Dataset`: The rows.
-
-    Raises:
-        InputError: If there is no such data set or split, or it is empty.
-    """
-    try:
-        rows = load_dataset(dataset, split=split)
-    except (DatasetNotFoundError, OSError, ValueError) as error:
-        raise InputError(
-            f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({str(error).splitlines()[0]}): pass a "
-            "folder that holds one file per split, e.g. test.jsonl (`hf-sft-variants quickstart` writes one), or an id "
-            "on the Hub."
-        ) from error
-    if len(rows) == 0:
-        raise InputError(f"`split` {split!r} of `dataset` {dataset!r} is empty: choose another split.")
-    return rows
+from .loading import check_dataset
 
 
 def held_out_nll(
@@ -195,53 +115,6 @@ def last_number_match(generations: list[str], dataset: Dataset) -> float:
     return _share_right(generations, dataset, extract_last_number)
 
 
-def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
-    """
-    Checks that a data set can be evaluated.
-
-    Args:
-        dataset (`Dataset`):
-            The data set.
-        columns (`Sequence[str]`):
-            Columns it must have; `prompt` and `completion` must be conversations.
-
-    Raises:
-        InputError: If the data set is empty, lacks a column or has no conversations.
-    """
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        raise InputError(
-            f"`dataset` has no column {', '.join(map(repr, missing))}, only "
-            f"{', '.join(map(repr, dataset.column_names))}: rename or add what is missing."
-        )
-    if len(dataset) == 0:
-        raise InputError("`dataset` is empty: pass at least one row.")
-    for column in columns:
-        value = dataset[0][column]
-        if column != "answer" and not isinstance(value, list):
-            raise InputError(
-                f"Column {column!r} of `dataset` holds {value!r}: pass conversations, i.e. lists of "
-                "{'role': ..., 'content': ...}."
-            )
-
-
-def _is_adapter(folder: str) -> bool:
-    return Path(folder, "adapter_config.json").is_file()
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return Path(folder, "tokenizer_config.json").is_file()
-
-
-def _torch_device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"`device` is {device!r}, which torch does not know: pass e.g. cpu or cuda:0.") from error
-
-
 def _share_right(generations: list[str], dataset: Dataset, extract: Callable[[str], str | None]) -> float:
     answers = _row_answers(dataset)
     return sum(extract(text) == answer for text, answer in zip(generations, answers, strict=True)) / len(answers)
@@ -267,7 +140,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int],
     """Token ids of a row, and how many of them are the prompt's; both as SFTTrainer finds them."""
     prompt_ids = _token_ids(tokenizer, row["prompt"], add_generation_prompt=True)
     ids = _token_ids(tokenizer, row["prompt"] + row["completion"], add_generation_prompt=False)
-    return ids, common_prefix_length(prompt_ids, ids)
+    # Some templates render the prompt alone differently: the completion starts where the two part
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False))
+    return ids, len(list(same))
 
 
 def _batches(rows: Sequence, lengths: list[int], batch_size: int, description: str) -> Iterator[list[int]]:

@@ -5,13 +5,8 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.evaluation import (
-    exact_match,
-    held_out_nll,
-    last_number_match,
-    load_model_and_tokenizer,
-    load_split,
-)
+from hf_sft_variants.evaluation import exact_match, held_out_nll, last_number_match
+from hf_sft_variants.loading import load_model_and_tokenizer, load_split
 
 
 @pytest.fixture

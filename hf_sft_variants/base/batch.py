@@ -23,6 +23,8 @@ class AnnotatedBatch:
             gradient.
         label_mask (`torch.Tensor` of shape `(B, L)`):
             `True` where there is a label.
+        labels (`torch.Tensor` of shape `(B, L)`):
+            Token id of each label, `-100` where there is none.
         sample_ids (`torch.Tensor` of shape `(B, L)`):
             Number of the sample that each label belongs to, from `0` to `num_samples - 1`: the row, or the document of
             a packed or padding-free row.
@@ -41,6 +43,7 @@ class AnnotatedBatch:
 
     log_probs: torch.Tensor
     label_mask: torch.Tensor
+    labels: torch.Tensor
     sample_ids: torch.Tensor
     num_samples: int
     annotations: dict[str, torch.Tensor]

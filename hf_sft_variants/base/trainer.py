@@ -16,6 +16,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
+from ..scoring.keys import add_example_keys
 from .batch import AnnotatedBatch, align_with_labels, count_supervised_samples, sample_ids_of
 from .collator import AnnotationCollator
 from .preparation import cut_to_max_length, map_description, require_supervised_token
@@ -169,6 +170,19 @@ class AnnotatedSFTTrainer(SFTTrainer):
         """The user's per-token columns that [`annotate`] reads: checked for length, truncated with the tokens."""
         return []
 
+    @property
+    def needs_example_keys(self) -> bool:
+        """Whether [`score`] needs the column `example_key`, which names an example by its content."""
+        return False
+
+    def score(self, dataset: Dataset, dataset_name: str) -> Dataset:
+        """
+        Run models over the data set before [`annotate`]: as there, but called by all processes at once, which may
+        share the work ([`~hf_sft_variants.scoring`]). `annotate` is called by one process before the others, which
+        then find its result in the cache.
+        """
+        return dataset
+
     def count_items(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """
         Number of each kind of item in one collated micro-batch, integer scalars; `"tokens"` is added by the trainer.
@@ -199,12 +213,24 @@ class AnnotatedSFTTrainer(SFTTrainer):
             dataset, processing_class, tokenize_args, False, formatting_func, dataset_name
         )
         with global_then_local_main_first():
+            if self.needs_example_keys:
+                dataset = self._add_example_keys(dataset, dataset_name)
             dataset = cut_to_max_length(dataset, self.user_token_columns(), args, packing, dataset_name)
             require_supervised_token(dataset, dataset_name)
+        dataset = self.score(dataset, dataset_name)
+        with global_then_local_main_first():
             dataset = self.annotate(dataset, dataset_name)
             if packing:
                 dataset = self._pack(dataset, args, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _add_example_keys(self, dataset, dataset_name):
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"The {dataset_name} dataset is a stream, but {type(self).__name__} has to score all examples before "
+                "training. Load it without `streaming=True`."
+            )
+        return add_example_keys(dataset, ["input_ids", "labels"], self.args.dataset_num_proc)
 
     def _pack(self, dataset, args, dataset_name):
         dataset = dataset.select_columns(["input_ids", "labels", *self.annotation_columns])
@@ -274,6 +300,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
         return AnnotatedBatch(
             log_probs=outputs.log_probs.float(),
             label_mask=outputs.label_mask,
+            labels=align_with_labels(inputs["labels"], num_predictions, -100),
             sample_ids=align_with_labels(sample_ids, num_predictions, 0),
             num_samples=num_samples,
             annotations={

@@ -32,14 +32,8 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates, and prints the figures."""
-    from ..evaluation import (
-        check_dataset,
-        exact_match,
-        held_out_nll,
-        last_number_match,
-        load_model_and_tokenizer,
-        load_split,
-    )
+    from ..evaluation import exact_match, held_out_nll, last_number_match
+    from ..loading import check_dataset, load_model_and_tokenizer, load_split
 
     dataset = load_split(args.dataset, args.split)
     check_dataset(dataset, ("prompt", "completion", "answer"))

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
@@ -16,6 +17,10 @@ class SFTGOConfig(SFTConfig):
             What makes a token important:
 
             - `"tfidf"`: its TF-IDF weight, one document a sample's supervised tokens, one term a token id.
+            - `"llmlingua2"`: the probability that a prompt compressor, `importance_model`, keeps its word.
+            - `"rho1"`: how much worse the model is at it than `reference_model`, ranked anew at every step. The
+              important group then always counts as the worst one, so `worst_group_weight=1` is
+              [Rho-1](https://huggingface.co/papers/2404.07965).
             - `"column"`: the data set says it, by `importance_column` or `group_column`.
 
         important_fraction (`float`, *optional*, defaults to `0.5`):
@@ -45,6 +50,20 @@ class SFTGOConfig(SFTConfig):
         tfidf_file (`str`, *optional*):
             Where the fitted document frequencies are kept (`.npz`): read if the file is there, else fitted on the
             training set and written. Needed for a streaming training set, which can't be read beforehand.
+        importance_model (`str`, *optional*, defaults to `"microsoft/llmlingua-2-xlm-roberta-large-meetingbank"`):
+            For `group_by="llmlingua2"`: id or path of a token-classification model with two labels, 1 for "keep".
+        reference_model (`str`, *optional*):
+            For `group_by="rho1"`: id or path of a causal language model with the same tokenizer, or of an adapter. It
+            scores the data once and is gone before training.
+        reference_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of `from_pretrained` for `reference_model`. `dtype` defaults to bfloat16 on an
+            accelerator, float32 on the CPU.
+        score_cache_dir (`str`, *optional*):
+            Folder where the scores of `importance_model` and `reference_model` are kept, one Parquet file for each
+            data set, model and set of options. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder.
+            Other values of `important_fraction` use the same scores.
+        score_batch_tokens (`int`, *optional*, defaults to `8192`):
+            Most tokens in a batch when scoring, padding included.
         importance_column (`str`, *optional*):
             For `group_by="column"`: column with a score for each token of `input_ids`; the higher, the more important.
         group_column (`str`, *optional*):
@@ -52,11 +71,13 @@ class SFTGOConfig(SFTConfig):
             tokens in no group (they count in the cross-entropy only). Of two groups, 1 is the important one.
     """
 
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+
     group_by: str = field(
         default="tfidf",
         metadata={
-            "help": "What makes a token important: its TF-IDF weight, or a column of the data set.",
-            "choices": ["tfidf", "column"],
+            "help": "What makes a token important: TF-IDF, LLMLingua-2, excess loss, or a column of the data set.",
+            "choices": ["tfidf", "llmlingua2", "rho1", "column"],
         },
     )
     important_fraction: float = field(
@@ -106,6 +127,26 @@ class SFTGOConfig(SFTConfig):
             "help": "File (.npz) with fitted document frequencies: read if it is there, else fitted and written."
         },
     )
+    importance_model: str = field(
+        default="microsoft/llmlingua-2-xlm-roberta-large-meetingbank",
+        metadata={"help": "For group_by='llmlingua2': id or path of a token-classification model."},
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "For group_by='rho1': id or path of a causal language model with the same tokenizer."},
+    )
+    reference_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `from_pretrained` for the reference model."},
+    )
+    score_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for scores; by default `hf_sft_variants/scores` in the Hugging Face home folder."},
+    )
+    score_batch_tokens: int = field(
+        default=8192,
+        metadata={"help": "Most tokens in a batch when scoring, padding included."},
+    )
     importance_column: str | None = field(
         default=None,
         metadata={"help": "For group_by='column': column with a score for each token of input_ids."},
@@ -129,6 +170,10 @@ class SFTGOConfig(SFTConfig):
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
         if self.min_grouped_tokens < 0:
             raise ValueError(f"`min_grouped_tokens` must be 0 or more, got {self.min_grouped_tokens}.")
+        if self.score_batch_tokens < 1:
+            raise ValueError(f"`score_batch_tokens` must be 1 or more, got {self.score_batch_tokens}.")
+        if self.group_by == "rho1" and self.reference_model is None:
+            raise ValueError("`group_by='rho1'` needs `reference_model`: the id or path of a causal language model.")
         self._check_columns()
 
     def _check_choice(self, name: str) -> None:
@@ -151,3 +196,7 @@ class SFTGOConfig(SFTConfig):
             )
         if self.group_by != "tfidf" and self.tfidf_file is not None:
             raise ValueError(f"`tfidf_file={self.tfidf_file!r}` is used with `group_by='tfidf'` only; remove it.")
+        if self.group_by != "rho1" and self.reference_model is not None:
+            raise ValueError(
+                f"`reference_model={self.reference_model!r}` is used with `group_by='rho1'` only; remove it."
+            )

@@ -77,6 +77,23 @@ def add_group_ids(
     }
 
 
+def add_rankable_groups(
+    examples: dict[str, list], min_grouped_tokens: int, first_token_ids: set[int]
+) -> dict[str, list[list[int]]]:
+    """
+    For `Dataset.map`, batched: adds `group_ids` to be ranked in training ([`group_by_excess_loss`]): 1 for tokens that
+    rank first, 0 for the other supervised ones, -1 for those that are not supervised or not grouped.
+    """
+    rows = []
+    for labels in map(np.asarray, examples["labels"]):
+        groups = np.full(len(labels), UNGROUPED)
+        positions = supervised_positions(labels)
+        if len(positions) >= max(min_grouped_tokens, 2):
+            groups[positions] = np.where(np.isin(labels[positions], list(first_token_ids)), IMPORTANT, UNIMPORTANT)
+        rows.append(groups.tolist())
+    return {"group_ids": rows}
+
+
 def copy_scores(example: dict[str, Any], row: int, column: str, dataset_name: str) -> dict[str, list[float]]:
     """
     For `Dataset.map`: check a row of the user's own scores and copy it to `importance_scores`.

@@ -24,6 +24,11 @@ class GroupOptimization:
     group_weight: torch.Tensor
     worst_group: torch.Tensor
 
+    @property
+    def has_several_groups(self) -> torch.Tensor:
+        """Whether a scope has tokens of at least two groups; shape `(X,)`."""
+        return (self.group_weight > 0).sum(dim=1) > 1
+
 
 def group_optimization(
     log_probs: torch.Tensor,
@@ -32,6 +37,7 @@ def group_optimization(
     scope_ids: torch.Tensor,
     num_scopes: int,
     worst_group_weight: float,
+    chosen_group: int | None = None,
 ) -> GroupOptimization:
     r"""
     Cross-entropy plus the loss of the worst group ([SFT-GO](https://huggingface.co/papers/2506.15021)).
@@ -59,12 +65,14 @@ def group_optimization(
             Number of scopes, those without labels included.
         worst_group_weight (`float`):
             λ, in [0, 1].
+        chosen_group (`int`, *optional*):
+            Group to take in place of the one with the highest loss.
 
     Returns:
         [`GroupOptimization`].
     """
     weighted_nll = -log_probs * token_weights
-    num_groups = max(int(group_ids.max()) + 1, 1) if group_ids.numel() else 1
+    num_groups = max(int(group_ids.max()) + 1 if group_ids.numel() else 0, 1, (chosen_group or 0) + 1)
     # One slot for each group of each scope, and one more for its tokens in no group
     slots = (scope_ids * (num_groups + 1) + group_ids + 1).flatten()
     zeros = weighted_nll.new_zeros(num_scopes * (num_groups + 1))
@@ -75,10 +83,10 @@ def group_optimization(
     has_tokens = group_weight > 0
     group_nll = nll_sum[:, 1:] / group_weight.where(has_tokens, torch.ones_like(group_weight))
     worst_group = group_nll.detach().masked_fill(~has_tokens, -torch.inf).argmax(dim=1)
-    worst_nll = group_nll.gather(1, worst_group[:, None]).squeeze(1)
+    taken_group = worst_group if chosen_group is None else torch.full_like(worst_group, chosen_group)
+    taken_nll, is_there = (values.gather(1, taken_group[:, None]).squeeze(1) for values in (group_nll, has_tokens))
 
-    scope_weight = weight.sum(dim=1)
-    worst_sum = torch.where(has_tokens.any(dim=1), scope_weight * worst_nll, nll_sum.sum(dim=1))
+    worst_sum = torch.where(is_there, weight.sum(dim=1) * taken_nll, nll_sum.sum(dim=1))
     # The cross-entropy is summed as SFTTrainer sums it: λ = 0 then gives its loss to the last bit
     loss_sum = (1 - worst_group_weight) * weighted_nll.sum() + worst_group_weight * worst_sum.sum()
     return GroupOptimization(loss_sum, group_nll.detach(), group_weight, worst_group)

@@ -1,14 +1,26 @@
 import math
 import textwrap
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
+from ..scoring import join_scores
 from .config import SFTGOConfig
-from .grouping import IMPORTANT, MAX_GROUPS, UNGROUPED, add_group_ids, copy_group_ids, copy_scores, special_token_ids
-from .loss import GroupOptimization, group_optimization, uniform_token_weights
+from .excess_loss import group_by_excess_loss
+from .grouping import (
+    IMPORTANT,
+    UNGROUPED,
+    add_group_ids,
+    add_rankable_groups,
+    copy_group_ids,
+    copy_scores,
+    special_token_ids,
+)
+from .loss import group_optimization, uniform_token_weights
+from .metrics import WorstGroupFlips, group_metrics
+from .reference_losses import reference_log_probs
 from .tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf
 
 
@@ -24,7 +36,9 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     Logs beside SFTTrainer's metrics and `nll`: `sft_go/worst_group_weight` (the current λ); of groups by importance
     `sft_go/important_nll`, `sft_go/unimportant_nll` (nats per token) and `sft_go/important_is_worst` (of the samples,
     or micro-batches, with both groups the share in which the important one has the higher loss); of own group ids
-    `sft_go/group_<id>_nll` and `sft_go/group_<id>_is_worst` (of the samples with this group and another).
+    `sft_go/group_<id>_nll` and `sft_go/group_<id>_is_worst` (of the samples with this group and another); with scope
+    `"sample"`, from the second epoch on, `sft_go/flip_rate` (share of the samples whose worst group has changed since
+    the epoch before).
 
     Example:
 
@@ -51,51 +65,67 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
             }"""),
     }
     config_class = SFTGOConfig
-    annotation_columns = {"group_ids": UNGROUPED}
-
     _tfidf: TokenTfidf | None = None
+
+    @property
+    def annotation_columns(self):
+        reference = {"reference_log_probs": 0.0} if self.args.group_by == "rho1" else {}
+        return {"group_ids": UNGROUPED, **reference}
+
+    @cached_property
+    def _worst_group_flips(self):
+        return WorstGroupFlips()
 
     # Annotation: a group id for each token
 
     def user_token_columns(self):
         return [column for column in (self.args.importance_column, self.args.group_column) if column is not None]
 
-    def annotate(self, dataset, dataset_name):
-        args = self.args
-        if args.group_column is not None:
-            return self._copy_column(dataset, args.group_column, copy_group_ids, dataset_name)
-        if args.importance_column is not None:
-            dataset = self._copy_column(dataset, args.importance_column, copy_scores, dataset_name)
-        else:
-            dataset = self._add_tfidf_scores(dataset, dataset_name)
-        first_token_ids = special_token_ids(self._tokenizer) if args.special_tokens_important else set()
-        return dataset.map(
-            add_group_ids,
-            batched=True,
-            fn_kwargs={
-                "important_fraction": args.important_fraction,
-                "min_grouped_tokens": args.min_grouped_tokens,
-                "first_token_ids": first_token_ids,
-            },
-            **map_description(dataset, args, f"Grouping tokens of {dataset_name} dataset"),
-        )
+    @property
+    def needs_example_keys(self):
+        return self.args.group_by in ("llmlingua2", "rho1")
 
-    def _copy_column(self, dataset, column, function, dataset_name):
-        return dataset.map(
-            function,
-            with_indices=True,
-            fn_kwargs={"column": column, "dataset_name": dataset_name},
-            **map_description(dataset, self.args, f"Checking column {column} of {dataset_name} dataset"),
-        )
+    def score(self, dataset, dataset_name):
+        if self.args.group_by == "rho1":
+            scores = reference_log_probs(dataset, self.args, self._tokenizer, dataset_name)
+            return join_scores(dataset, scores, {"token_log_probs": "reference_log_probs"}, "the score cache")
+        return dataset
+
+    def annotate(self, dataset, dataset_name):
+        copy_options = {"with_indices": True, "dataset_name": dataset_name}
+        description = f"Checking the own column of {dataset_name} dataset"
+        if self.args.group_column is not None:
+            return self._map(dataset, copy_group_ids, description, column=self.args.group_column, **copy_options)
+        if self.args.importance_column is not None:
+            dataset = self._map(dataset, copy_scores, description, column=self.args.importance_column, **copy_options)
+        if self.args.group_by == "tfidf":
+            dataset = self._add_tfidf_scores(dataset, dataset_name)
+        options = {
+            "batched": True,
+            "min_grouped_tokens": self.args.min_grouped_tokens,
+            "first_token_ids": special_token_ids(self._tokenizer) if self.args.special_tokens_important else set(),
+        }
+        description = f"Grouping tokens of {dataset_name} dataset"
+        if self.args.group_by == "rho1":
+            return self._map(dataset, add_rankable_groups, description, **options)
+        options["important_fraction"] = self.args.important_fraction
+        return self._map(dataset, add_group_ids, description, **options)
 
     def _add_tfidf_scores(self, dataset, dataset_name):
         if self._tfidf is None:  # the training set comes first, evaluation sets use its document frequencies
             self._tfidf = load_or_fit_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
+        idf = self._tfidf.transformer.idf_
+        return self._map(
+            dataset, add_tfidf_scores, f"Weighing tokens of {dataset_name} dataset", batched=True, idf=idf
+        )
+
+    def _map(self, dataset, function, description, batched=False, with_indices=False, **fn_kwargs):
         return dataset.map(
-            add_tfidf_scores,
-            batched=True,
-            fn_kwargs={"idf": self._tfidf.transformer.idf_},
-            **map_description(dataset, self.args, f"Weighing tokens of {dataset_name} dataset"),
+            function,
+            batched=batched,
+            with_indices=with_indices,
+            fn_kwargs=fn_kwargs,
+            **map_description(dataset, self.args, description),
         )
 
     # Loss
@@ -106,19 +136,38 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
             token_weights = uniform_token_weights(batch.label_mask, batch.sample_ids, batch.num_samples)
         else:
             token_weights = batch.label_mask.float()
-        whole_batch = self.args.group_scope == "micro_batch"
+        scope_ids, num_scopes = batch.sample_ids, batch.num_samples
+        if self.args.group_scope == "micro_batch":
+            scope_ids, num_scopes = torch.zeros_like(scope_ids), 1
         worst_group_weight = self.current_worst_group_weight()
         result = group_optimization(
             batch.log_probs,
             token_weights,
-            batch.annotations["group_ids"],
-            scope_ids=torch.zeros_like(batch.sample_ids) if whole_batch else batch.sample_ids,
-            num_scopes=1 if whole_batch else batch.num_samples,
-            worst_group_weight=worst_group_weight,
+            self._group_ids(batch, scope_ids, num_scopes),
+            scope_ids,
+            num_scopes,
+            worst_group_weight,
+            # Rho-1 trains on the tokens with the highest excess loss, be the others' plain loss higher or not
+            chosen_group=IMPORTANT if self.args.group_by == "rho1" else None,
         )
         batch.metrics["sft_go/worst_group_weight"] = (worst_group_weight, 1)
-        batch.metrics.update(self._group_metrics(result))
+        batch.metrics.update(group_metrics(result, own_ids=self.args.group_column is not None))
+        if self.model.training and self.args.group_scope == "sample":
+            flips = self._worst_group_flips.update(result, batch.labels, scope_ids)
+            batch.metrics["sft_go/flip_rate"] = flips
         return result.loss_sum / batch.num_items["samples" if uniform else "tokens"]
+
+    def _group_ids(self, batch: AnnotatedBatch, scope_ids: torch.Tensor, num_scopes: int) -> torch.Tensor:
+        if self.args.group_by != "rho1":
+            return batch.annotations["group_ids"]
+        return group_by_excess_loss(
+            batch.log_probs,
+            batch.annotations["reference_log_probs"],
+            batch.annotations["group_ids"],
+            scope_ids,
+            num_scopes,
+            self.args.important_fraction,
+        )
 
     def current_worst_group_weight(self) -> float:
         """λ at this step: moves from `worst_group_weight` to `worst_group_weight_end` by `worst_group_schedule`."""
@@ -129,19 +178,3 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         if self.args.worst_group_schedule == "cosine":
             return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
         return start
-
-    def _group_metrics(self, result: GroupOptimization) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        own_ids = self.args.group_column is not None
-        names = [f"group_{group}" for group in range(MAX_GROUPS)] if own_ids else ["unimportant", "important"]
-        # Every process has to log the same names, whatever groups its batch has
-        missing = len(names) - result.group_weight.size(1)
-        weight, nll = (F.pad(values, (0, missing)) for values in (result.group_weight, result.group_nll))
-        comparable = (weight > 0).sum(dim=1) > 1
-        metrics = {}
-        for group, name in enumerate(names):
-            metrics[f"sft_go/{name}_nll"] = ((weight * nll)[:, group].sum(), weight[:, group].sum())
-            if own_ids or group == IMPORTANT:
-                compared = comparable & (weight[:, group] > 0)
-                is_worst = compared & (result.worst_group == group)
-                metrics[f"sft_go/{name}_is_worst"] = (is_worst.sum(), compared.sum())
-        return metrics

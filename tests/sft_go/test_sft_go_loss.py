@@ -127,6 +127,15 @@ def test_nothing_to_learn_is_a_differentiable_zero(length):
     assert torch.equal(log_probs.grad, torch.zeros(2, length))
 
 
+def test_chosen_group_is_taken_where_it_is():
+    log_probs = -torch.tensor([[1.0, 2.0, 6.0], [3.0, 5.0, 4.0]])
+    groups = torch.tensor([[1, 0, 0], [0, 0, -1]])
+    scopes = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    result = group_optimization(log_probs, torch.ones(2, 3), groups, scopes, 2, 1.0, chosen_group=1)
+    assert result.loss_sum.item() == pytest.approx(3 * 1.0 + 12.0)  # the second scope has no group 1
+    assert result.worst_group.tolist() == [0, 0]
+
+
 def test_a_nan_is_not_hidden():
     log_probs = torch.tensor([[float("nan"), -1.0]])
     groups = torch.tensor([[0, 1]])

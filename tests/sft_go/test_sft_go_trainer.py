@@ -311,7 +311,10 @@ class TestBadInput:
             ({"worst_group_weight": -0.1}, "`worst_group_weight` must lie between 0 and 1, got -0.1"),
             ({"worst_group_weight": 1.5}, "got 1.5"),
             ({"worst_group_weight_end": 2}, "`worst_group_weight_end` must lie between 0 and 1, got 2"),
-            ({"group_by": "tf-idf"}, r"`group_by='tf-idf'` is unknown; choose one of \['tfidf', 'column'\]"),
+            (
+                {"group_by": "tf-idf"},
+                r"`group_by='tf-idf'` is unknown; choose one of \['tfidf', 'llmlingua2', 'rho1', 'column'\]",
+            ),
             ({"group_scope": "batch"}, "`group_scope='batch'` is unknown"),
             ({"sample_weighting": "equal"}, "`sample_weighting='equal'` is unknown"),
             ({"worst_group_schedule": "step"}, "`worst_group_schedule='step'` is unknown"),

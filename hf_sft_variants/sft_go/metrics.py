@@ -1,0 +1,80 @@
+"""What is logged about groups: how hard each is, which is the worst, and how often that changes."""
+
+import torch
+import torch.nn.functional as F
+
+from .grouping import IMPORTANT, MAX_GROUPS
+from .loss import GroupOptimization
+
+
+Ratios = dict[str, tuple[torch.Tensor | float, torch.Tensor | float]]
+
+
+def group_metrics(result: GroupOptimization, own_ids: bool) -> Ratios:
+    """
+    Mean loss of each group, and share of the scopes in which it is the worst.
+
+    Args:
+        result ([`GroupOptimization`]):
+            Of one micro-batch.
+        own_ids (`bool`):
+            Whether groups are the user's own (`group_0`, `group_1`, …) or `unimportant` and `important`.
+
+    Returns:
+        `dict[str, tuple]`: Name to numerator and denominator; the same names whatever groups the micro-batch has,
+        because all processes have to log the same.
+    """
+    names = [f"group_{group}" for group in range(MAX_GROUPS)] if own_ids else ["unimportant", "important"]
+    missing = len(names) - result.group_weight.size(1)
+    weight, nll = (F.pad(values, (0, missing)) for values in (result.group_weight, result.group_nll))
+    metrics = {}
+    for group, name in enumerate(names):
+        metrics[f"sft_go/{name}_nll"] = ((weight * nll)[:, group].sum(), weight[:, group].sum())
+        if own_ids or group == IMPORTANT:
+            compared = result.has_several_groups & (weight[:, group] > 0)
+            metrics[f"sft_go/{name}_is_worst"] = ((compared & (result.worst_group == group)).sum(), compared.sum())
+    return metrics
+
+
+class WorstGroupFlips:
+    """
+    Counts samples whose worst group is another one than when this process last saw the sample.
+
+    Nothing is counted in the first epoch, nor of samples that another process saw the last time. A sample is known by
+    a hash of its labels, whatever row it comes in.
+    """
+
+    def __init__(self):
+        self.last_worst_group: dict[int, int] = {}
+
+    def update(self, result: GroupOptimization, labels: torch.Tensor, sample_ids: torch.Tensor) -> tuple[int, int]:
+        """
+        Take in a micro-batch whose scopes are samples.
+
+        Args:
+            result ([`GroupOptimization`]):
+                Of this micro-batch.
+            labels (`torch.Tensor` of shape `(B, L)`):
+                Token to predict, `-100` where there is none.
+            sample_ids (`torch.Tensor` of shape `(B, L)`):
+                Scope of each token.
+
+        Returns:
+            `tuple[int, int]`: Flipped samples, and samples seen before.
+        """
+        hashes = torch.zeros_like(result.worst_group).index_add_(0, sample_ids.flatten(), _hash(labels).flatten())
+        compared = result.has_several_groups
+        flipped = seen = 0
+        for sample, worst_group in torch.stack([hashes, result.worst_group], dim=1)[compared].tolist():
+            if sample in self.last_worst_group:
+                seen += 1
+                flipped += worst_group != self.last_worst_group[sample]
+            self.last_worst_group[sample] = worst_group
+        return flipped, seen
+
+
+def _hash(labels: torch.Tensor) -> torch.Tensor:
+    """A 64-bit number for each label, to be summed over a sample (the sum does not depend on padding)."""
+    mixed = (labels + 1) * -7046029254386353131  # odd, 2^64 divided by the golden ratio; products wrap around
+    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
+    return mixed.masked_fill(labels == -100, 0)

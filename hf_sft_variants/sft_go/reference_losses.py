@@ -1,0 +1,87 @@
+"""Log-probabilities of a data set under the reference model of `group_by="rho1"`, scored once and cached."""
+
+import gc
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..scoring import EXAMPLE_KEY, identify_model, load_reference_model, read_scores, score_log_probs, scores_path
+from .config import SFTGOConfig
+
+
+def score_cache_dir(args: SFTGOConfig) -> Path:
+    """Folder of all cached scores."""
+    return Path(args.score_cache_dir or Path(HF_HOME) / "hf_sft_variants" / "scores")
+
+
+def reference_log_probs(dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str):
+    """
+    Score a prepared data set under the reference model, or find the scores on disk.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Examples with `example_key`, `input_ids` and `labels`.
+        args ([`SFTGOConfig`]):
+            Names the reference model and the cache.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The trained model's tokenizer.
+        dataset_name (`str`):
+            Name of the data set, for the progress bar.
+
+    Returns:
+        `pa.Table`: `example_key` and `token_log_probs`, among others.
+
+    Raises:
+        `ValueError`: If the reference model has another vocabulary or can't be loaded.
+    """
+    require_same_vocabulary(args.reference_model, tokenizer)
+    settings = {
+        "kind": "log_probs",
+        **identify_model(args.reference_model, args.reference_model_init_kwargs),
+        # The keys name whole examples, so what truncation leaves of them belongs to the settings
+        "max_length": args.max_length if not args.packing or args.packing_strategy == "bfd" else None,
+        "truncation_mode": args.truncation_mode,
+    }
+    path = scores_path(score_cache_dir(args), settings, dataset[EXAMPLE_KEY])
+    if path.is_file():
+        return read_scores(path, settings)
+    model = load_reference_model(args.reference_model, args.reference_model_init_kwargs)
+    description = f"Scoring {dataset_name} dataset with {args.reference_model}"
+    scores = score_log_probs(dataset, model, path, settings, args.score_batch_tokens, True, description)
+    del model
+    free_memory()
+    return scores
+
+
+def free_memory() -> None:
+    """Give back what a model that was just deleted held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def require_same_vocabulary(reference_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Token losses can be compared only token by token.
+
+    Raises:
+        `ValueError`: If the reference model's tokenizer has another vocabulary, or there is none.
+    """
+    try:
+        reference_tokenizer = AutoTokenizer.from_pretrained(reference_model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`reference_model={reference_model!r}` has no tokenizer that can be loaded: {error} `group_by='rho1'` "
+            "needs one to compare the vocabularies; save the tokenizer beside the model."
+        ) from error
+    ours, theirs = tokenizer.get_vocab(), reference_tokenizer.get_vocab()
+    if ours != theirs:
+        different = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+        raise ValueError(
+            f"`reference_model={reference_model!r}` has another vocabulary than the trained model: {len(theirs)} "
+            f"tokens against {len(ours)}, the first difference is {different[0]!r}. `group_by='rho1'` compares losses "
+            "token by token; choose a reference model of the same family."
+        )

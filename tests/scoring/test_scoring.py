@@ -1,0 +1,241 @@
+import copy
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from helpers import padded_document_log_probs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from hf_sft_variants.scoring import (
+    EXAMPLE_KEY,
+    LogProbScorer,
+    add_example_keys,
+    identify_model,
+    join_scores,
+    load_reference_model,
+    read_scores,
+    score_in_shards,
+    score_log_probs,
+    scores_path,
+    shards,
+)
+
+
+SETTINGS = {"kind": "test"}
+
+
+@pytest.fixture(autouse=True)
+def process_state():
+    PartialState(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def keyed_rows(token_rows):
+    return add_example_keys(token_rows, ["input_ids", "labels"])
+
+
+class TestKeys:
+    def test_equal_rows_are_numbered(self):
+        rows = Dataset.from_dict({"a": ["x", "y", "x", "x"], "b": [1, 1, 1, 2]})
+        keys = add_example_keys(rows, ["a", "b"])[EXAMPLE_KEY]
+        assert len(set(keys)) == 4
+        assert [key.split("-")[1] for key in keys] == ["0", "0", "1", "0"]
+        assert keys[0].split("-")[0] == keys[2].split("-")[0]
+
+    def test_keys_depend_on_content_alone(self):
+        rows = Dataset.from_dict({"a": ["x", "y", "z"], "other": [1, 2, 3]})
+        keys = dict(zip(rows["a"], add_example_keys(rows, ["a"])[EXAMPLE_KEY], strict=True))
+        reversed_rows = Dataset.from_dict({"other": [7, 8, 9], "a": ["z", "y", "x"]})
+        assert dict(zip(reversed_rows["a"], add_example_keys(reversed_rows, ["a"])[EXAMPLE_KEY], strict=True)) == keys
+
+    def test_second_start_finds_the_keys(self, token_rows, tmp_path):
+        token_rows.save_to_disk(tmp_path)
+        fingerprints = {add_example_keys(Dataset.load_from_disk(tmp_path), ["input_ids"])._fingerprint for _ in "ab"}
+        assert len(fingerprints) == 1
+
+
+class TestPlan:
+    @given(lengths=st.lists(st.integers(0, 60), max_size=200), batch_tokens=st.integers(1, 200))
+    @settings(max_examples=100, deadline=None)
+    def test_every_row_once_and_within_the_budget(self, lengths, batch_tokens):
+        plan = shards.plan_shards(lengths, batch_tokens)
+        batches = [batch for shard in plan for batch in shard]
+        rows = [row for batch in batches for row in batch]
+        assert sorted(rows) == list(range(len(lengths)))
+        assert [lengths[row] for row in rows] == sorted(lengths, reverse=True)
+        for batch in batches:
+            assert len(batch) == 1 or max(lengths[row] for row in batch) * len(batch) <= batch_tokens
+
+
+class TestLogProbs:
+    def expected(self, model, row):
+        log_probs = padded_document_log_probs(model, row["input_ids"], row["labels"])
+        return [0.0] + [0.0 if log_prob is None else log_prob for log_prob in log_probs]
+
+    @pytest.mark.parametrize("padding_free", [False, True])
+    def test_equal_to_the_models_logits(self, padding_free, tiny_model, token_rows):
+        plain_model = copy.deepcopy(tiny_model)
+        scorer = LogProbScorer(tiny_model, per_token=True, padding_free=padding_free)
+        for row, result in zip(token_rows, scorer(list(token_rows)), strict=True):
+            expected = self.expected(plain_model, row)
+            assert result["token_log_probs"].tolist() == pytest.approx(expected, abs=1e-5)
+            assert result["sum_log_prob"] == pytest.approx(sum(expected), abs=1e-4)
+            assert result["num_tokens"] == sum(label != -100 for label in row["labels"][1:])
+
+    def test_batch_size_and_order_do_not_matter(self, tiny_model, keyed_rows, tmp_path):
+        tables = []
+        for number, (rows, batch_tokens) in enumerate(
+            [(keyed_rows, 30), (keyed_rows, 400), (keyed_rows.shuffle(seed=3), 90)]
+        ):
+            table = score_log_probs(rows, tiny_model, tmp_path / f"{number}.parquet", SETTINGS, batch_tokens, True, "")
+            tables.append({row[EXAMPLE_KEY]: row for row in table.to_pylist()})
+        for other in tables[1:]:
+            assert other.keys() == tables[0].keys()
+            for key, row in other.items():
+                assert row["token_log_probs"] == pytest.approx(tables[0][key]["token_log_probs"], abs=1e-5)
+
+    def test_adapter_is_used(self, tiny_model, token_rows):
+        plain = LogProbScorer(copy.deepcopy(tiny_model))(list(token_rows))
+        adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        assert LogProbScorer(adapted)(list(token_rows))[0]["sum_log_prob"] != plain[0]["sum_log_prob"]
+
+    def test_file_is_as_documented(self, tiny_model, keyed_rows, tmp_path):
+        path = tmp_path / "new" / "scores.parquet"
+        score_log_probs(keyed_rows, tiny_model, path, SETTINGS, 100, True, "")
+        table = pq.read_table(path)
+        assert table.schema.names == ["example_key", "sum_log_prob", "num_tokens", "token_log_probs"]
+        assert table.schema.types == [pa.string(), pa.float64(), pa.int64(), pa.list_(pa.float32())]
+        assert table["example_key"].to_pylist() == list(keyed_rows[EXAMPLE_KEY])
+        assert json.loads(table.schema.metadata[b"hf_sft_variants"]) == SETTINGS
+        assert [file.name for file in path.parent.iterdir()] == ["scores.parquet"]
+
+
+KILLED_RUN = """
+import os, signal, sys
+from accelerate import PartialState
+from datasets import Dataset
+from hf_sft_variants.scoring import score_in_shards, shards
+from pathlib import Path
+
+folder, survives = Path(sys.argv[1]), int(sys.argv[2])
+PartialState(cpu=True)
+shards.BATCHES_PER_SHARD = 2
+scored = []
+
+def score_batch(examples):
+    if len(scored) == survives:
+        os.kill(os.getpid(), signal.SIGKILL)
+    scored.append(len(examples))
+    return [{"first": example["input_ids"][0]} for example in examples]
+
+rows = Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder / "cache"))
+score_in_shards(rows, score_batch, folder / "scores.parquet", {"kind": "test"}, 40, "")
+print(len(scored))
+"""
+
+
+class TestShards:
+    def test_killed_run_goes_on(self, keyed_rows, tmp_path):
+        def run(folder, survives):
+            command = [sys.executable, "-c", KILLED_RUN, str(folder), str(survives)]
+            return subprocess.run(command, capture_output=True, text=True)
+
+        folders = [tmp_path / "killed", tmp_path / "unbroken"]
+        for folder in folders:
+            folder.mkdir()
+            keyed_rows.to_json(folder / "rows.jsonl")
+        assert run(folders[0], survives=5).returncode == -signal.SIGKILL
+        assert len(list((folders[0] / "scores.parquet.shards").iterdir())) == 2  # of two batches each
+        resumed, unbroken = run(folders[0], survives=99), run(folders[1], survives=99)
+        num_batches = [int(result.stdout.splitlines()[-1]) for result in (resumed, unbroken)]
+        assert num_batches[0] == num_batches[1] - 4
+        assert (folders[0] / "scores.parquet").read_bytes() == (folders[1] / "scores.parquet").read_bytes()
+        assert not (folders[0] / "scores.parquet.shards").exists()
+
+    def test_full_disk(self, keyed_rows, tmp_path, monkeypatch):
+        def no_space(*args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(shards.pq, "write_table", no_space)
+        with pytest.raises(OSError, match="The disk is full: scores can't be written to"):
+            score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], tmp_path / "s", SETTINGS, 50, "")
+
+    def test_file_with_other_options(self, keyed_rows, tmp_path):
+        path = tmp_path / "scores.parquet"
+        score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], path, {"dtype": "a", "same": 1}, 50, "")
+        with pytest.raises(ValueError, match="written with other options: dtype was 'a', is 'b'. Delete"):
+            read_scores(path, {"dtype": "b", "same": 1})
+
+    @pytest.mark.parametrize("content", [b"", b"PAR1 no parquet"])
+    def test_broken_file(self, content, tmp_path):
+        (tmp_path / "scores.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=r"scores\.parquet can't be read"):
+            read_scores(tmp_path / "scores.parquet", SETTINGS)
+
+    def test_truncated_file(self, keyed_rows, tmp_path):
+        path = tmp_path / "scores.parquet"
+        score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], path, SETTINGS, 50, "")
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ValueError, match="can't be read"):
+            read_scores(path, SETTINGS)
+
+    def test_paths_tell_settings_and_examples_apart(self, tmp_path):
+        same = scores_path(tmp_path, {"a": 1, "b": 2}, ["x", "y"])
+        assert scores_path(tmp_path, {"b": 2, "a": 1}, ["y", "x"]) == same
+        others = [({"a": 1, "b": 3}, ["x", "y"]), ({"a": 1, "b": 2}, ["x"])]
+        assert same not in [scores_path(tmp_path, *other) for other in others]
+
+
+class TestJoin:
+    def test_by_key_in_any_order(self, keyed_rows):
+        scores = pa.table(
+            {EXAMPLE_KEY: keyed_rows[EXAMPLE_KEY][:], "length": [len(ids) for ids in keyed_rows["input_ids"]]}
+        )
+        joined = join_scores(keyed_rows.shuffle(seed=1).select(range(9)), scores, {"length": "l"}, "here")
+        assert [len(ids) for ids in joined["input_ids"]] == list(joined["l"])
+
+    def test_missing_example(self, keyed_rows):
+        scores = pa.table({EXAMPLE_KEY: keyed_rows[EXAMPLE_KEY][:4], "length": [1] * 4})
+        with pytest.raises(ValueError, match=r"Row 4 of the data set \(key \w+-0\) has no scores in here"):
+            join_scores(keyed_rows, scores, {"length": "l"}, "here")
+
+
+class TestReferenceModels:
+    def test_identity_changes_with_the_weights(self, tiny_model, tmp_path):
+        before = identify_model(tiny_model)
+        assert identify_model(copy.deepcopy(tiny_model)) == before
+        tiny_model.model.layers[0].mlp.up_proj.weight.data += 1
+        assert identify_model(tiny_model) != before
+
+        tiny_model.save_pretrained(tmp_path)
+        saved = identify_model(str(tmp_path))
+        assert identify_model(str(tmp_path)) == saved
+        assert identify_model(str(tmp_path), {"dtype": torch.bfloat16}) != saved
+        os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+        assert identify_model(str(tmp_path)) != saved
+
+    def test_loads_models_and_adapters(self, tiny_model, token_rows, tmp_path):
+        tiny_model.save_pretrained(tmp_path / "base")
+        base = load_reference_model(str(tmp_path / "base"))
+        assert base.dtype == torch.float32 and not base.training
+        assert not any(parameter.requires_grad for parameter in base.parameters())
+        adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        adapted.save_pretrained(tmp_path / "adapter")
+        loaded = load_reference_model(str(tmp_path / "adapter"))
+        first, second = (LogProbScorer(model)(list(token_rows))[0]["sum_log_prob"] for model in (adapted, loaded))
+        assert first == pytest.approx(second)
+
+    def test_no_model(self, tmp_path):
+        with pytest.raises(ValueError, match=r"The reference model .* can't be loaded"):
+            load_reference_model(str(tmp_path))

@@ -1,0 +1,185 @@
+import copy
+import shutil
+
+import pytest
+import torch
+from datasets import load_from_disk
+from helpers import SMALL, assert_same_gradients, make_trainer, one_step, padded_document_log_probs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+from hf_sft_variants.sft_go import reference_losses
+from hf_sft_variants.sft_go.excess_loss import group_by_excess_loss
+
+
+@pytest.fixture
+def reference(tiny_model, tokenizer, tmp_path):
+    """Folder of a model with other weights and the same tokenizer."""
+    other = copy.deepcopy(tiny_model)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    other.save_pretrained(tmp_path / "reference")
+    tokenizer.save_pretrained(tmp_path / "reference")
+    return other
+
+
+@pytest.fixture
+def options(reference, tmp_path):
+    return {
+        "group_by": "rho1",
+        "reference_model": str(tmp_path / "reference"),
+        "score_cache_dir": str(tmp_path / "scores"),
+        "special_tokens_important": False,
+    }
+
+
+@st.composite
+def token_tables(draw):
+    rows, length, num_scopes = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    size = rows * length
+
+    def one_per_token(values):
+        return torch.tensor(draw(st.lists(values, min_size=size, max_size=size))).view(rows, length)
+
+    # Few distinct values, so that ties are common
+    return {
+        "log_probs": -one_per_token(st.integers(0, 4)).float() / 2,
+        "reference_log_probs": -one_per_token(st.integers(0, 4)).float() / 2,
+        "group_ids": one_per_token(st.sampled_from([-1, 0, 0, 0, 1])),
+        "scope_ids": one_per_token(st.integers(0, num_scopes - 1)),
+        "num_scopes": num_scopes,
+    }
+
+
+@given(table=token_tables(), fraction=st.floats(0.05, 0.95))
+@settings(max_examples=200, deadline=None)
+def test_ranking_equals_a_slow_one(table, fraction):
+    result = group_by_excess_loss(**table, important_fraction=fraction).flatten().tolist()
+    flat = {name: values.flatten().tolist() for name, values in table.items() if name != "num_scopes"}
+    excess = [r - p for r, p in zip(flat["reference_log_probs"], flat["log_probs"], strict=True)]
+    expected = [-1] * len(excess)
+    for scope in range(table["num_scopes"]):
+        tokens = [t for t in range(len(excess)) if flat["scope_ids"][t] == scope and flat["group_ids"][t] >= 0]
+        ranked = sorted(tokens, key=lambda t: (flat["group_ids"][t] != 1, -excess[t], t))
+        num_important = min(max(round(fraction * len(tokens)), 1), len(tokens) - 1)
+        for rank, t in enumerate(ranked):
+            expected[t] = int(rank < num_important)
+    assert result == expected
+
+
+@pytest.mark.parametrize("layout", [{}, {"packing": True}], ids=["padded", "packed"])
+@pytest.mark.parametrize("scope", ["sample", "micro_batch"])
+@pytest.mark.parametrize("weight", [0.6, 1.0])
+def test_loss_equals_rho1_from_the_models_logits(
+    layout, scope, weight, options, reference, tiny_model, tokenizer, token_rows, tmp_path
+):
+    """With λ = 1: the mean loss of the share of tokens with the highest excess loss, as Rho-1 defines it."""
+    rows = token_rows.select([0, 2, 4, 6])
+    samples = []
+    for row in rows:
+        ours, theirs = (
+            padded_document_log_probs(model, row["input_ids"], row["labels"]) for model in (tiny_model, reference)
+        )
+        samples.append([(-p, r - p) for p, r in zip(ours, theirs, strict=True) if p is not None])
+    scopes = [[token for sample in samples for token in sample]] if scope == "micro_batch" else samples
+    expected = 0.0
+    for tokens in scopes:
+        selected = sorted(tokens, key=lambda token: -token[1])[: round(0.4 * len(tokens))]
+        rho1 = sum(nll for nll, _ in selected) / len(selected)
+        expected += weight * len(tokens) * rho1 + (1 - weight) * sum(nll for nll, _ in tokens)
+    loss, _ = one_step(
+        SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, important_fraction=0.4,
+        group_scope=scope, worst_group_weight=weight, per_device_train_batch_size=4, **options, **layout,
+    )  # fmt: skip
+    assert loss == pytest.approx(expected / sum(len(sample) for sample in samples), rel=1e-5)
+
+
+def test_every_split_of_a_batch(options, tiny_model, tokenizer, token_rows, tmp_path):
+    common = (SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows.select(range(8)), tmp_path)
+    loss, gradients = one_step(*common, per_device_train_batch_size=8, **options)
+    for split in (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 3, "packing": True},
+    ):
+        split_loss, split_gradients = one_step(*common, **options, **split)
+        assert split_loss == pytest.approx(loss, rel=1e-6)
+        assert_same_gradients(split_gradients, gradients, tolerance=1e-5)
+
+
+class TestScores:
+    def trainer(self, tiny_model, tokenizer, rows, tmp_path, options, **others):
+        return make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, **{**options, **others})
+
+    def test_are_computed_once(self, options, tiny_model, tokenizer, token_rows, tmp_path, monkeypatch):
+        first = self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options, eval_dataset=token_rows.select([2]))
+        assert len(list((tmp_path / "scores").iterdir())) == 2  # training and evaluation set
+        monkeypatch.setattr(reference_losses, "load_reference_model", None)  # must not be called again
+        again = self.trainer(
+            tiny_model, tokenizer, token_rows, tmp_path, options, important_fraction=0.2, max_steps=1, packing=True
+        )
+        again.train()
+        assert sum(map(len, again.train_dataset["reference_log_probs"])) == sum(
+            map(len, first.train_dataset["reference_log_probs"])
+        )
+
+    def test_other_truncation_scores_again(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+        self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options)
+        short = self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options, max_length=12)
+        assert len(list((tmp_path / "scores").iterdir())) == 2
+        for row in short.train_dataset:
+            assert len(row["reference_log_probs"]) == len(row["input_ids"]) <= 12
+
+    def test_changed_weights_score_again(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+        self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options)
+        shutil.rmtree(tmp_path / "reference")
+        tiny_model.save_pretrained(tmp_path / "reference")
+        tokenizer.save_pretrained(tmp_path / "reference")
+        self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options)
+        assert len(list((tmp_path / "scores").iterdir())) == 2
+
+    def test_equal_rows_and_shuffling(self, options, reference, tiny_model, tokenizer, token_rows, tmp_path):
+        rows = token_rows.select([4, 2, 4, 0])
+        trainer = self.trainer(tiny_model, tokenizer, rows, tmp_path, options, shuffle_dataset=True)
+        for row in trainer.train_dataset:
+            expected = padded_document_log_probs(reference, row["input_ids"], row["labels"])
+            expected = [0.0] + [0.0 if value is None else value for value in expected]
+            assert row["reference_log_probs"] == pytest.approx(expected, abs=1e-5)
+
+    def test_second_start_prepares_nothing_again(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+        token_rows.save_to_disk(tmp_path / "data")
+        fingerprints = {
+            self.trainer(
+                tiny_model, tokenizer, load_from_disk(tmp_path / "data"), tmp_path, options
+            ).train_dataset._fingerprint
+            for _ in range(2)
+        }
+        assert len(fingerprints) == 1
+
+
+class TestBadInput:
+    def test_no_reference_model(self, tmp_path):
+        with pytest.raises(ValueError, match="`group_by='rho1'` needs `reference_model`"):
+            SFTGOConfig(str(tmp_path), group_by="rho1", **SMALL)
+
+    def test_reference_model_of_another_strategy(self, tmp_path):
+        with pytest.raises(ValueError, match="`reference_model='a'` is used with `group_by='rho1'` only"):
+            SFTGOConfig(str(tmp_path), reference_model="a", **SMALL)
+
+    def test_another_vocabulary(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+        other = copy.deepcopy(tokenizer)
+        other.add_tokens(["<new>"])
+        other.save_pretrained(tmp_path / "reference")
+        with pytest.raises(ValueError, match="has another vocabulary than the trained model: 331 tokens against 330"):
+            make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+
+    def test_a_folder_without_a_model(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+        (tmp_path / "reference" / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"The reference model .* can't be loaded"):
+            make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+
+    def test_streaming(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+        rows = token_rows.to_iterable_dataset()
+        with pytest.raises(ValueError, match="The train dataset is a stream, but SFTGOTrainer has to score all"):
+            make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, max_steps=1, **options)
