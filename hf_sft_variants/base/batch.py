@@ -96,3 +96,42 @@ def count_supervised_samples(inputs: dict[str, Any]) -> torch.Tensor:
     labels_per_sample = torch.zeros(num_samples, dtype=torch.long, device=supervised.device)
     labels_per_sample.index_add_(0, sample_ids[:, 1:].flatten(), supervised.flatten().long())
     return (labels_per_sample > 0).sum()
+
+
+def make_annotated_batch(
+    inputs: dict[str, Any],
+    outputs: Any,
+    annotations: dict[str, torch.Tensor],
+    padding_values: dict[str, int | float],
+    num_items: dict[str, torch.Tensor],
+) -> AnnotatedBatch:
+    """
+    Align everything with the predictions.
+
+    Args:
+        inputs (`dict[str, Any]`):
+            Collated batch.
+        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
+            What the fused LM head made of it.
+        annotations (`dict[str, torch.Tensor]`):
+            Annotation columns, one value for each token of `input_ids`.
+        padding_values (`dict[str, int | float]`):
+            Annotation column to the value that stands on padding.
+        num_items (`dict[str, torch.Tensor]`):
+            Counts of the optimizer step.
+    """
+    num_predictions = outputs.log_probs.size(1)
+    sample_ids, num_samples = sample_ids_of(inputs)
+    return AnnotatedBatch(
+        log_probs=outputs.log_probs.float(),
+        label_mask=outputs.label_mask,
+        labels=align_with_labels(inputs["labels"], num_predictions, -100),
+        sample_ids=align_with_labels(sample_ids, num_predictions, 0),
+        num_samples=num_samples,
+        annotations={
+            name: align_with_labels(values, num_predictions, padding_values[name])
+            for name, values in annotations.items()
+        },
+        # Clamped so that a batch with nothing to learn gives a finite zero rather than 0 / 0
+        num_items={name: count.clamp(min=1) for name, count in num_items.items()},
+    )

@@ -4,7 +4,9 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from trl import SFTConfig
+from trl import SFTConfig, pack_dataset
+
+from .example_keys import add_example_keys
 
 
 logger = get_logger(__name__)
@@ -15,6 +17,21 @@ def map_description(dataset: Dataset | IterableDataset, args: SFTConfig, descrip
     if isinstance(dataset, IterableDataset):
         return {}
     return {"num_proc": args.dataset_num_proc, "desc": description}
+
+
+def with_example_keys(dataset: Dataset | IterableDataset, args: SFTConfig, dataset_name: str) -> Dataset:
+    """
+    Add the column `example_key` ([`~hf_sft_variants.base.example_keys.add_example_keys`]) to a tokenized data set.
+
+    Raises:
+        `ValueError`: If the data set is a stream.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"The {dataset_name} dataset is a stream, but all its examples have to be scored before training. Load it "
+            "without streaming."
+        )
+    return add_example_keys(dataset, ["input_ids", "labels"], args.dataset_num_proc)
 
 
 def cut_to_max_length(
@@ -98,3 +115,14 @@ def require_supervised_token(dataset: Dataset | IterableDataset, dataset_name: s
             f"The {dataset_name} dataset has no supervised token: every label is -100. "
             "Check the prompt and completion columns, the label masks, and whether `max_length` cuts the responses."
         )
+
+
+def pack(
+    dataset: Dataset | IterableDataset, annotation_columns: list[str], args: SFTConfig, dataset_name: str
+) -> Dataset | IterableDataset:
+    """Pack as `SFTTrainer` does, annotations included."""
+    dataset = dataset.select_columns(["input_ids", "labels", *annotation_columns])
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    map_kwargs = map_description(dataset, args, f"Packing {dataset_name} dataset")
+    return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)

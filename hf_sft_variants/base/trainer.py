@@ -14,12 +14,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import EvalPrediction
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, SFTTrainer
 
-from ..scoring.keys import add_example_keys
-from .batch import AnnotatedBatch, align_with_labels, count_supervised_samples, sample_ids_of
+from .batch import AnnotatedBatch, count_supervised_samples, make_annotated_batch
 from .collator import AnnotationCollator
-from .preparation import cut_to_max_length, map_description, require_supervised_token
+from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
 from .refusals import refuse_sequence_sharding, refuse_unsupported, resolve_args
 from .trl_internals import global_then_local_main_first
 
@@ -214,30 +213,15 @@ class AnnotatedSFTTrainer(SFTTrainer):
         )
         with global_then_local_main_first():
             if self.needs_example_keys:
-                dataset = self._add_example_keys(dataset, dataset_name)
+                dataset = with_example_keys(dataset, args, dataset_name)
             dataset = cut_to_max_length(dataset, self.user_token_columns(), args, packing, dataset_name)
             require_supervised_token(dataset, dataset_name)
         dataset = self.score(dataset, dataset_name)
         with global_then_local_main_first():
             dataset = self.annotate(dataset, dataset_name)
             if packing:
-                dataset = self._pack(dataset, args, dataset_name)
+                dataset = pack(dataset, list(self.annotation_columns), args, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-    def _add_example_keys(self, dataset, dataset_name):
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"The {dataset_name} dataset is a stream, but {type(self).__name__} has to score all examples before "
-                "training. Load it without `streaming=True`."
-            )
-        return add_example_keys(dataset, ["input_ids", "labels"], self.args.dataset_num_proc)
-
-    def _pack(self, dataset, args, dataset_name):
-        dataset = dataset.select_columns(["input_ids", "labels", *self.annotation_columns])
-        if args.shuffle_dataset:
-            dataset = dataset.shuffle(seed=args.seed)
-        map_kwargs = map_description(dataset, args, f"Packing {dataset_name} dataset")
-        return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -279,7 +263,9 @@ class AnnotatedSFTTrainer(SFTTrainer):
         parent_result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model.outputs
 
-        batch = self._annotated_batch(inputs, annotations, outputs, num_items_in_batch, step_items)
+        num_tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        num_items = {**(step_items or self.count_items(inputs)), "tokens": torch.as_tensor(num_tokens)}
+        batch = make_annotated_batch(inputs, outputs, annotations, self.annotation_columns, num_items)
         loss = self.compute_annotated_loss(batch)
         # As in SFTTrainer: the counts are global and DDP averages the gradients over the processes
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -291,25 +277,6 @@ class AnnotatedSFTTrainer(SFTTrainer):
         batch.metrics["nll"] = (-batch.log_probs.detach().sum(), batch.label_mask.sum())
         self._record_metrics(batch.metrics)
         return (loss, parent_result[1]) if return_outputs else loss
-
-    def _annotated_batch(self, inputs, annotations, outputs, num_items_in_batch, step_items) -> AnnotatedBatch:
-        num_predictions = outputs.log_probs.size(1)
-        sample_ids, num_samples = sample_ids_of(inputs)
-        num_tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        num_items = {**(step_items or self.count_items(inputs)), "tokens": torch.as_tensor(num_tokens)}
-        return AnnotatedBatch(
-            log_probs=outputs.log_probs.float(),
-            label_mask=outputs.label_mask,
-            labels=align_with_labels(inputs["labels"], num_predictions, -100),
-            sample_ids=align_with_labels(sample_ids, num_predictions, 0),
-            num_samples=num_samples,
-            annotations={
-                name: align_with_labels(values, num_predictions, self.annotation_columns[name])
-                for name, values in annotations.items()
-            },
-            # Clamped so that a batch with nothing to learn gives a finite zero rather than 0 / 0
-            num_items={name: count.clamp(min=1) for name, count in num_items.items()},
-        )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         # Of several evaluation sets, each has its own metrics: "eval_<name>" becomes "<name>_" before the metric

@@ -1,4 +1,4 @@
-from .keys import EXAMPLE_KEY, add_example_keys
+from ..base.example_keys import EXAMPLE_KEY, add_example_keys
 from .log_probs import LogProbScorer, score_log_probs
 from .reference_model import identify_model, load_reference_model
 from .shards import join_scores, read_scores, score_in_shards, scores_path

@@ -82,10 +82,10 @@ def score_log_probs(
     """
     Score every example of a prepared data set and keep the result as a Parquet file.
 
-    The file has a row for each example, in the data set's order: `example_key` (string), `sum_log_prob` (double, nats),
-    `num_tokens` (int64), with `per_token` also `token_log_probs` (list of float, one for each token of `input_ids`, 0
-    where the label is `-100` and on the first token). Its schema metadata hold `settings` as JSON under the key
-    `hf_sft_variants`. Resumes and shares the work as [`score_in_shards`] does.
+    The file has a row for each example, in the data set's order: `example_key` (string), `sum_log_prob` (double,
+    nats), `num_tokens` (int64), with `per_token` also `token_log_probs` (list of float, one for each token of
+    `input_ids`, 0 where the label is `-100` and on the first token). Its schema metadata hold `settings` as JSON under
+    the key `hf_sft_variants`. Resumes and shares the work as [`score_in_shards`] does.
 
     Args:
         dataset ([`~datasets.Dataset`]):

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .keys import EXAMPLE_KEY
+from ..base.example_keys import EXAMPLE_KEY
 
 
 # What a killed run loses at most, and what several processes take turns in

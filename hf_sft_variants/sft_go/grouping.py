@@ -66,32 +66,32 @@ def group_by_importance(
 
 
 def add_group_ids(
-    examples: dict[str, list], important_fraction: float, min_grouped_tokens: int, first_token_ids: set[int]
-) -> dict[str, list[list[int]]]:
-    """For `Dataset.map`, batched: adds `group_ids` from `labels` and `importance_scores` ([`group_by_importance`])."""
-    return {
-        "group_ids": [
-            group_by_importance(labels, scores, important_fraction, min_grouped_tokens, first_token_ids)
-            for labels, scores in zip(examples["labels"], examples["importance_scores"], strict=True)
-        ]
-    }
+    example: dict[str, Any], row: int, important_fraction: float, min_grouped_tokens: int, first_token_ids: set[int]
+) -> dict[str, list[int]]:
+    """For `Dataset.map`: annotates a row by its `importance_scores` ([`group_by_importance`])."""
+    labels, scores = example["labels"], example["importance_scores"]
+    group_ids = group_by_importance(labels, scores, important_fraction, min_grouped_tokens, first_token_ids)
+    return annotations(group_ids, row)
 
 
 def add_rankable_groups(
-    examples: dict[str, list], min_grouped_tokens: int, first_token_ids: set[int]
-) -> dict[str, list[list[int]]]:
+    example: dict[str, Any], row: int, min_grouped_tokens: int, first_token_ids: set[int]
+) -> dict[str, list[int]]:
     """
-    For `Dataset.map`, batched: adds `group_ids` to be ranked in training ([`group_by_excess_loss`]): 1 for tokens that
-    rank first, 0 for the other supervised ones, -1 for those that are not supervised or not grouped.
+    For `Dataset.map`: annotates a row whose tokens are ranked in training ([`group_by_excess_loss`]): 1 for tokens
+    that rank first, 0 for the other supervised ones, -1 for those that are not supervised or not grouped.
     """
-    rows = []
-    for labels in map(np.asarray, examples["labels"]):
-        groups = np.full(len(labels), UNGROUPED)
-        positions = supervised_positions(labels)
-        if len(positions) >= max(min_grouped_tokens, 2):
-            groups[positions] = np.where(np.isin(labels[positions], list(first_token_ids)), IMPORTANT, UNIMPORTANT)
-        rows.append(groups.tolist())
-    return {"group_ids": rows}
+    labels = np.asarray(example["labels"])
+    groups = np.full(len(labels), UNGROUPED)
+    positions = supervised_positions(labels)
+    if len(positions) >= max(min_grouped_tokens, 2):
+        groups[positions] = np.where(np.isin(labels[positions], list(first_token_ids)), IMPORTANT, UNIMPORTANT)
+    return annotations(groups.tolist(), row)
+
+
+def annotations(group_ids: list[int], row: int) -> dict[str, list[int]]:
+    """The annotation columns of a row; its number stands on each token, so that it survives packing."""
+    return {"group_ids": group_ids, "example_number": [row] * len(group_ids)}
 
 
 def copy_scores(example: dict[str, Any], row: int, column: str, dataset_name: str) -> dict[str, list[float]]:
@@ -112,7 +112,7 @@ def copy_scores(example: dict[str, Any], row: int, column: str, dataset_name: st
 
 def copy_group_ids(example: dict[str, Any], row: int, column: str, dataset_name: str) -> dict[str, list[int]]:
     """
-    For `Dataset.map`: check a row of the user's own group ids and copy it to `group_ids`.
+    For `Dataset.map`: check a row of the user's own group ids and annotate it with them.
 
     Raises:
         `ValueError`: If an id is no integer from -1 to `MAX_GROUPS - 1`, naming row, column and value.
@@ -124,4 +124,4 @@ def copy_group_ids(example: dict[str, Any], row: int, column: str, dataset_name:
                 f"Row {row} of the {dataset_name} dataset: column `{column}` has {group_id!r} as a group id. Give an "
                 f"integer from 0 to {MAX_GROUPS - 1} for each token, or -1 for a token in no group."
             )
-    return {"group_ids": example[column]}
+    return annotations(example[column], row)

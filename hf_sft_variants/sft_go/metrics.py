@@ -40,41 +40,36 @@ class WorstGroupFlips:
     """
     Counts samples whose worst group is another one than when this process last saw the sample.
 
-    Nothing is counted in the first epoch, nor of samples that another process saw the last time. A sample is known by
-    a hash of its labels, whatever row it comes in.
+    Nothing is counted in the first epoch, nor of samples that another process saw the last time.
     """
 
     def __init__(self):
         self.last_worst_group: dict[int, int] = {}
 
-    def update(self, result: GroupOptimization, labels: torch.Tensor, sample_ids: torch.Tensor) -> tuple[int, int]:
+    def update(
+        self, result: GroupOptimization, example_numbers: torch.Tensor, sample_ids: torch.Tensor
+    ) -> tuple[int, int]:
         """
         Take in a micro-batch whose scopes are samples.
 
         Args:
             result ([`GroupOptimization`]):
                 Of this micro-batch.
-            labels (`torch.Tensor` of shape `(B, L)`):
-                Token to predict, `-100` where there is none.
+            example_numbers (`torch.Tensor` of shape `(B, L)`):
+                Number of the example of each token, `-1` on padding.
             sample_ids (`torch.Tensor` of shape `(B, L)`):
                 Scope of each token.
 
         Returns:
             `tuple[int, int]`: Flipped samples, and samples seen before.
         """
-        hashes = torch.zeros_like(result.worst_group).index_add_(0, sample_ids.flatten(), _hash(labels).flatten())
-        compared = result.has_several_groups
+        numbers = torch.full_like(result.worst_group, -1)
+        numbers.scatter_reduce_(0, sample_ids.flatten(), example_numbers.flatten(), "amax")
         flipped = seen = 0
-        for sample, worst_group in torch.stack([hashes, result.worst_group], dim=1)[compared].tolist():
-            if sample in self.last_worst_group:
+        compared = torch.stack([numbers, result.worst_group], dim=1)[result.has_several_groups]
+        for number, worst_group in compared.tolist():
+            if number in self.last_worst_group:
                 seen += 1
-                flipped += worst_group != self.last_worst_group[sample]
-            self.last_worst_group[sample] = worst_group
+                flipped += worst_group != self.last_worst_group[number]
+            self.last_worst_group[number] = worst_group
         return flipped, seen
-
-
-def _hash(labels: torch.Tensor) -> torch.Tensor:
-    """A 64-bit number for each label, to be summed over a sample (the sum does not depend on padding)."""
-    mixed = (labels + 1) * -7046029254386353131  # odd, 2^64 divided by the golden ratio; products wrap around
-    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
-    return mixed.masked_fill(labels == -100, 0)

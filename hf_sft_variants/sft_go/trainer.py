@@ -70,7 +70,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     @property
     def annotation_columns(self):
         reference = {"reference_log_probs": 0.0} if self.args.group_by == "rho1" else {}
-        return {"group_ids": UNGROUPED, **reference}
+        return {"group_ids": UNGROUPED, "example_number": -1, **reference}
 
     @cached_property
     def _worst_group_flips(self):
@@ -92,41 +92,32 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         return dataset
 
     def annotate(self, dataset, dataset_name):
-        copy_options = {"with_indices": True, "dataset_name": dataset_name}
-        description = f"Checking the own column of {dataset_name} dataset"
-        if self.args.group_column is not None:
-            return self._map(dataset, copy_group_ids, description, column=self.args.group_column, **copy_options)
-        if self.args.importance_column is not None:
-            dataset = self._map(dataset, copy_scores, description, column=self.args.importance_column, **copy_options)
-        if self.args.group_by == "tfidf":
+        description = f"Grouping tokens of {dataset_name} dataset"
+        args, options = self.args, {"dataset_name": dataset_name}
+        if args.group_column is not None:
+            return self._map(dataset, copy_group_ids, description, column=args.group_column, **options)
+        if args.importance_column is not None:
+            dataset = self._map(dataset, copy_scores, description, column=args.importance_column, **options)
+        if args.group_by == "tfidf":
             dataset = self._add_tfidf_scores(dataset, dataset_name)
         options = {
-            "batched": True,
-            "min_grouped_tokens": self.args.min_grouped_tokens,
-            "first_token_ids": special_token_ids(self._tokenizer) if self.args.special_tokens_important else set(),
+            "min_grouped_tokens": args.min_grouped_tokens,
+            "first_token_ids": special_token_ids(self._tokenizer) if args.special_tokens_important else set(),
         }
-        description = f"Grouping tokens of {dataset_name} dataset"
-        if self.args.group_by == "rho1":
+        if args.group_by == "rho1":
             return self._map(dataset, add_rankable_groups, description, **options)
-        options["important_fraction"] = self.args.important_fraction
-        return self._map(dataset, add_group_ids, description, **options)
+        return self._map(dataset, add_group_ids, description, important_fraction=args.important_fraction, **options)
+
+    def _map(self, dataset, function, description, **fn_kwargs):
+        map_kwargs = map_description(dataset, self.args, description)
+        return dataset.map(function, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def _add_tfidf_scores(self, dataset, dataset_name):
         if self._tfidf is None:  # the training set comes first, evaluation sets use its document frequencies
             self._tfidf = load_or_fit_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
-        idf = self._tfidf.transformer.idf_
-        return self._map(
-            dataset, add_tfidf_scores, f"Weighing tokens of {dataset_name} dataset", batched=True, idf=idf
-        )
-
-    def _map(self, dataset, function, description, batched=False, with_indices=False, **fn_kwargs):
-        return dataset.map(
-            function,
-            batched=batched,
-            with_indices=with_indices,
-            fn_kwargs=fn_kwargs,
-            **map_description(dataset, self.args, description),
-        )
+        map_kwargs = map_description(dataset, self.args, f"Weighing tokens of {dataset_name} dataset")
+        fn_kwargs = {"idf": self._tfidf.transformer.idf_}
+        return dataset.map(add_tfidf_scores, batched=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     # Loss
 
@@ -152,8 +143,9 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         )
         batch.metrics["sft_go/worst_group_weight"] = (worst_group_weight, 1)
         batch.metrics.update(group_metrics(result, own_ids=self.args.group_column is not None))
-        if self.model.training and self.args.group_scope == "sample":
-            flips = self._worst_group_flips.update(result, batch.labels, scope_ids)
+        whole_samples = not self.args.packing or self.args.packing_strategy == "bfd"
+        if self.model.training and self.args.group_scope == "sample" and whole_samples:
+            flips = self._worst_group_flips.update(result, batch.annotations["example_number"], scope_ids)
             batch.metrics["sft_go/flip_rate"] = flips
         return result.loss_sum / batch.num_items["samples" if uniform else "tokens"]
 

@@ -181,5 +181,5 @@ class TestBadInput:
 
     def test_streaming(self, options, tiny_model, tokenizer, token_rows, tmp_path):
         rows = token_rows.to_iterable_dataset()
-        with pytest.raises(ValueError, match="The train dataset is a stream, but SFTGOTrainer has to score all"):
+        with pytest.raises(ValueError, match="The train dataset is a stream, but all its examples have to be scored"):
             make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, max_steps=1, **options)

@@ -67,7 +67,10 @@ def test_group_ids_must_be_small_integers(value):
 
 
 def test_group_ids_pass():
-    assert copy_group_ids({"mine": [-1, 0, 5]}, 0, "mine", "train") == {"group_ids": [-1, 0, 5]}
+    assert copy_group_ids({"mine": [-1, 0, 5]}, 7, "mine", "train") == {
+        "group_ids": [-1, 0, 5],
+        "example_number": [7, 7, 7],
+    }
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5", True])

@@ -13,11 +13,11 @@ def result_of(worst_groups, has_two_groups):
 
 def test_flips_are_counted_by_sample_in_any_row():
     flips = WorstGroupFlips()
-    labels = torch.tensor([[5, 6, -100], [6, 5, 5], [7, 8, 9]])
+    numbers = torch.tensor([[4, 4, -1], [5, 5, 5], [6, 6, 6]])
     rows = torch.arange(3)[:, None].expand(3, 3)
-    assert flips.update(result_of([0, 1, 0], [True, True, False]), labels, rows) == (0, 0)
-    # The same samples in another order, padded otherwise, packed into one row; the third has one group again
-    packed = torch.tensor([[7, 8, 9, -100, 6, 5, 5, -100, 5, 6]])
+    assert flips.update(result_of([0, 1, 0], [True, True, False]), numbers, rows) == (0, 0)
+    # The same samples in another order, packed into one row; the third has one group again
+    packed = torch.tensor([[6, 6, 6, -1, 5, 5, 5, -1, 4, 4]])
     samples = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2]])
     assert flips.update(result_of([0, 0, 0], [False, True, True]), packed, samples) == (1, 2)
     assert flips.update(result_of([0, 1, 0], [False, True, True]), packed, samples) == (1, 2)
