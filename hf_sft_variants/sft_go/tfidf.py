@@ -63,7 +63,7 @@ class TokenTfidf:
             raise ValueError(
                 f"`tfidf_file={str(path)!r}` can't be read ({error}). Delete it to have it fitted again."
             ) from error
-        if vocabulary != _vocabulary_hash(tokenizer) or len(idf) != len(tokenizer) or not np.isfinite(idf).all():
+        if vocabulary != vocabulary_hash(tokenizer) or len(idf) != len(tokenizer) or not np.isfinite(idf).all():
             raise ValueError(
                 f"`tfidf_file={str(path)!r}` was written with another tokenizer. Give another path, or delete the "
                 "file to have it fitted again."
@@ -78,7 +78,7 @@ class TokenTfidf:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")  # a killed run leaves no half-written file
         with open(partial, "wb") as file:
-            np.savez_compressed(file, idf=self.transformer.idf_, vocabulary=_vocabulary_hash(self.tokenizer))
+            np.savez_compressed(file, idf=self.transformer.idf_, vocabulary=vocabulary_hash(self.tokenizer))
         partial.replace(path)
 
 
@@ -156,5 +156,6 @@ def _count_terms(label_rows: list[list[int]], vocab_size: int) -> tuple[csr_arra
     return matrix, term_of_token
 
 
-def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells tokenizers apart: all tokens and their ids."""
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()

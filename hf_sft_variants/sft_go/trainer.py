@@ -18,6 +18,7 @@ from .grouping import (
     copy_scores,
     special_token_ids,
 )
+from .llmlingua2 import importance_scores
 from .loss import group_optimization, uniform_token_weights
 from .metrics import WorstGroupFlips, group_metrics
 from .reference_losses import reference_log_probs
@@ -86,6 +87,9 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         return self.args.group_by in ("llmlingua2", "rho1")
 
     def score(self, dataset, dataset_name):
+        if self.args.group_by == "llmlingua2":
+            scores = importance_scores(dataset, self.args, self._tokenizer, dataset_name)
+            return join_scores(dataset, scores, {"importance_scores": "importance_scores"}, "the score cache")
         if self.args.group_by == "rho1":
             scores = reference_log_probs(dataset, self.args, self._tokenizer, dataset_name)
             return join_scores(dataset, scores, {"token_log_probs": "reference_log_probs"}, "the score cache")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+from hf_sft_variants.scoring import shards
 
 
 CLASSES = {"SFTTrainer": (SFTTrainer, SFTConfig), "SFTGOTrainer": (SFTGOTrainer, SFTGOConfig)}
@@ -44,6 +45,7 @@ def run_case(case, model, tokenizer, rows, output_dir):
 
 
 def main(folder: Path):
+    shards.BATCHES_PER_SHARD = 1  # so that the few rows are shards for both processes
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows = Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder / "cache"))

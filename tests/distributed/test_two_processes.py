@@ -24,6 +24,7 @@ METHOD_OPTIONS = {
     "packed": PACKED,
     "packed_uniform": {**PACKED, **OWN_GROUPS, "sample_weighting": "uniform"},
 }
+RHO1 = {**PADDED, "group_by": "rho1", "score_batch_tokens": 40}
 SEPARATE_COUNTS = {"average_tokens_across_devices": False}
 
 
@@ -36,10 +37,20 @@ def eight_rows(token_rows):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tiny_model_factory, tokenizer, eight_rows):
+def folder(tmp_path_factory, tiny_model_factory, tokenizer):
+    """Holds the model, and another one to be its reference."""
     folder = tmp_path_factory.mktemp("two_processes")
-    tiny_model_factory().save_pretrained(folder / "model")
+    model = tiny_model_factory()
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    model.model.embed_tokens.weight.data.mul_(1.1)
+    model.save_pretrained(folder / "reference")
+    tokenizer.save_pretrained(folder / "reference")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder, eight_rows):
     eight_rows.to_json(folder / "rows.jsonl")
     cases = {
         name: {"trainer": "SFTGOTrainer", "options": {**PADDED, **options}} for name, options in METHOD_OPTIONS.items()
@@ -49,6 +60,7 @@ def results(tmp_path_factory, tiny_model_factory, tokenizer, eight_rows):
         "trainer": "SFTGOTrainer",
         "options": {**PADDED, **SEPARATE_COUNTS, "worst_group_weight": 0},
     }
+    cases["rho1"] = {"trainer": "SFTGOTrainer", "options": {**RHO1, **rho1_paths(folder, "scores_of_two")}}
     (folder / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("steps_of_two_processes.py")
     subprocess.run(
@@ -60,6 +72,10 @@ def results(tmp_path_factory, tiny_model_factory, tokenizer, eight_rows):
     return torch.load(folder / "results.pt", weights_only=True)
 
 
+def rho1_paths(folder, scores):
+    return {"reference_model": str(folder / "reference"), "score_cache_dir": str(folder / scores)}
+
+
 @pytest.mark.parametrize("case", METHOD_OPTIONS)
 def test_equal_to_one_process(case, results, tiny_model, tokenizer, eight_rows, tmp_path):
     options = {**PADDED, **METHOD_OPTIONS[case]}
@@ -67,6 +83,15 @@ def test_equal_to_one_process(case, results, tiny_model, tokenizer, eight_rows, 
     loss, gradients = one_step(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, eight_rows, tmp_path, **options)
     assert results[case]["log"]["loss"] == pytest.approx(loss, rel=1e-6)
     assert_same_gradients(results[case]["gradients"], gradients, tolerance=1e-5)
+
+
+def test_reference_scores_are_shared(results, folder, tiny_model, tokenizer, eight_rows, tmp_path):
+    options = {**RHO1, **rho1_paths(folder, "scores_of_one"), "gradient_accumulation_steps": 4}
+    loss, gradients = one_step(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, eight_rows, tmp_path, **options)
+    assert results["rho1"]["log"]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(results["rho1"]["gradients"], gradients, tolerance=1e-5)
+    (by_one,), (by_two,) = ((folder / name).iterdir() for name in ("scores_of_one", "scores_of_two"))
+    assert by_one.name == by_two.name and by_one.read_bytes() == by_two.read_bytes()
 
 
 def test_counts_of_each_process_alone_are_sft_trainers(results):

@@ -1,0 +1,115 @@
+"""Words of a text as LLMLingua-2 sees them, the windows it reads them in, and the way back to characters."""
+
+import string
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..scoring.token_offsets import Span
+
+
+# SentencePiece's stands before a word; its offsets may be those of the word's first character
+_WORD_MARK = "▁"
+
+
+@dataclass
+class SplitText:
+    """
+    A text as an importance model reads it.
+
+    Attributes:
+        text (`str`):
+            The text.
+        sub_word_ids (`list[int]`):
+            Its sub-words, without special tokens.
+        word_starts (`list[int]`):
+            Number of the first sub-word of each word.
+        word_spans (`list[tuple[int, int]]`):
+            Characters of each word. White space at their ends does not count.
+    """
+
+    text: str
+    sub_word_ids: list[int]
+    word_starts: list[int]
+    word_spans: list[Span]
+
+
+def split_into_words(text: str, tokenizer: PreTrainedTokenizerBase) -> SplitText:
+    """
+    Split a text into sub-words, and join these to words as LLMLingua-2 does.
+
+    There a word begins with a sub-word without `##` (BERT) or with a `▁` or an ASCII punctuation mark (XLM-RoBERTa).
+    Said for any tokenizer: where its pre-tokenizer cuts, after white space, and at an ASCII punctuation mark.
+    """
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens, words, offsets = encoding.tokens(), encoding.word_ids(), encoding["offset_mapping"]
+    starts, spans = [], []
+    last_word, last_end = None, 0
+    for number, (token, word, (start, end)) in enumerate(zip(tokens, words, offsets, strict=True)):
+        after_space = any(character.isspace() for character in text[last_end : start + 1])
+        covered_end = start if token == _WORD_MARK else end
+        if not spans or word != last_word or after_space or token in string.punctuation:
+            starts.append(number)
+            spans.append((start, covered_end))
+        else:
+            spans[-1] = (spans[-1][0], max(covered_end, spans[-1][1]))
+        last_word, last_end = word, end
+    return SplitText(text, encoding["input_ids"], starts, spans)
+
+
+def cut_windows(word_starts: list[int], num_sub_words: int, window: int) -> list[Span]:
+    """
+    Cut a text into windows of at most `window` sub-words at word boundaries, a word longer than a window inside it.
+
+    Args:
+        word_starts (`list[int]`):
+            Number of the first sub-word of each word.
+        num_sub_words (`int`):
+            Number of sub-words of the text.
+        window (`int`):
+            Most sub-words of a window, special tokens not counted.
+
+    Returns:
+        `list[tuple[int, int]]`: Sub-words [start, end) of each window.
+    """
+    windows, start = [], 0
+    for word_start, word_end in pairwise([*word_starts, num_sub_words]):
+        if word_end - start > window and word_start > start:
+            windows.append((start, word_start))
+            start = word_start
+        while word_end - start > window:
+            windows.append((start, start + window))
+            start += window
+    return [*windows, (start, num_sub_words)] if start < num_sub_words else windows
+
+
+def score_characters(split: SplitText, sub_word_scores: np.ndarray) -> np.ndarray:
+    """
+    Give each character the score of its word: the mean over the word's sub-words. White space has 0.
+
+    Args:
+        split ([`SplitText`]):
+            The text.
+        sub_word_scores (`np.ndarray` of shape `(num_sub_words,)`):
+            Score of each sub-word, 0 or more.
+
+    Returns:
+        `np.ndarray` of shape `(len(text),)`, double precision. A character of two words has the higher score.
+    """
+    text = split.text
+    scores = np.zeros(len(text))
+    if not split.word_starts:
+        return scores
+    is_space = np.array([character.isspace() for character in text])
+    lengths = np.diff([*split.word_starts, len(sub_word_scores)])
+    word_scores = np.add.reduceat(sub_word_scores, split.word_starts) / lengths
+    next_starts = [start for start, _ in split.word_spans[1:]] + [len(text)]
+    for score, (start, end), next_start in zip(word_scores, split.word_spans, next_starts, strict=True):
+        # What normalization dropped, say an accent, belongs to the word before it
+        while end < next_start and not is_space[end]:
+            end += 1
+        scores[start:end] = np.maximum(scores[start:end], score)
+    scores[is_space] = 0
+    return scores
