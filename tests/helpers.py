@@ -32,23 +32,34 @@ def make_trainer(trainer_class, config_class, model, tokenizer, rows, output_dir
     return trainer_class(copy.deepcopy(model), args, train_dataset=rows, processing_class=tokenizer, **trainer_options)
 
 
-def one_step(trainer_class, config_class, model, tokenizer, rows, output_dir, **options):
-    """Loss as logged and gradients of one optimizer step."""
+def one_step(*args, **options):
+    """Loss as logged and gradients of one optimizer step; arguments as of [`make_trainer`]."""
+    log, gradients = one_step_log(*args, **options)
+    return log["loss"], gradients
+
+
+def one_step_log(trainer_class, config_class, model, tokenizer, rows, output_dir, **options):
+    """All that is logged, and gradients of one optimizer step."""
     recorder = GradientRecorder()
     options = {"max_steps": 1, "save_strategy": "no", "train_sampling_strategy": "sequential", **options}
     trainer = make_trainer(
         trainer_class, config_class, model, tokenizer, rows, output_dir, callbacks=[recorder], **options
     )
     trainer.train()
-    return trainer.state.log_history[0]["loss"], recorder.gradients
+    return trainer.state.log_history[0], recorder.gradients
 
 
 def assert_same_gradients(first, second, tolerance=0.0):
-    """Each gradient equal, to the last bit or relative to the largest entry of its parameter."""
+    """The gradients equal to the last bit, or as one vector up to the tolerance relative to its norm."""
     assert first.keys() == second.keys() and first
-    for name in first:
-        error = (first[name] - second[name]).abs().max()
-        assert error <= tolerance * first[name].abs().max(), f"{name}: {error} of {first[name].abs().max()}"
+    if tolerance == 0:
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+    error, norm = (
+        torch.cat([values.double().flatten() for values in vectors]).norm()
+        for vectors in ([first[name] - second[name] for name in first], first.values())
+    )
+    assert norm > 0 and error <= tolerance * norm, f"{error} of {norm}"
 
 
 def padded_document_log_probs(model, input_ids, labels):

@@ -9,6 +9,16 @@ import torch.nn.functional as F
 Ratio = tuple[torch.Tensor | float, torch.Tensor | float]
 
 
+class NumItems(dict):
+    """Counts of an optimizer step; what was not counted is an error in words."""
+
+    def __missing__(self, name: str):
+        raise KeyError(
+            f"The number of `{name}` in the optimizer step is not known, only {sorted(self)}: `num_items_in_batch` "
+            "was given with a batch that does not come from `get_batch_samples`, or `count_items` does not count them."
+        )
+
+
 @dataclass
 class AnnotatedBatch:
     """
@@ -47,7 +57,7 @@ class AnnotatedBatch:
     sample_ids: torch.Tensor
     num_samples: int
     annotations: dict[str, torch.Tensor]
-    num_items: dict[str, torch.Tensor]
+    num_items: NumItems
     metrics: dict[str, Ratio] = field(default_factory=dict)
 
 
@@ -123,7 +133,7 @@ def make_annotated_batch(
     num_predictions = outputs.log_probs.size(1)
     sample_ids, num_samples = sample_ids_of(inputs)
     return AnnotatedBatch(
-        log_probs=outputs.log_probs.float(),
+        log_probs=outputs.log_probs,
         label_mask=outputs.label_mask,
         labels=align_with_labels(inputs["labels"], num_predictions, -100),
         sample_ids=align_with_labels(sample_ids, num_predictions, 0),
@@ -133,5 +143,5 @@ def make_annotated_batch(
             for name, values in annotations.items()
         },
         # Clamped so that a batch with nothing to learn gives a finite zero rather than 0 / 0
-        num_items={name: count.clamp(min=1) for name, count in num_items.items()},
+        num_items=NumItems({name: torch.as_tensor(count).clamp(min=1) for name, count in num_items.items()}),
     )

@@ -15,11 +15,12 @@ class AnnotationCollator:
             TRL's collator, or the user's own. It must keep each row's tokens at the start of the row (pad on the
             right) or, padding-free, one after the other.
         padding_values (`dict[str, int | float]`):
-            Annotation column to the value that stands on padding.
+            Annotation column to the value that stands on padding; a float makes the column float32, an integer int64.
 
     Raises:
         `KeyError`: If an example has no such column.
-        `ValueError`: If an annotation has another length than the example's `input_ids`, or the collator moves tokens.
+        `ValueError`: If an annotation has another length than the example's `input_ids`, or fractions where the
+            padding value is an integer; or if the collator moves tokens.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -36,7 +37,7 @@ class AnnotationCollator:
         return batch
 
     def _collate_column(self, name, padding_value, examples, shape) -> torch.Tensor:
-        rows = [self._annotation(example, name) for example in examples]
+        rows = [self._annotation(example, name, isinstance(padding_value, float)) for example in examples]
         if shape[0] == 1:
             rows = [torch.cat(rows)]
         padded = torch.full(shape, padding_value, dtype=rows[0].dtype)
@@ -45,7 +46,7 @@ class AnnotationCollator:
         return padded
 
     @staticmethod
-    def _annotation(example: dict[str, Any], name: str) -> torch.Tensor:
+    def _annotation(example: dict[str, Any], name: str, is_float: bool) -> torch.Tensor:
         if name not in example:
             raise KeyError(
                 f"The data set has no column `{name}`. The trainer adds it when it prepares a data set; one that is "
@@ -57,7 +58,12 @@ class AnnotationCollator:
                 f"Column `{name}` has {len(values)} values in an example of {len(example['input_ids'])} tokens. Give "
                 "one value for each token of `input_ids`."
             )
-        return values
+        if values.is_floating_point() and not is_float:
+            raise ValueError(
+                f"Column `{name}` has fractions, but its padding value is an integer. Give 0.0 for 0 in "
+                "`annotation_columns`."
+            )
+        return values.float() if is_float else values.long()
 
     @staticmethod
     def _check_tokens_kept(batch_input_ids: torch.Tensor, token_ids: list[torch.Tensor]) -> None:

@@ -44,10 +44,13 @@ def cut_to_max_length(
     (and counted); `"bfd"` keeps the first `max_length` tokens; `"bfd_split"` and `"wrapped"` keep all.
 
     Raises:
-        `ValueError`: If a column is missing or its length is not that of `input_ids`, naming the row.
+        `ValueError`: If a column is missing or its length is not that of `input_ids`, naming the row; if
+            `truncation_mode` is unknown.
     """
-    length = args.max_length if not packing or args.packing_strategy == "bfd" else None
-    keep_end = not packing and args.truncation_mode == "keep_end"
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"Unsupported truncation mode: {args.truncation_mode}, expected 'keep_start' or 'keep_end'")
+    length = kept_length(args, packing)
+    keep_end = length is not None and not packing and args.truncation_mode == "keep_end"
     if length is None and not token_columns:
         return dataset
     dataset = dataset.map(
@@ -63,6 +66,11 @@ def cut_to_max_length(
     if length is None or packing:
         return dataset
     return _drop_without_labels(dataset, args, dataset_name)
+
+
+def kept_length(args: SFTConfig, packing: bool) -> int | None:
+    """What TRL cuts samples to; `None` where it keeps them whole or splits them when packing."""
+    return args.max_length if not packing or args.packing_strategy == "bfd" else None
 
 
 def _check_and_cut(
@@ -112,7 +120,7 @@ def require_supervised_token(dataset: Dataset | IterableDataset, dataset_name: s
     # The first token of a row is predicted by nothing, so a label there does not count
     if not any(_has_label({"labels": labels[1:]}) for labels in dataset["labels"]):
         raise ValueError(
-            f"The {dataset_name} dataset has no supervised token: every label is -100. "
+            f"The {dataset_name} dataset has no supervised token: it is empty, or every label is -100. "
             "Check the prompt and completion columns, the label masks, and whether `max_length` cuts the responses."
         )
 

@@ -3,6 +3,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -16,7 +17,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
-from .batch import AnnotatedBatch, count_supervised_samples, make_annotated_batch
+from .batch import AnnotatedBatch, NumItems, count_supervised_samples, make_annotated_batch
 from .collator import AnnotationCollator
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
 from .refusals import refuse_sequence_sharding, refuse_unsupported, resolve_args
@@ -26,6 +27,8 @@ from .trl_internals import global_then_local_main_first
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
+
+logger = get_logger(__name__)
 
 # Carries the step's counts with each micro-batch, so that a loss can't meet the counts of another step
 _NUM_ITEMS = "num_items_in_step"
@@ -124,6 +127,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
     ):
         args = resolve_args(args, self.config_class, model, self._name)
         refuse_unsupported(type(self).__name__, args, train_dataset, compute_loss_func)
+        self._is_streaming = isinstance(train_dataset, IterableDataset)
+        self._metric_sums = {"train": {}, "eval": {}}
         self.args = args  # `Trainer` sets it too, but only after the data sets are prepared
         if args.accelerator_config.dispatch_batches is None:
             # For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too;
@@ -146,7 +151,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         refuse_sequence_sharding(type(self).__name__, self.accelerator)
-        self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
+        if self.annotation_columns:
+            self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
 
     # What a method overrides
 
@@ -204,6 +210,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if packing and args.max_length is None:
             raise ValueError("When packing is enabled, `max_length` can't be `None`.")
+        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+            dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         # TRL truncates and packs `input_ids` and `labels` alone, so here it only tokenizes and builds the labels
         tokenize_args = copy(args)
         tokenize_args.max_length = None
@@ -251,20 +259,26 @@ class AnnotatedSFTTrainer(SFTTrainer):
         """Like `Trainer._get_num_items_in_batch`, for whatever the method counts, with one gather for all."""
         counts = [self.count_items(inputs) for inputs in batch_samples]
         names = list(counts[0])
-        totals = torch.stack([sum(count[name].to(device) for count in counts) for name in names])
+        if not names:
+            return {}
+        totals = [sum(torch.as_tensor(count[name], device=device) for count in counts) for name in names]
+        totals = torch.stack(totals)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             totals = self.accelerator.gather(totals[None]).sum(0) // self.get_tp_size()
         return dict(zip(names, totals.unbind(), strict=True))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)  # the caller's stays as it is
         step_items = inputs.pop(_NUM_ITEMS, None)
         annotations = {name: inputs.pop(name) for name in self.annotation_columns}
         model = _RememberOutputs(model)
         parent_result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model.outputs
 
-        num_tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        num_items = {**(step_items or self.count_items(inputs)), "tokens": torch.as_tensor(num_tokens)}
+        if num_items_in_batch is None:  # evaluation, or a caller's own loop: the micro-batch counts for itself
+            num_items = NumItems(self.count_items(inputs), tokens=outputs.label_mask.sum())
+        else:
+            num_items = NumItems(step_items or {}, tokens=torch.as_tensor(num_items_in_batch))
         batch = make_annotated_batch(inputs, outputs, annotations, self.annotation_columns, num_items)
         loss = self.compute_annotated_loss(batch)
         # As in SFTTrainer: the counts are global and DDP averages the gradients over the processes
@@ -278,18 +292,33 @@ class AnnotatedSFTTrainer(SFTTrainer):
         self._record_metrics(batch.metrics)
         return (loss, parent_result[1]) if return_outputs else loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # Of several evaluation sets, each has its own metrics: "eval_<name>" becomes "<name>_" before the metric
-        self._eval_set_prefix = (metric_key_prefix.removeprefix("eval").removeprefix("_") + "_").lstrip("_")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    # Metrics: summed over micro-batches and processes, divided when they are logged
 
     def _record_metrics(self, metrics) -> None:
         device = self.accelerator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         sums = [torch.as_tensor(value, device=device).to(dtype) for pair in metrics.values() for value in pair]
-        sums = torch.stack(sums)
-        sums = self.accelerator.gather(sums[None]).sum(0).view(-1, 2).tolist()
+        sums = self.accelerator.gather(torch.stack(sums)[None]).sum(0).view(-1, 2).tolist()
         mode, prefix = ("train", "") if self.model.training else ("eval", self._eval_set_prefix)
         for name, (numerator, denominator) in zip(metrics, sums, strict=True):
+            total = self._metric_sums[mode].setdefault(prefix + name, [0.0, 0.0])
+            total[0], total[1] = total[0] + numerator, total[1] + denominator
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        for name, (numerator, denominator) in self._metric_sums[mode].items():
             if denominator != 0:
-                self._metrics[mode][prefix + name].append(numerator / denominator)
+                self._metrics[mode][name] = [numerator / denominator]
+        if mode == "train" and self._metric_sums[mode].get("nll", [0, 1])[1] == 0:
+            logger.warning("No token was in the loss since the last log: nothing was learned. Check the labels.")
+        self._metric_sums[mode].clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        # Of several evaluation sets, each has its own metrics: "eval_<name>" becomes "<name>_" before the metric
+        self._eval_set_prefix = (metric_key_prefix.removeprefix("eval").removeprefix("_") + "_").lstrip("_")
+        self._metric_sums["eval"].clear()  # `predict` leaves its own
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_set_prefix = ""

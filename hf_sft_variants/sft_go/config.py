@@ -160,14 +160,15 @@ class SFTGOConfig(SFTConfig):
         super().__post_init__()
         for name in ("group_by", "worst_group_schedule", "group_scope", "sample_weighting"):
             self._check_choice(name)
-        if not 0 < self.important_fraction < 1:
+        for name in ("important_fraction", "worst_group_weight", "worst_group_weight_end"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be a number between 0 and 1, got {value!r}.")
+        if self.important_fraction in (0, 1):
             raise ValueError(
                 f"`important_fraction` must lie between 0 and 1, both excluded, got {self.important_fraction}. For "
                 "SFTTrainer's loss on all tokens set `worst_group_weight=0`."
             )
-        for name in ("worst_group_weight", "worst_group_weight_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
         if self.min_grouped_tokens < 0:
             raise ValueError(f"`min_grouped_tokens` must be 0 or more, got {self.min_grouped_tokens}.")
         if self.score_batch_tokens < 1:

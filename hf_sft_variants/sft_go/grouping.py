@@ -1,9 +1,9 @@
 """From a score for each token to group ids, and the checks on group ids that users bring themselves."""
 
 import math
-from typing import Any
 
 import numpy as np
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 
@@ -66,62 +66,78 @@ def group_by_importance(
 
 
 def add_group_ids(
-    example: dict[str, Any], row: int, important_fraction: float, min_grouped_tokens: int, first_token_ids: set[int]
-) -> dict[str, list[int]]:
-    """For `Dataset.map`: annotates a row by its `importance_scores` ([`group_by_importance`])."""
-    labels, scores = example["labels"], example["importance_scores"]
-    group_ids = group_by_importance(labels, scores, important_fraction, min_grouped_tokens, first_token_ids)
-    return annotations(group_ids, row)
+    examples: dict[str, list],
+    rows: list[int],
+    important_fraction: float,
+    min_grouped_tokens: int,
+    first_token_ids: set[int],
+) -> dict[str, list]:
+    """For `Dataset.map`, batched: annotates rows by their `importance_scores` ([`group_by_importance`])."""
+    group_ids = [
+        group_by_importance(labels, scores, important_fraction, min_grouped_tokens, first_token_ids)
+        for labels, scores in zip(examples["labels"], examples["importance_scores"], strict=True)
+    ]
+    return annotations(group_ids, rows)
 
 
 def add_rankable_groups(
-    example: dict[str, Any], row: int, min_grouped_tokens: int, first_token_ids: set[int]
-) -> dict[str, list[int]]:
+    examples: dict[str, list], rows: list[int], min_grouped_tokens: int, first_token_ids: set[int]
+) -> dict[str, list]:
     """
-    For `Dataset.map`: annotates a row whose tokens are ranked in training ([`group_by_excess_loss`]): 1 for tokens
-    that rank first, 0 for the other supervised ones, -1 for those that are not supervised or not grouped.
+    For `Dataset.map`, batched: annotates rows whose tokens are ranked in training ([`group_by_excess_loss`]): 1 for
+    tokens that rank first, 0 for the other supervised ones, -1 for those that are not supervised or not grouped.
     """
-    labels = np.asarray(example["labels"])
-    groups = np.full(len(labels), UNGROUPED)
-    positions = supervised_positions(labels)
-    if len(positions) >= max(min_grouped_tokens, 2):
-        groups[positions] = np.where(np.isin(labels[positions], list(first_token_ids)), IMPORTANT, UNIMPORTANT)
-    return annotations(groups.tolist(), row)
+    group_ids = []
+    for labels in map(np.asarray, examples["labels"]):
+        groups = np.full(len(labels), UNGROUPED)
+        positions = supervised_positions(labels)
+        if len(positions) >= max(min_grouped_tokens, 2):
+            groups[positions] = np.where(np.isin(labels[positions], list(first_token_ids)), IMPORTANT, UNIMPORTANT)
+        group_ids.append(groups.tolist())
+    return annotations(group_ids, rows)
 
 
-def annotations(group_ids: list[int], row: int) -> dict[str, list[int]]:
-    """The annotation columns of a row; its number stands on each token, so that it survives packing."""
-    return {"group_ids": group_ids, "example_number": [row] * len(group_ids)}
+def annotations(group_ids: list[list[int]], rows: list[int]) -> dict[str, list]:
+    """The annotation columns of rows; a row's number stands on each token, so that it survives packing."""
+    numbers = [[row] * len(groups) for row, groups in zip(rows, group_ids, strict=True)]
+    return {"group_ids": group_ids, "example_number": numbers}
 
 
-def copy_scores(example: dict[str, Any], row: int, column: str, dataset_name: str) -> dict[str, list[float]]:
+def has_groups(dataset: Dataset | IterableDataset) -> bool:
+    """Whether any token is in a group, as far as that can be known beforehand."""
+    return isinstance(dataset, IterableDataset) or any(max(groups) > UNGROUPED for groups in dataset["group_ids"])
+
+
+def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset_name: str) -> dict[str, list]:
     """
-    For `Dataset.map`: check a row of the user's own scores and copy it to `importance_scores`.
+    For `Dataset.map`, batched: check the user's own scores and copy them to `importance_scores`.
 
     Raises:
         `ValueError`: If a score is no finite number, naming row, column and value.
     """
-    for score in example[column]:
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(
-                f"Row {row} of the {dataset_name} dataset: column `{column}` has {score!r} as a score. Give a finite "
-                "number for each token."
-            )
-    return {"importance_scores": example[column]}
+    for row, scores in zip(rows, examples[column], strict=True):
+        for score in scores:
+            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+                raise ValueError(
+                    f"Row {row} of the {dataset_name} dataset: column `{column}` has {score!r} as a score. Give a "
+                    "finite number for each token."
+                )
+    return {"importance_scores": examples[column]}
 
 
-def copy_group_ids(example: dict[str, Any], row: int, column: str, dataset_name: str) -> dict[str, list[int]]:
+def copy_group_ids(examples: dict[str, list], rows: list[int], column: str, dataset_name: str) -> dict[str, list]:
     """
-    For `Dataset.map`: check a row of the user's own group ids and annotate it with them.
+    For `Dataset.map`, batched: check the user's own group ids and annotate the rows with them.
 
     Raises:
         `ValueError`: If an id is no integer from -1 to `MAX_GROUPS - 1`, naming row, column and value.
     """
-    for group_id in example[column]:
-        is_integer = isinstance(group_id, int) and not isinstance(group_id, bool)
-        if not is_integer or not UNGROUPED <= group_id < MAX_GROUPS:
-            raise ValueError(
-                f"Row {row} of the {dataset_name} dataset: column `{column}` has {group_id!r} as a group id. Give an "
-                f"integer from 0 to {MAX_GROUPS - 1} for each token, or -1 for a token in no group."
-            )
-    return annotations(example[column], row)
+    for row, group_ids in zip(rows, examples[column], strict=True):
+        for group_id in group_ids:
+            is_integer = isinstance(group_id, int) and not isinstance(group_id, bool)
+            if not is_integer or not UNGROUPED <= group_id < MAX_GROUPS:
+                raise ValueError(
+                    f"Row {row} of the {dataset_name} dataset: column `{column}` has {group_id!r} as a group id. Give "
+                    f"an integer from 0 to {MAX_GROUPS - 1} for each token, or -1 for a token in no group."
+                )
+    return annotations(examples[column], rows)

@@ -27,12 +27,15 @@ def group_metrics(result: GroupOptimization, own_ids: bool) -> Ratios:
     names = [f"group_{group}" for group in range(MAX_GROUPS)] if own_ids else ["unimportant", "important"]
     missing = len(names) - result.group_weight.size(1)
     weight, nll = (F.pad(values, (0, missing)) for values in (result.group_weight, result.group_nll))
+    groups = torch.arange(len(names), device=weight.device)
+    compared = result.has_several_groups[:, None] & (weight > 0)
+    is_worst = compared & (result.worst_group[:, None] == groups)
+    sums = [(weight * nll).sum(0), weight.sum(0), is_worst.sum(0), compared.sum(0)]
     metrics = {}
-    for group, name in enumerate(names):
-        metrics[f"sft_go/{name}_nll"] = ((weight * nll)[:, group].sum(), weight[:, group].sum())
+    for group, (nll_sum, weight_sum, num_worst, num_compared) in enumerate(zip(*sums, strict=True)):
+        metrics[f"sft_go/{names[group]}_nll"] = (nll_sum, weight_sum)
         if own_ids or group == IMPORTANT:
-            compared = result.has_several_groups & (weight[:, group] > 0)
-            metrics[f"sft_go/{name}_is_worst"] = ((compared & (result.worst_group == group)).sum(), compared.sum())
+            metrics[f"sft_go/{names[group]}_is_worst"] = (num_worst, num_compared)
     return metrics
 
 

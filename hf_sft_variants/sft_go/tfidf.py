@@ -6,7 +6,7 @@ from zipfile import BadZipFile
 import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfTransformer
 from transformers import PreTrainedTokenizerBase
 
@@ -44,9 +44,14 @@ class TokenTfidf:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 Tokenizer that made the labels.
         """
-        batches = dataset.select_columns(["labels"]).iter(batch_size=1000)
-        counts = vstack([_count_terms(batch["labels"], len(tokenizer))[0] for batch in batches])
-        return cls(TfidfTransformer().fit(counts), tokenizer)
+        document_frequency = np.zeros(len(tokenizer))
+        for batch in dataset.select_columns(["labels"]).iter(batch_size=1000):
+            counts, _ = _count_terms(batch["labels"], len(tokenizer))
+            document_frequency += np.bincount(counts.indices, minlength=len(tokenizer))
+        transformer = TfidfTransformer()
+        # What `TfidfTransformer.fit` computes, without all counts in memory at once
+        transformer.idf_ = np.log((1 + len(dataset)) / (1 + document_frequency)) + 1
+        return cls(transformer, tokenizer)
 
     @classmethod
     def load(cls, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> "TokenTfidf":
@@ -91,8 +96,12 @@ def load_or_fit_tfidf(
     Raises:
         `ValueError`: If there is nothing to read and the data set is a stream, which can't be read beforehand.
     """
-    if path is not None and Path(path).is_file():
-        logger.info(f"Document frequencies are read from {path}, not fitted on the training set.")
+    if path is not None and Path(path).exists():
+        if not isinstance(dataset, IterableDataset):
+            logger.warning(
+                f"Document frequencies are read from `tfidf_file={path!r}`, not fitted on this training set. Remove "
+                "`tfidf_file`, which only streaming needs, or delete the file to have them fitted."
+            )
         return TokenTfidf.load(path, tokenizer)
     if isinstance(dataset, IterableDataset):
         raise ValueError(

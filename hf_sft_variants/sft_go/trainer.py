@@ -3,6 +3,7 @@ import textwrap
 from functools import cached_property
 
 import torch
+from accelerate.logging import get_logger
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
@@ -16,6 +17,7 @@ from .grouping import (
     add_rankable_groups,
     copy_group_ids,
     copy_scores,
+    has_groups,
     special_token_ids,
 )
 from .llmlingua2 import importance_scores
@@ -23,6 +25,9 @@ from .loss import group_optimization, uniform_token_weights
 from .metrics import WorstGroupFlips, group_metrics
 from .reference_losses import reference_log_probs
 from .tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf
+
+
+logger = get_logger(__name__)
 
 
 class SFTGOTrainer(AnnotatedSFTTrainer):
@@ -71,7 +76,15 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     @property
     def annotation_columns(self):
         reference = {"reference_log_probs": 0.0} if self.args.group_by == "rho1" else {}
-        return {"group_ids": UNGROUPED, "example_number": -1, **reference}
+        number = {"example_number": -1} if self._tracks_flips else {}
+        return {"group_ids": UNGROUPED, **number, **reference}
+
+    @property
+    def _tracks_flips(self):
+        """Flips are of samples that are whole, known by their number, and seen again."""
+        whole_samples = not self.args.packing or self.args.packing_strategy == "bfd"
+        prepared = not (self.args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+        return self.args.group_scope == "sample" and whole_samples and prepared and not self._is_streaming
 
     @cached_property
     def _worst_group_flips(self):
@@ -96,6 +109,26 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         return dataset
 
     def annotate(self, dataset, dataset_name):
+        dataset = self._group(dataset, dataset_name)
+        if dataset_name == "train":
+            self._warn_about_groups(dataset)
+        return dataset
+
+    def _warn_about_groups(self, dataset):
+        args = self.args
+        if not has_groups(dataset):
+            logger.warning(
+                "No token of the train dataset is in a group, so this is plain supervised fine-tuning. Check "
+                f"`min_grouped_tokens={args.min_grouped_tokens}` against the length of the responses, or your own "
+                "group ids."
+            )
+        if args.packing and args.packing_strategy == "wrapped" and args.group_scope == "sample":
+            logger.warning(
+                "`packing_strategy='wrapped'` joins and cuts documents, so each packed row counts as one sample for "
+                "groups and weights. Use `packing_strategy='bfd'` to keep samples apart."
+            )
+
+    def _group(self, dataset, dataset_name):
         description = f"Grouping tokens of {dataset_name} dataset"
         args, options = self.args, {"dataset_name": dataset_name}
         if args.group_column is not None:
@@ -114,7 +147,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     def _map(self, dataset, function, description, **fn_kwargs):
         map_kwargs = map_description(dataset, self.args, description)
-        return dataset.map(function, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+        return dataset.map(function, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def _add_tfidf_scores(self, dataset, dataset_name):
         if self._tfidf is None:  # the training set comes first, evaluation sets use its document frequencies
@@ -134,7 +167,9 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         scope_ids, num_scopes = batch.sample_ids, batch.num_samples
         if self.args.group_scope == "micro_batch":
             scope_ids, num_scopes = torch.zeros_like(scope_ids), 1
-        worst_group_weight = self.current_worst_group_weight()
+        # Evaluation does not follow the schedule: its losses are compared over the run
+        training = self.model.training
+        worst_group_weight = self.current_worst_group_weight() if training else self.args.worst_group_weight
         result = group_optimization(
             batch.log_probs,
             token_weights,
@@ -147,8 +182,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         )
         batch.metrics["sft_go/worst_group_weight"] = (worst_group_weight, 1)
         batch.metrics.update(group_metrics(result, own_ids=self.args.group_column is not None))
-        whole_samples = not self.args.packing or self.args.packing_strategy == "bfd"
-        if self.model.training and self.args.group_scope == "sample" and whole_samples:
+        if training and self._tracks_flips:
             flips = self._worst_group_flips.update(result, batch.annotations["example_number"], scope_ids)
             batch.metrics["sft_go/flip_rate"] = flips
         return result.loss_sum / batch.num_items["samples" if uniform else "tokens"]

@@ -1,6 +1,7 @@
 import inspect
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer
+from hf_sft_variants.base.refusals import refuse_sequence_sharding
 
 
 def echo_tokens(example):
@@ -44,7 +46,7 @@ LAYOUTS = {
     "multiple_of_16": {"pad_to_multiple_of": 16},
     "padding_free_multiple_of_16": {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16},
     "shuffled": {"shuffle_dataset": True},
-    "shuffled_and_packed": {"shuffle_dataset": True, "packing": True},
+    "shuffled_and_packed": {"shuffle_dataset": True, "packing": True, "max_length": 11},
     "two_workers": {"dataset_num_proc": 2},
 }
 
@@ -70,6 +72,7 @@ class TestAnnotationsFollowTokens:
         assert len(our_batches) == len(plain_batches) > 1
         for our_batch, plain_batch in zip(our_batches, plain_batches, strict=True):
             assert_annotations_stand_on_their_tokens(our_batch)
+            assert plain_batch.keys() <= our_batch.keys()
             for key, value in plain_batch.items():
                 assert torch.equal(torch.as_tensor(our_batch[key]), torch.as_tensor(value)), key
 
@@ -132,8 +135,52 @@ class TestAnnotationsFollowTokens:
         with pytest.raises(ValueError, match=r"Column `echo` has \d+ values in an example of \d+ tokens"):
             trainer.train()
 
+    def test_streamed_numbers_are_not_cut_to_integers(self, tiny_model, tokenizer, token_rows, tmp_path):
+        class HalfTrainer(AnnotatedSFTTrainer):
+            annotation_columns = {"half": 0.0}
+
+            def annotate(self, dataset, dataset_name):
+                return dataset.map(lambda row, i: {"half": [0.5 if i else 1] * len(row["labels"])}, with_indices=True)
+
+        rows = token_rows.to_iterable_dataset()
+        trainer = make_trainer(HalfTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, max_steps=1)
+        assert {1.0, 0.5} <= set(next(iter(trainer.get_train_dataloader()))["half"].flatten().tolist())
+
+    def test_fractions_in_an_integer_column(self, tiny_model, tokenizer, token_rows, tmp_path):
+        class HalfTrainer(AnnotatedSFTTrainer):
+            annotation_columns = {"half": 0}
+
+            def annotate(self, dataset, dataset_name):
+                return dataset.map(lambda row: {"half": [0.5] * len(row["labels"])})
+
+        trainer = make_trainer(HalfTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path)
+        with pytest.raises(ValueError, match="Column `half` has fractions, but its padding value is an integer"):
+            next(iter(trainer.get_train_dataloader()))
+
+    def test_deepspeed_does_not_round_annotations(self, tiny_model, tokenizer, token_rows, tmp_path, monkeypatch):
+        trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path)
+        batch = next(iter(trainer.get_train_dataloader()))
+        to_bfloat16 = {key: value.bfloat16() for key, value in batch.items() if key == "thirds"}
+        monkeypatch.setattr(SFTTrainer, "_prepare_inputs", lambda self, inputs: {**inputs, **to_bfloat16})
+        assert torch.equal(trainer._prepare_inputs(batch)["thirds"], batch["thirds"])
+
+    def test_masks_without_labels_are_refused_late_too(self, tiny_model, tokenizer, token_rows, tmp_path):
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        rows = token_rows.map(echo_tokens)
+        trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, **options)
+        masked = rows.remove_columns("labels").add_column("completion_mask", rows["labels"][:])
+        with pytest.raises(ValueError, match="mask columns but no 'labels'"):
+            trainer.evaluate(masked)
+
 
 class TestCountsAndScaling:
+    def test_counting_nothing_else(self, tiny_model, tokenizer, token_rows, tmp_path):
+        class PlainTrainer(AnnotatedSFTTrainer):
+            def count_items(self, inputs):
+                return {}
+
+        make_trainer(PlainTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, max_steps=1).train()
+
     def test_counts_are_of_the_whole_step(self, tiny_model, tokenizer, token_rows, tmp_path):
         seen = []
 
@@ -263,11 +310,18 @@ class TestConfiguration:
             ({"loss_type": "dft"}, "`loss_type='dft'` is not supported: EchoTrainer has its own loss"),
             ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),
             ({"packing": True, "max_length": None}, "`max_length` can't be `None`"),
+            ({"truncation_mode": "middle"}, "Unsupported truncation mode: middle"),
         ],
     )
     def test_refusals(self, options, message, tiny_model, tokenizer, token_rows, tmp_path):
         with pytest.raises(ValueError, match=message):
             make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+
+    @pytest.mark.parametrize("name", ["cp", "sp"])
+    def test_sequence_sharding(self, name):
+        config = SimpleNamespace(cp_enabled=name == "cp", sp_enabled=name == "sp", cp_size=2, sp_size=2)
+        with pytest.raises(ValueError, match=f"EchoTrainer does not support `{name}_size=2`"):
+            refuse_sequence_sharding("EchoTrainer", SimpleNamespace(parallelism_config=config))
 
     def test_own_loss_function(self, tiny_model, token_rows, tmp_path):
         args = SFTConfig(str(tmp_path), **SMALL)

@@ -105,7 +105,7 @@ def test_every_split_of_a_batch(options, tiny_model, tokenizer, token_rows, tmp_
     ):
         split_loss, split_gradients = one_step(*common, **options, **split)
         assert split_loss == pytest.approx(loss, rel=1e-6)
-        assert_same_gradients(split_gradients, gradients, tolerance=1e-5)
+        assert_same_gradients(split_gradients, gradients, tolerance=1e-6)
 
 
 class TestScores:

@@ -99,7 +99,17 @@ class TestLimitCaseIsSFTTrainer:
         common = (tiny_model, tokenizer, token_rows, tmp_path)
         plain = make_trainer(SFTTrainer, SFTConfig, *common, **options).evaluate()
         ours = make_trainer(SFTGOTrainer, SFTGOConfig, *common, worst_group_weight=0, **options).evaluate()
-        assert ours["eval_loss"] == plain["eval_loss"] == pytest.approx(ours["eval_nll"])
+        assert ours["eval_loss"] == plain["eval_loss"]
+        log_probs = [padded_document_log_probs(tiny_model, row["input_ids"], row["labels"]) for row in token_rows]
+        nll = [-log_prob for row in log_probs for log_prob in row if log_prob is not None]
+        assert ours["eval_nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)  # of tokens, not of batches
+
+    def test_evaluation_of_a_mixture_of_experts(self, moe_model, tokenizer, token_rows, tmp_path):
+        common = (moe_model, tokenizer, token_rows, tmp_path)
+        options = {"eval_dataset": token_rows}
+        plain = make_trainer(SFTTrainer, SFTConfig, *common, **options).evaluate()
+        ours = make_trainer(SFTGOTrainer, SFTGOConfig, *common, worst_group_weight=0, **options).evaluate()
+        assert ours["eval_loss"] == plain["eval_loss"]
 
 
 class TestSplitsOfABatch:
@@ -127,7 +137,19 @@ class TestSplitsOfABatch:
         for split in splits:
             split_loss, split_gradients = one_step(*common, **options, **split)
             assert split_loss == pytest.approx(loss, rel=1e-6), split
-            assert_same_gradients(split_gradients, gradients, tolerance=1e-5)
+            assert_same_gradients(split_gradients, gradients, tolerance=1e-6)
+
+    def test_metrics_of_every_split(self, tiny_model, tokenizer, token_rows, tmp_path):
+        logs = []
+        for batch_size, steps in ((8, 1), (2, 4), (1, 8)):
+            trainer = make_trainer(
+                SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows.select(range(8)), tmp_path,
+                max_steps=1, per_device_train_batch_size=batch_size, gradient_accumulation_steps=steps,
+            )  # fmt: skip
+            trainer.train()
+            logs.append({name: value for name, value in trainer.state.log_history[0].items() if "nll" in name})
+        assert len(logs[0]) == 3
+        assert logs[1] == pytest.approx(logs[0]) and logs[2] == pytest.approx(logs[0])
 
     def test_packed_rows_are_few(self, tiny_model, tokenizer, token_rows, tmp_path):
         trainer = make_trainer(
@@ -300,6 +322,54 @@ class TestSchedulesAndMetrics:
         assert loss == pytest.approx(alone)
         assert_same_gradients(gradients, gradients_alone, tolerance=1e-6)
 
+    def test_evaluation_does_not_follow_the_schedule(self, tiny_model, tokenizer, token_rows, tmp_path):
+        trainer = make_trainer(
+            SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, max_steps=3, learning_rate=0.0,
+            worst_group_schedule="linear", eval_dataset=token_rows, eval_strategy="steps", eval_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        assert len({log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}) == 1
+
+    def test_short_samples_have_cross_entropy(self, tiny_model, tokenizer, token_rows, tmp_path, caplog):
+        common = (tiny_model, tokenizer, token_rows, tmp_path)
+        loss, _ = one_step(SFTTrainer, SFTConfig, *common)
+        assert one_step(SFTGOTrainer, SFTGOConfig, *common, min_grouped_tokens=40)[0] == pytest.approx(loss)
+        assert "No token of the train dataset is in a group" in caplog.text
+        assert one_step(SFTGOTrainer, SFTGOConfig, *common, min_grouped_tokens=2)[0] > loss
+
+    def test_wrapped_packing_warns(self, tiny_model, tokenizer, token_rows, tmp_path, caplog):
+        options = {"packing": True, "packing_strategy": "wrapped"}
+        make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+        assert "each packed row counts as one sample" in caplog.text
+
+    def test_groups_stand_on_their_tokens_under_prompt_tuning(self, tiny_model, tokenizer, grouped_rows, tmp_path):
+        """Virtual tokens are prepended: the loss and the groups' means must be those of the real tokens."""
+        row = grouped_rows.select([0])
+        peft_config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+        options = {"group_by": "column", "group_column": "mine", "max_steps": 1, "peft_config": peft_config}
+        trainer = make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, row, tmp_path, **options)
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor(row["input_ids"][:])).logits[0]
+        trainer.train()
+        log_probs = logits[-len(row[0]["labels"]) - 1 : -1].log_softmax(-1)
+        labels, groups = row[0]["labels"], row[0]["mine"]
+        for group in range(4):
+            nll = [
+                -log_probs[t, label] for t, label in enumerate(labels) if t and label != -100 and groups[t] == group
+            ]
+            assert trainer.state.log_history[0][f"sft_go/group_{group}_nll"] == pytest.approx(
+                float(sum(nll)) / len(nll)
+            )
+
+    def test_own_groups_without_preparation(self, tiny_model, tokenizer, grouped_rows, tmp_path):
+        rows = grouped_rows.rename_column("mine", "group_ids")
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "group_by": "column", "group_column": "group_ids"}
+        loss, _ = one_step(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, **options)
+        prepared = {"group_by": "column", "group_column": "mine"}
+        assert (
+            loss == one_step(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, grouped_rows, tmp_path, **prepared)[0]
+        )
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
@@ -307,10 +377,11 @@ class TestBadInput:
         [
             ({"important_fraction": 0.0}, "`important_fraction` must lie between 0 and 1, both excluded, got 0.0"),
             ({"important_fraction": 1.0}, "got 1.0"),
+            ({"important_fraction": "0.5"}, "`important_fraction` must be a number between 0 and 1, got '0.5'"),
             ({"important_fraction": float("nan")}, "got nan"),
-            ({"worst_group_weight": -0.1}, "`worst_group_weight` must lie between 0 and 1, got -0.1"),
+            ({"worst_group_weight": -0.1}, "`worst_group_weight` must be a number between 0 and 1, got -0.1"),
             ({"worst_group_weight": 1.5}, "got 1.5"),
-            ({"worst_group_weight_end": 2}, "`worst_group_weight_end` must lie between 0 and 1, got 2"),
+            ({"worst_group_weight_end": 2}, "`worst_group_weight_end` must be a number between 0 and 1, got 2"),
             (
                 {"group_by": "tf-idf"},
                 r"`group_by='tf-idf'` is unknown; choose one of \['tfidf', 'llmlingua2', 'rho1', 'column'\]",
@@ -355,6 +426,27 @@ class TestBadInput:
         rows = token_rows.add_column("mine", [[0.5] * len(ids) for ids in token_rows["input_ids"]])
         with pytest.raises(ValueError, match=r"column `mine` has 0.5 as a group id"):
             self.trainer(tiny_model, tokenizer, rows, tmp_path, group_by="column", group_column="mine")
+
+    @pytest.mark.parametrize("data_format", ["numpy", "torch", "pandas"])
+    def test_formatted_data_is_no_bad_input(self, data_format, tiny_model, tokenizer, grouped_rows, tmp_path):
+        rows = grouped_rows.with_format(data_format)
+        options = {"group_by": "column", "group_column": "mine"}
+        trainer = self.trainer(tiny_model, tokenizer, rows, tmp_path, **options)
+        assert trainer.train_dataset[0]["group_ids"] == grouped_rows[0]["mine"]
+
+    def test_own_column_without_truncation(self, tiny_model, tokenizer, grouped_rows, tmp_path):
+        options = {"group_by": "column", "group_column": "mine", "truncation_mode": "keep_end", "max_length": None}
+        with pytest.warns(FutureWarning, match="keep_end"):
+            trainer = self.trainer(tiny_model, tokenizer, grouped_rows, tmp_path, **options)
+        assert trainer.train_dataset[0]["group_ids"] == grouped_rows[0]["mine"]
+
+    def test_counts_that_are_not_known(self, tiny_model, tokenizer, token_rows, tmp_path):
+        trainer = self.trainer(tiny_model, tokenizer, token_rows, tmp_path, sample_weighting="uniform")
+        batch = next(iter(trainer.get_train_dataloader()))
+        with pytest.raises(KeyError, match="The number of `samples` in the optimizer step is not known"):
+            trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(100))
+        # Without a count the micro-batch counts for itself, and the batch can be used again
+        assert trainer.compute_loss(trainer.model, batch) == trainer.compute_loss(trainer.model, batch)
 
     def test_no_supervised_token(self, tiny_model, tokenizer, token_rows, tmp_path):
         rows = token_rows.map(lambda row: {"labels": [row["labels"][0]] + [-100] * (len(row["labels"]) - 1)})
