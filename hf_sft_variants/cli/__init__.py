@@ -5,7 +5,7 @@ import sys
 
 from .. import __version__
 from ..errors import InputError
-from . import evaluate, quickstart
+from . import evaluate, inspect, quickstart
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (quickstart, evaluate):
+    for module in (quickstart, inspect, evaluate):
         module.add_parser(subparsers)
     return parser
 
@@ -38,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: The exit status: 0, or 2 for input that cannot be used.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, others = parser.parse_known_args(argv)
+    if "recipe_flags" in args:  # the recipe's own parser knows them
+        args.recipe_flags = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         args.run(args)
     except InputError as error:

@@ -13,6 +13,7 @@ from .excess_loss import group_by_excess_loss
 from .grouping import (
     IMPORTANT,
     UNGROUPED,
+    UNIMPORTANT,
     add_group_ids,
     add_rankable_groups,
     copy_group_ids,
@@ -89,6 +90,15 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     @cached_property
     def _worst_group_flips(self):
         return WorstGroupFlips()
+
+    @property
+    def group_names(self) -> dict[str, dict[int, str]]:
+        """What the values of a column are called where tokens are shown (`hf-sft-variants inspect`)."""
+        if self.args.group_column is not None:
+            return {}
+        if self.args.group_by == "rho1":
+            return {"group_ids": {IMPORTANT: "always important", UNIMPORTANT: "ranked at each step"}}
+        return {"group_ids": {IMPORTANT: "important", UNIMPORTANT: "unimportant"}}
 
     # Annotation: a group id for each token
 

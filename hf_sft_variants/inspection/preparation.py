@@ -1,0 +1,171 @@
+"""A recipe's training data as its trainer prepares it, without the model's weights."""
+
+import importlib
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+
+from ..errors import InputError
+from ..recipe import load_splits, make_parser, parse, pick_split
+from ..recipe_checks import read_mapping
+
+
+# What a recipe trains with on a GPU and a machine without one refuses; nothing of it changes the data
+_WITHOUT_ACCELERATOR = ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"]
+
+# Examples stay whole and in the data set's order, and nothing is reported, evaluated or uploaded
+_VIEW_SETTINGS = {
+    "packing": False,
+    "padding_free": False,
+    "shuffle_dataset": False,
+    "eval_strategy": "no",
+    "report_to": [],
+    "push_to_hub": False,
+    "activation_offloading": False,
+    "model_init_kwargs": None,
+}
+
+
+@dataclass
+class Recipe:
+    """
+    A parsed recipe.
+
+    Attributes:
+        path (`str`):
+            Where it was read from.
+        trainer_class (`type[SFTTrainer]`):
+            The trainer of the package that the recipe's `module` names, or [`~trl.SFTTrainer`].
+        config_class (`type[SFTConfig]`):
+            The trainer's configuration class.
+        script_args ([`~trl.ScriptArguments`]), training_args ([`~trl.SFTConfig`]), model_args ([`~trl.ModelConfig`]),
+            dataset_args ([`~trl.DatasetMixtureConfig`]): What the recipe and the flags say.
+    """
+
+    path: str
+    trainer_class: type[SFTTrainer]
+    config_class: type[SFTConfig]
+    script_args: ScriptArguments
+    training_args: SFTConfig
+    model_args: ModelConfig
+    dataset_args: DatasetMixtureConfig
+
+
+def load_recipe(path: str, flags: list[str]) -> Recipe:
+    """
+    Read a recipe strictly, as training does.
+
+    Args:
+        path (`str`):
+            YAML file of `trl sft`, with or without `module`.
+        flags (`list[str]`):
+            Flags that override the recipe.
+
+    Raises:
+        `InputError`: If the recipe can't be read, a key, flag or value is wrong, or `module` has no trainer.
+    """
+    module = read_mapping(path).get("module")
+    trainer_class = SFTTrainer if module is None else find_trainer_class(module)
+    config_class = getattr(trainer_class, "config_class", SFTConfig)
+    parser = make_parser(trainer_class, config_class)
+    if module is not None:  # a program of one's own may train a trainer of another package
+        parser.prog = f"python -m {module}"
+    on_this_machine = [] if torch.accelerator.is_available() else _WITHOUT_ACCELERATOR
+    parsed = parse(parser, ["--config", path, *flags, *on_this_machine])
+    return Recipe(path, trainer_class, config_class, *parsed)
+
+
+def find_trainer_class(module: str) -> type[SFTTrainer]:
+    """
+    The one trainer that a package names: of those that inherit from each other, the most special one.
+
+    Raises:
+        `InputError`: If the package can't be imported, or has no trainer or several.
+    """
+    if os.getcwd() not in sys.path:  # `python -m` finds the modules of the current folder, a console script does not
+        sys.path.append(os.getcwd())
+    try:
+        names = vars(importlib.import_module(module)).values()
+    except ImportError as error:
+        raise InputError(f"`module` is {module!r}, which can't be imported: {error}.") from error
+    trainers = {name for name in names if isinstance(name, type) and issubclass(name, SFTTrainer)}
+    parents = {parent for trainer in trainers for parent in trainer.__mro__[1:]}
+    special = sorted(trainers - parents, key=lambda trainer: trainer.__name__)
+    if len(special) != 1:
+        found = ", ".join(trainer.__name__ for trainer in special) or "none"
+        raise InputError(f"`module` is {module!r}, which must have one subclass of SFTTrainer, but has {found}.")
+    return special[0]
+
+
+def prepare(recipe: Recipe) -> SFTTrainer:
+    """
+    Build the recipe's trainer for its prepared `train_dataset`: unpacked, in the data set's order.
+
+    Nothing is trained, and of the model only the configuration and the tokenizer are loaded.
+
+    Raises:
+        `InputError`: If the model or the data can't be loaded, or the trainer refuses them.
+    """
+    train_dataset = pick_split(
+        load_splits(recipe.script_args, recipe.dataset_args), "dataset_train_split", recipe.script_args
+    )
+    with tempfile.TemporaryDirectory() as output_dir:  # the trainer makes the folder that it would save to
+        model, processing_class = load_without_weights(recipe)
+        _set_up_view(recipe.training_args, output_dir)
+        try:
+            trainer = recipe.trainer_class(
+                model=model,
+                args=recipe.training_args,
+                train_dataset=train_dataset,
+                processing_class=processing_class,
+            )
+        except ValueError as error:  # a refusal, which says the fix
+            raise InputError(str(error)) from error
+    return trainer
+
+
+def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:
+    """
+    The recipe's model on the `meta` device, and its tokenizer or processor.
+
+    Preparing data asks a model for its configuration, its name and the size of its embeddings, which a model without
+    weights has, too: no download, no memory, and the real architecture rather than a stand-in of another one.
+
+    Raises:
+        `InputError`: If there is no such model.
+    """
+    name, args = recipe.model_args.model_name_or_path, recipe.training_args
+    revision = (args.model_init_kwargs or {}).get("revision", recipe.model_args.model_revision)
+    options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        processing_class = AutoProcessor.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"`model_name_or_path` is {name!r}, which could not be loaded: {first_line}") from error
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if architecture is None:  # defined by the model's own code
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+        else:
+            model = architecture(config)
+    model.hf_device_map = {"": "meta"}  # says that the model has its place, so that `Trainer` does not move it
+    # `chat_template_path` may add tokens, and their mean embedding can't be computed without values
+    model.resize_token_embeddings = partial(model.resize_token_embeddings, mean_resizing=False)
+    return model, processing_class
+
+
+def _set_up_view(args: SFTConfig, output_dir: str) -> None:
+    if args.packing and args.packing_strategy == "bfd":
+        args.truncation_mode = "keep_start"  # what this strategy does to a sample that is too long
+    elif args.packing:
+        args.max_length = None  # samples are split, not truncated
+    for name, value in {**_VIEW_SETTINGS, "output_dir": output_dir}.items():
+        setattr(args, name, value)

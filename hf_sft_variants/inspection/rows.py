@@ -1,0 +1,212 @@
+"""Rows of a prepared data set, and what its per-token columns mean."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from datasets import IterableDataset
+from trl import SFTTrainer
+
+from ..errors import InputError
+from .token_text import special_ids, token_texts
+
+
+# An integer column with more values than this is no grouping
+MAX_GROUPS = 32
+
+
+@dataclass
+class Column:
+    """
+    A column with one number for each token.
+
+    Attributes:
+        name (`str`):
+            Name in the data set.
+        kind (`str`):
+            `"group"` (integers; negative ones are no group), `"mask"` (0 or 1), `"score"` (floats), or `"number"`
+            (other integers).
+        per_example (`bool`, *optional*, defaults to `False`):
+            Whether each row has one value, repeated for its tokens.
+        names (`dict[int, str]`):
+            Value to name: of a group each that is not negative, of a mask 1.
+    """
+
+    name: str
+    kind: str
+    per_example: bool = False
+    names: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def is_group(self) -> bool:
+        """Whether tokens are marked by it: groups and masks."""
+        return self.kind in ("group", "mask")
+
+    def group_of(self, value: int) -> int:
+        """The group a value stands for, -1 for none: a mask's 0, and negative ids."""
+        return int(value) if value in self.names else -1
+
+    @property
+    def is_score(self) -> bool:
+        """Whether tokens are shaded by it."""
+        return self.kind == "score" and not self.per_example
+
+
+@dataclass
+class Row:
+    """
+    One example of the prepared data set.
+
+    Attributes:
+        number (`int`):
+            Position in the prepared data set.
+        input_ids (`list[int]`), labels (`list[int]`):
+            Tokens, and what is predicted at each; `-100` is nothing.
+        values (`dict[str, list]`):
+            Column name to one value for each token.
+    """
+
+    number: int
+    input_ids: list[int]
+    labels: list[int]
+    values: dict[str, list]
+
+    def in_loss(self) -> list[bool]:
+        """Whether each token is in the loss: the first token is predicted by nothing."""
+        return [position > 0 and label != -100 for position, label in enumerate(self.labels)]
+
+    def values_in_loss(self, column: Column) -> list:
+        """Values of the tokens in the loss, or the row's one value."""
+        values = self.values[column.name]
+        if column.per_example:
+            return values[:1]
+        return [value for value, in_loss in zip(values, self.in_loss(), strict=True) if in_loss]
+
+    def group_counts(self, column: Column) -> Counter[int]:
+        """Number of tokens in the loss for each group."""
+        return Counter(map(column.group_of, self.values_in_loss(column)))
+
+
+@dataclass
+class View:
+    """
+    What is shown.
+
+    Attributes:
+        rows (`list[Row]`), columns (`list[Column]`):
+            The examples and their per-token columns.
+        num_rows (`int`, *optional*):
+            Length of the whole prepared data set; not known of a stream.
+        texts (`dict[int, str]`):
+            Text of each token id in the rows.
+        special (`set[int]`):
+            Ids of special tokens.
+    """
+
+    rows: list[Row]
+    columns: list[Column]
+    num_rows: int | None
+    texts: dict[int, str]
+    special: set[int]
+
+    def title(self) -> str:
+        """Which rows of how many."""
+        first, last = self.rows[0].number, self.rows[-1].number
+        of_all = "a stream" if self.num_rows is None else f"{self.num_rows:,}"
+        return f"row {first} of {of_all}" if first == last else f"rows {first} to {last} of {of_all}"
+
+
+def parse_range(text: str) -> slice:
+    """
+    Read a range of rows as in Python: `0:20`, `:5`, `10:`, `:`, or one number.
+
+    Raises:
+        `InputError`: If the text is no range, or one that holds nothing.
+    """
+    match = re.fullmatch(r"(\d*)(:(\d*))?", text)
+    if not match or not text:
+        raise InputError(f"`--rows` is {text!r}, which is no range: pass e.g. 0:20, 100: or a single row's number.")
+    start = int(match[1] or 0)
+    stop = start + 1 if match[2] is None else int(match[3]) if match[3] else None
+    if stop is not None and stop <= start:
+        raise InputError(f"`--rows` is {text!r}, which holds no row: the end, which is not shown, must be larger.")
+    return slice(start, stop)
+
+
+def read_view(trainer: SFTTrainer, wanted: slice) -> View:
+    """
+    Read rows of a trainer's prepared training set, with every column that has one number for each token.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Its `annotation_columns` say which value of a column means "none"; its `group_names`, if it has any, what
+            the ids of a group column are called (`{column: {id: name}}`).
+        wanted (`slice`):
+            What [`parse_range`] returns.
+
+    Raises:
+        `InputError`: If there are no such rows, or they have no tokens.
+    """
+    dataset = trainer.train_dataset
+    num_rows = None if isinstance(dataset, IterableDataset) else len(dataset)
+    examples = list(_examples(dataset, wanted))
+    if not examples:
+        there_are = "no more" if num_rows is None else num_rows
+        raise InputError(f"`--rows` starts at row {wanted.start}, but the prepared data set has {there_are} rows.")
+    if "input_ids" not in examples[0] or "labels" not in examples[0]:
+        raise InputError("The prepared data set has no `input_ids` and `labels`: its tokens are made batch by batch.")
+    columns = _find_columns(examples, trainer)
+    rows = [
+        Row(number, example["input_ids"], example["labels"], {column.name: example[column.name] for column in columns})
+        for number, example in enumerate(examples, wanted.start)
+    ]
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    ids = {token_id for row in rows for token_id in (*row.input_ids, *row.labels) if token_id != -100}
+    return View(rows, columns, num_rows, token_texts(tokenizer, ids), special_ids(tokenizer))
+
+
+def _examples(dataset, wanted: slice) -> Iterable[dict[str, Any]]:
+    if isinstance(dataset, IterableDataset):
+        return islice(dataset, wanted.start, wanted.stop)
+    return (dataset[row] for row in range(len(dataset))[wanted])
+
+
+def _find_columns(examples: list[dict[str, Any]], trainer: SFTTrainer) -> list[Column]:
+    """The method's own columns first; a column that repeats an earlier one (a user's, copied) is left out."""
+    padding_values = getattr(trainer, "annotation_columns", {})
+    group_names = getattr(trainer, "group_names", {})
+    columns, seen = [], []
+    for name in dict.fromkeys([*padding_values, *examples[0]]):
+        rows = [example.get(name) for example in examples]
+        if name in ("input_ids", "labels") or rows in seen or not _is_per_token(rows, examples):
+            continue
+        seen.append(rows)
+        columns.append(_describe(name, rows, padding_values.get(name, 0), group_names.get(name, {})))
+    return columns
+
+
+def _is_per_token(rows: list[Any], examples: list[dict[str, Any]]) -> bool:
+    return all(
+        isinstance(values, list)
+        and len(values) == len(example["input_ids"])
+        and all(isinstance(value, int | float) for value in values)
+        for values, example in zip(rows, examples, strict=True)
+    )
+
+
+def _describe(name: str, rows: list[list], padding_value: float, group_names: dict[int, str]) -> Column:
+    values = {value for row in rows for value in row}
+    is_score = any(isinstance(value, float) for value in values)
+    groups = sorted((value for value in values if value >= 0), reverse=True)
+    if all(len(set(row)) == 1 for row in rows):
+        return Column(name, "score" if is_score else "number", per_example=True)
+    if is_score:
+        return Column(name, "score")
+    if values <= {0, 1} and padding_value == 0:
+        return Column(name, "mask", names={1: group_names.get(1, name)})
+    if len(groups) > MAX_GROUPS:
+        return Column(name, "number")
+    return Column(name, "group", names={group: group_names.get(group, f"group {group}") for group in groups})

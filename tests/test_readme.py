@@ -1,0 +1,58 @@
+"""The README's examples run, and name what is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import make_trainer
+from trl import SFTConfig
+
+import hf_sft_variants
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_variant_runs_as_it_stands(tiny_model, tokenizer, token_rows, tmp_path):
+    (code,) = [block for block in PYTHON_BLOCKS if "AnnotatedSFTTrainer" in block]
+    assert len(code.splitlines()) <= 30
+    namespace = {}
+    exec(code[: code.index("trainer =")], namespace)
+    trainer_class = namespace["LateTokensTrainer"]
+    trainer = make_trainer(trainer_class, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] < trainer.state.log_history[0]["nll"]  # weights are below one
+
+
+@pytest.mark.parametrize("code", PYTHON_BLOCKS)
+def test_imported_names_are_there(code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_sft_variants":
+            for name in node.names:
+                assert hasattr(hf_sft_variants, name.name)
+
+
+def test_named_files_are_there():
+    for name in re.findall(r"(?:recipes|docs|benchmarks)/[\w./]+\.(?:yaml|png|py)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_commands_of_make_are_there():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_both_quickstart_recipes_differ_in_the_method_alone():
+    """What the README compares is a fair comparison."""
+    ours, plain = (
+        yaml.safe_load((ROOT / f"recipes/quickstart/{name}.yaml").read_text()) for name in ("sft_go", "sft_baseline")
+    )
+    method = {"module", "group_by", "important_fraction", "worst_group_weight", "output_dir"}
+    assert {key: value for key, value in ours.items() if key not in method} == {
+        key: value for key, value in plain.items() if key not in method
+    }
