@@ -2,8 +2,7 @@
 Throughput of scoring, against what it can't beat and what it has to beat.
 
 *bare*: forward passes (backbone and fused LM head, no gradient) over as many tokens in full batches without padding.
-*naive*: one example a batch, padded to the maximum length, full logits and their log-softmax. Also printed: peak memory
-beyond the weights, which must not grow with vocabulary × tokens.
+*naive*: one example a batch, padded to the maximum length, full logits and their log-softmax.
 
     python benchmarks/scoring_throughput.py --model quickstart/model --dataset quickstart/data --examples 120
 """

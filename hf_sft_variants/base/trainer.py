@@ -3,7 +3,6 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -19,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .batch import AnnotatedBatch, NumItems, count_supervised_samples, make_annotated_batch
 from .collator import AnnotationCollator
+from .metrics import MetricSums
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
 from .refusals import refuse_sequence_sharding, refuse_unsupported, resolve_args
 from .trl_internals import global_then_local_main_first
@@ -27,8 +27,6 @@ from .trl_internals import global_then_local_main_first
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-
-logger = get_logger(__name__)
 
 # Carries the step's counts with each micro-batch, so that a loss can't meet the counts of another step
 _NUM_ITEMS = "num_items_in_step"
@@ -128,7 +126,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
         args = resolve_args(args, self.config_class, model, self._name)
         refuse_unsupported(type(self).__name__, args, train_dataset, compute_loss_func)
         self._is_streaming = isinstance(train_dataset, IterableDataset)
-        self._metric_sums = {"train": {}, "eval": {}}
+        self._metric_sums = MetricSums()
         self.args = args  # `Trainer` sets it too, but only after the data sets are prepared
         if args.accelerator_config.dispatch_batches is None:
             # For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too;
@@ -289,35 +287,22 @@ class AnnotatedSFTTrainer(SFTTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
         batch.metrics["nll"] = (-batch.log_probs.detach().sum(), batch.label_mask.sum())
-        self._record_metrics(batch.metrics)
+        mode, prefix = ("train", "") if self.model.training else ("eval", self._eval_set_prefix)
+        self._metric_sums.add(mode, prefix, batch.metrics, self.accelerator)
         return (loss, parent_result[1]) if return_outputs else loss
 
-    # Metrics: summed over micro-batches and processes, divided when they are logged
-
-    def _record_metrics(self, metrics) -> None:
-        device = self.accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        sums = [torch.as_tensor(value, device=device).to(dtype) for pair in metrics.values() for value in pair]
-        sums = self.accelerator.gather(torch.stack(sums)[None]).sum(0).view(-1, 2).tolist()
-        mode, prefix = ("train", "") if self.model.training else ("eval", self._eval_set_prefix)
-        for name, (numerator, denominator) in zip(metrics, sums, strict=True):
-            total = self._metric_sums[mode].setdefault(prefix + name, [0.0, 0.0])
-            total[0], total[1] = total[0] + numerator, total[1] + denominator
+    # Metrics
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
-        for name, (numerator, denominator) in self._metric_sums[mode].items():
-            if denominator != 0:
-                self._metrics[mode][name] = [numerator / denominator]
-        if mode == "train" and self._metric_sums[mode].get("nll", [0, 1])[1] == 0:
-            logger.warning("No token was in the loss since the last log: nothing was learned. Check the labels.")
-        self._metric_sums[mode].clear()
+        for name, mean in self._metric_sums.take(mode).items():
+            self._metrics[mode][name] = [mean]
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         # Of several evaluation sets, each has its own metrics: "eval_<name>" becomes "<name>_" before the metric
         self._eval_set_prefix = (metric_key_prefix.removeprefix("eval").removeprefix("_") + "_").lstrip("_")
-        self._metric_sums["eval"].clear()  # `predict` leaves its own
+        self._metric_sums.take("eval")  # `predict` leaves its own
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
