@@ -145,3 +145,17 @@ def make_annotated_batch(
         # Clamped so that a batch with nothing to learn gives a finite zero rather than 0 / 0
         num_items=NumItems({name: torch.as_tensor(count).clamp(min=1) for name, count in num_items.items()}),
     )
+
+
+class RememberOutputs:
+    """Stands in for the model in one call of `SFTTrainer.compute_loss` and keeps the fused LM head's outputs."""
+
+    def __init__(self, model):
+        self.model = model
+        self.outputs = None
+
+    def __call__(self, **inputs):
+        outputs = self.model(**inputs)
+        if inputs.get("fused_lm_head"):
+            self.outputs = outputs
+        return outputs

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
-from .batch import AnnotatedBatch, NumItems, count_supervised_samples, make_annotated_batch
+from .batch import AnnotatedBatch, NumItems, RememberOutputs, count_supervised_samples, make_annotated_batch
 from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
@@ -30,20 +30,6 @@ if TYPE_CHECKING:
 
 # Carries the step's counts with each micro-batch, so that a loss can't meet the counts of another step
 _NUM_ITEMS = "num_items_in_step"
-
-
-class _RememberOutputs:
-    """Stands in for the model in one call of `SFTTrainer.compute_loss` and keeps the fused LM head's outputs."""
-
-    def __init__(self, model):
-        self.model = model
-        self.outputs = None
-
-    def __call__(self, **inputs):
-        outputs = self.model(**inputs)
-        if inputs.get("fused_lm_head"):
-            self.outputs = outputs
-        return outputs
 
 
 class AnnotatedSFTTrainer(SFTTrainer):
@@ -269,7 +255,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
         inputs = dict(inputs)  # the caller's stays as it is
         step_items = inputs.pop(_NUM_ITEMS, None)
         annotations = {name: inputs.pop(name) for name in self.annotation_columns}
-        model = _RememberOutputs(model)
+        model = RememberOutputs(model)
         parent_result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model.outputs
 

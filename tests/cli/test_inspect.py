@@ -144,7 +144,7 @@ class TestPage:
     def test_histogram_counts_each_score_in_the_loss(self, folder):
         html = inspect_page("--config", "sft_go.yaml")
         titles = re.findall(r"<title>[^<]*: ([^<]*)</title>", html.partition("<svg")[2])
-        total = sum(int(number) for title in titles for number in re.findall(r"(\d+) (?:no )?group", title))
+        total = sum(int(number) for title in titles for number in re.findall(r"(\d+) (?:un)?important", title))
         in_loss = sum("in-loss" in classes for row in Page(html).rows for _, classes, _ in row)
         assert total == in_loss and f"of {in_loss:,} tokens in the loss" in html
 
