@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -23,21 +24,24 @@ _METADATA_KEY = b"hf_sft_variants"
 _ROW = "row"
 
 
-def scores_path(cache_dir: str | Path, settings: dict, keys: Sequence[str]) -> Path:
+def scores_path(cache_dir: str | Path, settings: dict, dataset: Dataset) -> Path:
     """
-    Where the scores of these examples under these settings are kept: another model, option or row, another file.
+    Where the scores of these examples under these settings are kept: another model, option, row or truncation, another
+    file.
 
     Args:
         cache_dir (`str` or `Path`):
             Folder of all scores.
         settings (`dict`):
             All that the scores depend on beside the examples, as JSON values.
-        keys (`Sequence[str]`):
-            Example keys, in any order.
+        dataset ([`~datasets.Dataset`]):
+            Examples with `example_key` and `input_ids`, in any order.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for key in sorted(keys):
-        digest.update(key.encode())
+    # The keys name whole examples; the length says what truncation left of them
+    lengths = map(len, dataset["input_ids"])
+    for key, length in sorted(zip(dataset[EXAMPLE_KEY], lengths, strict=True)):
+        digest.update(f"{key} {length} ".encode())
     return Path(cache_dir) / f"{digest.hexdigest()[:24]}.parquet"
 
 
@@ -62,7 +66,7 @@ def score_in_shards(
         score_batch (`Callable`):
             Scores a list of examples of similar length: a dictionary of columns for each.
         path (`Path`):
-            File to write. Unfinished shards are beside it, in `<path>.shards`.
+            File to write, in a folder that all processes share. Unfinished shards are beside it, in `<path>.shards-*`.
         settings (`dict`):
             All that the scores depend on, written into the file.
         batch_tokens (`int`):
@@ -77,7 +81,8 @@ def score_in_shards(
         `OSError`: If the disk is full; what was scored so far is kept.
     """
     state = PartialState()
-    folder = path.with_name(path.name + ".shards")
+    # Other budgets cut other shards, so a run that goes on with another one begins anew
+    folder = path.with_name(f"{path.name}.shards-{batch_tokens}-{BATCHES_PER_SHARD}")
     lengths = [len(ids) for ids in dataset["input_ids"]]
     shards = plan_shards(lengths, batch_tokens)
     names = [folder / f"{number:05d}.parquet" for number in range(len(shards))]
@@ -90,7 +95,8 @@ def score_in_shards(
     state.wait_for_everyone()
     if state.is_main_process:
         _merge_shards(names, dataset, path, settings)
-        shutil.rmtree(folder)
+        for left_over in path.parent.glob(f"{path.name}.shards-*"):
+            shutil.rmtree(left_over)
     state.wait_for_everyone()
     return read_scores(path, settings)
 
@@ -149,6 +155,16 @@ def write_parquet(table: pa.Table, path: Path) -> None:
             ) from error
         raise
     partial.replace(path)
+
+
+def find_scores(path: Path, settings: dict) -> pa.Table | None:
+    """
+    Read what [`score_in_shards`] wrote, or say that it has to be called: by all processes, or by none.
+
+    Raises:
+        `ValueError`: As [`read_scores`].
+    """
+    return read_scores(path, settings) if all(gather_object([path.is_file()])) else None
 
 
 def read_scores(path: Path, settings: dict) -> pa.Table:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..scoring import EXAMPLE_KEY, read_scores, score_in_shards, scores_path
+from ..scoring import find_scores, score_in_shards, scores_path
 from ..scoring.shards import plan_shards
 from ..scoring.token_offsets import Span, TokenOffsets
 from .config import SFTGOConfig
@@ -57,13 +57,12 @@ def importance_scores(
         **identify_importance_model(args.importance_model),
         "window": MAX_WINDOW,
         "target_vocabulary": vocabulary_hash(tokenizer),
-        # The keys name whole examples, so what truncation leaves of them belongs to the settings
-        "max_length": args.max_length if not args.packing or args.packing_strategy == "bfd" else None,
         "truncation_mode": args.truncation_mode,
     }
-    path = scores_path(score_cache_dir(args), settings, dataset[EXAMPLE_KEY])
-    if path.is_file():
-        return read_scores(path, settings)
+    path = scores_path(score_cache_dir(args), settings, dataset)
+    scores = find_scores(path, settings)
+    if scores is not None:
+        return scores
     model, importance_tokenizer = load_importance_model(args.importance_model)
     scorer = LLMLingua2Scorer(model, importance_tokenizer, tokenizer, args.score_batch_tokens)
     description = f"Scoring {dataset_name} dataset with {args.importance_model}"

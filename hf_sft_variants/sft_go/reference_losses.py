@@ -8,7 +8,7 @@ from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..scoring import EXAMPLE_KEY, identify_model, load_reference_model, read_scores, score_log_probs, scores_path
+from ..scoring import find_scores, identify_model, load_reference_model, score_log_probs, scores_path
 from .config import SFTGOConfig
 
 
@@ -41,13 +41,12 @@ def reference_log_probs(dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrain
     settings = {
         "kind": "log_probs",
         **identify_model(args.reference_model, args.reference_model_init_kwargs),
-        # The keys name whole examples, so what truncation leaves of them belongs to the settings
-        "max_length": args.max_length if not args.packing or args.packing_strategy == "bfd" else None,
         "truncation_mode": args.truncation_mode,
     }
-    path = scores_path(score_cache_dir(args), settings, dataset[EXAMPLE_KEY])
-    if path.is_file():
-        return read_scores(path, settings)
+    path = scores_path(score_cache_dir(args), settings, dataset)
+    scores = find_scores(path, settings)
+    if scores is not None:
+        return scores
     model = load_reference_model(args.reference_model, args.reference_model_init_kwargs)
     description = f"Scoring {dataset_name} dataset with {args.reference_model}"
     scores = score_log_probs(dataset, model, path, settings, args.score_batch_tokens, True, description)

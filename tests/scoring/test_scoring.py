@@ -156,12 +156,30 @@ class TestShards:
             folder.mkdir()
             keyed_rows.to_json(folder / "rows.jsonl")
         assert run(folders[0], survives=5).returncode == -signal.SIGKILL
-        assert len(list((folders[0] / "scores.parquet.shards").iterdir())) == 2  # of two batches each
+        (shard_folder,) = folders[0].glob("scores.parquet.shards-*")
+        assert len(list(shard_folder.iterdir())) == 2  # of two batches each
         resumed, unbroken = run(folders[0], survives=99), run(folders[1], survives=99)
         num_batches = [int(result.stdout.splitlines()[-1]) for result in (resumed, unbroken)]
         assert num_batches[0] == num_batches[1] - 4
         assert (folders[0] / "scores.parquet").read_bytes() == (folders[1] / "scores.parquet").read_bytes()
-        assert not (folders[0] / "scores.parquet.shards").exists()
+        assert not shard_folder.exists()
+
+    def test_shards_of_another_budget_are_not_mixed_in(self, keyed_rows, tmp_path, monkeypatch):
+        monkeypatch.setattr(shards, "BATCHES_PER_SHARD", 2)
+        path, scored = tmp_path / "scores.parquet", []
+
+        def score_batch(examples):
+            if len(scored) == 5:
+                raise KeyboardInterrupt
+            scored.append(len(examples))
+            return [{"first": example["input_ids"][0]} for example in examples]
+
+        with pytest.raises(KeyboardInterrupt):
+            score_in_shards(keyed_rows, score_batch, path, SETTINGS, 40, "")
+        scored.extend([0] * 9)
+        table = score_in_shards(keyed_rows, score_batch, path, SETTINGS, 90, "")
+        assert table["first"].to_pylist() == [ids[0] for ids in keyed_rows["input_ids"]]
+        assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]
 
     def test_full_disk(self, keyed_rows, tmp_path, monkeypatch):
         def no_space(*args):
@@ -190,10 +208,15 @@ class TestShards:
         with pytest.raises(ValueError, match="can't be read"):
             read_scores(path, SETTINGS)
 
-    def test_paths_tell_settings_and_examples_apart(self, tmp_path):
-        same = scores_path(tmp_path, {"a": 1, "b": 2}, ["x", "y"])
-        assert scores_path(tmp_path, {"b": 2, "a": 1}, ["y", "x"]) == same
-        others = [({"a": 1, "b": 3}, ["x", "y"]), ({"a": 1, "b": 2}, ["x"])]
+    def test_paths_tell_settings_and_examples_apart(self, keyed_rows, tmp_path):
+        same = scores_path(tmp_path, {"a": 1, "b": 2}, keyed_rows)
+        assert scores_path(tmp_path, {"b": 2, "a": 1}, keyed_rows.shuffle(seed=0)) == same
+        shorter = keyed_rows.map(lambda row: {"input_ids": row["input_ids"][:9]})
+        others = [
+            ({"a": 1, "b": 3}, keyed_rows),
+            ({"a": 1, "b": 2}, keyed_rows.select([0])),
+            ({"a": 1, "b": 2}, shorter),
+        ]
         assert same not in [scores_path(tmp_path, *other) for other in others]
 
 
