@@ -146,14 +146,17 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
     }
     dataset = load_splits(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=pick_split(dataset, "dataset_train_split", script_args),
-        eval_dataset=pick_split(dataset, "dataset_test_split", script_args) if evaluates else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = trainer_class(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=pick_split(dataset, "dataset_train_split", script_args),
+            eval_dataset=pick_split(dataset, "dataset_test_split", script_args) if evaluates else None,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except (ValueError, OSError) as error:  # a refusal, which says the fix, or a model that is not there
+        raise InputError(f"with `model_name_or_path: {model_args.model_name_or_path}`: {error}") from error
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(training_args.output_dir)
@@ -173,8 +176,8 @@ def load_splits(script_args, dataset_args):
         return get_dataset(dataset_args)
     try:
         return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise InputError(f"`dataset_name` is {name!r}, but no such folder is here: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"`dataset_name` is {name!r}, which can't be loaded: {error}") from error
 
 
 def pick_split(dataset, key: str, script_args):

@@ -277,7 +277,7 @@ def test_missing_data(recipe, tmp_path, capsys):
     folder = str(tmp_path / "nowhere")
     with pytest.raises(SystemExit):
         main(ToyTrainer, ToyConfig, ["--config", recipe(RECIPE.replace("a/dataset", folder))])
-    assert f"`dataset_name` is {folder!r}, but no such folder is here" in capsys.readouterr().err
+    assert f"`dataset_name` is {folder!r}, which can't be loaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY)))

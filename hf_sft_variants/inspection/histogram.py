@@ -25,7 +25,8 @@ def render_histogram(view: View, score: Column, groups: Column | None) -> str:
     Returns:
         `str`: A `<figure>`, or a sentence where there is nothing to draw.
     """
-    pairs = _scores_with_groups(view, score, None if score.per_example else groups)
+    groups = None if score.per_example else groups
+    pairs = _scores_with_groups(view, score, groups)
     what = "examples" if score.per_example else "tokens in the loss"
     if not pairs:
         return f"<p>{escape(score.name)}: no {what}.</p>"

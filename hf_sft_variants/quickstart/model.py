@@ -47,7 +47,12 @@ def write_model(folder: str | Path, source: str = "auto") -> bool:
         _check_complete(folder)
         return False
     use_hub = source == "hub" or (source == "auto" and _hub_answers())
-    model, tokenizer = _load_from_hub() if use_hub else _load_from_package()
+    try:
+        model, tokenizer = _load_from_hub() if use_hub else _load_from_package()
+    except InputError:
+        if source != "auto" or not use_hub:
+            raise
+        model, tokenizer = _load_from_package()  # the Hub answered, but gave nothing
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -6,45 +6,71 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
-# Parameters are compared by a sample of this many entries
-_SAMPLED_ENTRIES = 1024
+_WEIGHT_FILES = {".safetensors", ".bin", ".json"}
 
 
-def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> PreTrainedModel:
+def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> PreTrainedModel | PeftModel:
     """
     Load a causal language model to score data with: evaluation mode, no gradients, on this process's device.
 
     Args:
         model (`str`):
-            Model id or folder; a folder with a PEFT adapter is loaded on the base model it names.
+            Model id or folder; a PEFT adapter is loaded on the base model it names.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained`. `dtype` defaults to bfloat16 on an accelerator, float32 on the CPU;
             with `quantization_config` the model is put where it says.
 
     Raises:
-        `ValueError`: If the model can't be loaded, naming it.
+        `ValueError`: If the model can't be loaded or lacks weights.
     """
-    device = PartialState().device
-    model_init_kwargs = {
-        "dtype": torch.float32 if device.type == "cpu" else torch.bfloat16,
-        **(model_init_kwargs or {}),
-    }
-    is_adapter = os.path.isfile(os.path.join(model, "adapter_config.json"))
-    auto_class = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    options = with_default_dtype(model_init_kwargs)
     try:
-        loaded = auto_class.from_pretrained(model, **model_init_kwargs)
-    except (OSError, ValueError) as error:
+        adapter = _adapter_config(model, options)
+        name = adapter.base_model_name_or_path if adapter else model
+        loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"The reference model {model!r} can't be loaded: {error} Give the id or the folder of a causal language "
             "model."
         ) from error
-    if "quantization_config" not in model_init_kwargs:
-        loaded = loaded.to(device)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"The reference model {model!r} lacks the weights {missing[:3]}, which would be random. Give a causal "
+            "language model."
+        )
+    if "quantization_config" not in options:
+        loaded = loaded.to(PartialState().device)
+    if adapter:
+        loaded = PeftModel.from_pretrained(loaded, model)
     return loaded.eval().requires_grad_(False)
+
+
+def with_default_dtype(model_init_kwargs: dict | None) -> dict:
+    """Keyword arguments of `from_pretrained` with the `dtype` that a reference model has by default."""
+    on_cpu = PartialState().device.type == "cpu"
+    return {"dtype": torch.float32 if on_cpu else torch.bfloat16, **(model_init_kwargs or {})}
+
+
+def _adapter_config(model: str, options: dict) -> PeftConfig | None:
+    """Configuration of an adapter; `None` for a model of its own."""
+    if os.path.isdir(model):
+        is_adapter = os.path.isfile(os.path.join(model, "adapter_config.json"))
+        return PeftConfig.from_pretrained(model) if is_adapter else None
+    try:
+        AutoConfig.from_pretrained(model, **_config_options(options))
+    except OSError:  # an adapter's repository has no config.json
+        return PeftConfig.from_pretrained(model, revision=options.get("revision"))
+    return None
+
+
+def _config_options(options: dict) -> dict:
+    return {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
 
 
 def identify_model(model: str | PreTrainedModel, model_init_kwargs: dict | None = None) -> dict[str, str]:
@@ -52,27 +78,38 @@ def identify_model(model: str | PreTrainedModel, model_init_kwargs: dict | None 
     What tells a model from others and from itself after training, as JSON values: its scores may be used again only
     where all of this is the same.
 
-    A folder is known by its files' names, sizes and times of change; an id of the Hub by its commit; a loaded model by
-    a sample of every parameter.
+    A folder is known by its files' names, sizes and times of change; an id of the Hub by its commit; an adapter by
+    itself and its base model; a loaded model by a hash of its parameters. The default `dtype` is among the options.
     """
-    options = {name: str(value) for name, value in sorted((model_init_kwargs or {}).items())}
+    options = with_default_dtype(model_init_kwargs)
+    described = {"options": str({name: str(value) for name, value in sorted(options.items())})}
     if not isinstance(model, str):
-        return {"model": type(model).__name__, "version": _hash_of_parameters(model), "options": str(options)}
+        return {"model": type(model).__name__, "version": _hash_of_parameters(model), **described}
+    adapter = _adapter_config(model, options)
+    if adapter:
+        base = identify_model(adapter.base_model_name_or_path, model_init_kwargs)
+        described["base"] = f"{base['model']} {base['version']}"
+    return {"model": _location(model), "version": _version(model, options, adapter), **described}
+
+
+def _location(model: str) -> str:
+    return str(Path(model).resolve()) if os.path.isdir(model) else model
+
+
+def _version(model: str, options: dict, adapter: PeftConfig | None) -> str:
     if os.path.isdir(model):
-        files = sorted(file for file in Path(model).iterdir() if file.suffix in {".safetensors", ".bin", ".json"})
+        folder = Path(model, options.get("subfolder", ""))
+        files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHT_FILES)
         states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        version = hashlib.sha256(repr(states).encode()).hexdigest()[:16]
-        return {"model": str(Path(model).resolve()), "version": version, "options": str(options)}
-    revision = (model_init_kwargs or {}).get("revision")
-    commit = AutoConfig.from_pretrained(model, revision=revision)._commit_hash
-    return {"model": model, "version": str(commit), "options": str(options)}
+        return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    if adapter:
+        return str(options.get("revision"))
+    return str(AutoConfig.from_pretrained(model, **_config_options(options))._commit_hash)
 
 
 def _hash_of_parameters(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(len(flat) // _SAMPLED_ENTRIES, 1)].cpu().contiguous()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

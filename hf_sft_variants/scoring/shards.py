@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..base.example_keys import EXAMPLE_KEY
@@ -27,7 +29,7 @@ _ROW = "row"
 def scores_path(cache_dir: str | Path, settings: dict, dataset: Dataset) -> Path:
     """
     Where the scores of these examples under these settings are kept: another model, option, row or truncation, another
-    file.
+    file. The order of the rows makes no difference.
 
     Args:
         cache_dir (`str` or `Path`):
@@ -35,14 +37,18 @@ def scores_path(cache_dir: str | Path, settings: dict, dataset: Dataset) -> Path
         settings (`dict`):
             All that the scores depend on beside the examples, as JSON values.
         dataset ([`~datasets.Dataset`]):
-            Examples with `example_key` and `input_ids`, in any order.
+            Examples with `example_key`, `input_ids` and `labels`.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    # The keys name whole examples; the length says what truncation left of them
-    lengths = map(len, dataset["input_ids"])
-    for key, length in sorted(zip(dataset[EXAMPLE_KEY], lengths, strict=True)):
-        digest.update(f"{key} {length} ".encode())
+    # The keys name whole examples; what truncation left of them belongs to it
+    for key, content in sorted(zip(dataset[EXAMPLE_KEY], map(_digest, dataset), strict=True)):
+        digest.update(f"{key} {content} ".encode())
     return Path(cache_dir) / f"{digest.hexdigest()[:24]}.parquet"
+
+
+def _digest(example: dict) -> str:
+    tokens = np.array([example["input_ids"], example["labels"]], dtype=np.int64)
+    return hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
 def score_in_shards(
@@ -78,11 +84,29 @@ def score_in_shards(
         `pa.Table`: The file's content.
 
     Raises:
-        `OSError`: If the disk is full; what was scored so far is kept.
+        `OSError`: If the scores can't be written; what was scored so far is kept.
     """
     state = PartialState()
-    # Other budgets cut other shards, so a run that goes on with another one begins anew
-    folder = path.with_name(f"{path.name}.shards-{batch_tokens}-{BATCHES_PER_SHARD}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")  # another run that needs the same scores waits for this one
+    if state.is_main_process:
+        lock.acquire()
+    state.wait_for_everyone()
+    try:
+        if not path.is_file():
+            _score_missing_shards(dataset, score_batch, path, settings, batch_tokens, description)
+    finally:
+        if state.is_main_process:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+    return read_scores(path, settings)
+
+
+def _score_missing_shards(dataset, score_batch, path, settings, batch_tokens, description) -> None:
+    state = PartialState()
+    # Another order of the rows or another budget cuts other shards: a run that goes on so begins anew
+    order = hashlib.sha256(f"{list(dataset[EXAMPLE_KEY])} {batch_tokens} {BATCHES_PER_SHARD}".encode())
+    folder = path.with_name(f"{path.name}.shards-{order.hexdigest()[:8]}")
     lengths = [len(ids) for ids in dataset["input_ids"]]
     shards = plan_shards(lengths, batch_tokens)
     names = [folder / f"{number:05d}.parquet" for number in range(len(shards))]
@@ -98,7 +122,6 @@ def score_in_shards(
         for left_over in path.parent.glob(f"{path.name}.shards-*"):
             shutil.rmtree(left_over)
     state.wait_for_everyone()
-    return read_scores(path, settings)
 
 
 def plan_shards(lengths: Sequence[int], batch_tokens: int) -> list[list[list[int]]]:
@@ -147,13 +170,12 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC,
-                f"The disk is full: scores can't be written to {path.parent}. Make room and start again, what is "
-                "scored so far is kept; or choose another folder.",
-            ) from error
-        raise
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise OSError(
+            error.errno,
+            f"Scores can't be written to {path.parent}: {reason}. Make room and start again, what is scored so far is "
+            "kept; or set `score_cache_dir` to another folder.",
+        ) from error
     partial.replace(path)
 
 
@@ -215,5 +237,7 @@ def join_scores(dataset: Dataset, scores: pa.Table, columns: dict[str, str], sou
         rows.append(row_of_key[key])
     taken = scores.select(list(columns)).take(rows)
     for column, name in columns.items():
+        if name in dataset.column_names:  # the user's file stays as it is
+            dataset = dataset.remove_columns(name)
         dataset = dataset.add_column(name, taken[column])
     return dataset

@@ -197,7 +197,6 @@ class SFTGOConfig(SFTConfig):
             )
         if self.group_by != "tfidf" and self.tfidf_file is not None:
             raise ValueError(f"`tfidf_file={self.tfidf_file!r}` is used with `group_by='tfidf'` only; remove it.")
-        if self.group_by != "rho1" and self.reference_model is not None:
-            raise ValueError(
-                f"`reference_model={self.reference_model!r}` is used with `group_by='rho1'` only; remove it."
-            )
+        for name in ("reference_model", "reference_model_init_kwargs"):
+            if self.group_by != "rho1" and getattr(self, name) is not None:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is used with `group_by='rho1'` only; remove it.")

@@ -57,7 +57,6 @@ def importance_scores(
         **identify_importance_model(args.importance_model),
         "window": MAX_WINDOW,
         "target_vocabulary": vocabulary_hash(tokenizer),
-        "truncation_mode": args.truncation_mode,
     }
     path = scores_path(score_cache_dir(args), settings, dataset)
     scores = find_scores(path, settings)

@@ -37,11 +37,10 @@ def reference_log_probs(dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrain
     Raises:
         `ValueError`: If the reference model has another vocabulary or can't be loaded.
     """
-    require_same_vocabulary(args.reference_model, tokenizer)
+    require_same_vocabulary(args.reference_model, tokenizer, args.reference_model_init_kwargs)
     settings = {
         "kind": "log_probs",
         **identify_model(args.reference_model, args.reference_model_init_kwargs),
-        "truncation_mode": args.truncation_mode,
     }
     path = scores_path(score_cache_dir(args), settings, dataset)
     scores = find_scores(path, settings)
@@ -62,7 +61,9 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def require_same_vocabulary(reference_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_same_vocabulary(
+    reference_model: str, tokenizer: PreTrainedTokenizerBase, model_init_kwargs: dict | None = None
+) -> None:
     """
     Token losses can be compared only token by token.
 
@@ -70,7 +71,9 @@ def require_same_vocabulary(reference_model: str, tokenizer: PreTrainedTokenizer
         `ValueError`: If the reference model's tokenizer has another vocabulary, or there is none.
     """
     try:
-        reference_tokenizer = AutoTokenizer.from_pretrained(reference_model)
+        options = {name: (model_init_kwargs or {}).get(name) for name in ("revision", "trust_remote_code")}
+        options = {name: value for name, value in options.items() if value is not None}
+        reference_tokenizer = AutoTokenizer.from_pretrained(reference_model, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`reference_model={reference_model!r}` has no tokenizer that can be loaded: {error} `group_by='rho1'` "

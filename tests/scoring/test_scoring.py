@@ -15,7 +15,9 @@ from datasets import Dataset
 from helpers import padded_document_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_sft_variants.scoring import (
     EXAMPLE_KEY,
@@ -33,6 +35,19 @@ from hf_sft_variants.scoring import (
 
 
 SETTINGS = {"kind": "test"}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if torch.is_tensor(value):
+                self.numel = max(self.numel, value.numel())
+        return result
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +125,19 @@ class TestLogProbs:
         adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
         assert LogProbScorer(adapted)(list(token_rows))[0]["sum_log_prob"] != plain[0]["sum_log_prob"]
 
+    def test_memory_does_not_grow_with_vocabulary_times_tokens(self):
+        """No tensor is as large as the logits: the LM head is run in tiles."""
+        vocab_size, num_tokens = 100_000, 3_000
+        config = LlamaConfig(
+            vocab_size=vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+            max_position_embeddings=num_tokens,
+        )  # fmt: skip
+        scorer = LogProbScorer(LlamaForCausalLM(config))
+        tokens = list(range(num_tokens))
+        with LargestTensor() as largest:
+            scorer([{"input_ids": tokens, "labels": tokens}])
+        assert num_tokens * num_tokens < largest.numel < vocab_size * num_tokens / 2
+
     def test_file_is_as_documented(self, tiny_model, keyed_rows, tmp_path):
         path = tmp_path / "new" / "scores.parquet"
         score_log_probs(keyed_rows, tiny_model, path, SETTINGS, 100, True, "")
@@ -181,12 +209,34 @@ class TestShards:
         assert table["first"].to_pylist() == [ids[0] for ids in keyed_rows["input_ids"]]
         assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]
 
+    def test_shards_of_another_order_are_not_mixed_in(self, keyed_rows, tmp_path, monkeypatch):
+        monkeypatch.setattr(shards, "BATCHES_PER_SHARD", 1)
+        path, scored = tmp_path / "scores.parquet", []
+
+        def score_batch(examples):
+            if len(scored) == 5:
+                raise KeyboardInterrupt
+            scored.append(len(examples))
+            return [{"first": example["input_ids"][0]} for example in examples]
+
+        with pytest.raises(KeyboardInterrupt):
+            score_in_shards(keyed_rows, score_batch, path, SETTINGS, 40, "")
+        scored.extend([0] * 9)
+        shuffled = keyed_rows.shuffle(seed=3)
+        table = score_in_shards(shuffled, score_batch, path, SETTINGS, 40, "")
+        assert table["first"].to_pylist() == [ids[0] for ids in shuffled["input_ids"]]
+
+    def test_another_run_wrote_the_file_meanwhile(self, keyed_rows, tmp_path):
+        path = tmp_path / "scores.parquet"
+        score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], path, SETTINGS, 50, "")
+        assert score_in_shards(keyed_rows, None, path, SETTINGS, 50, "")["a"].to_pylist() == [1] * len(keyed_rows)
+
     def test_full_disk(self, keyed_rows, tmp_path, monkeypatch):
         def no_space(*args):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(shards.pq, "write_table", no_space)
-        with pytest.raises(OSError, match="The disk is full: scores can't be written to"):
+        with pytest.raises(OSError, match=r"Scores can't be written to .*: the disk is full. .* `score_cache_dir`"):
             score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], tmp_path / "s", SETTINGS, 50, "")
 
     def test_file_with_other_options(self, keyed_rows, tmp_path):
@@ -211,13 +261,12 @@ class TestShards:
     def test_paths_tell_settings_and_examples_apart(self, keyed_rows, tmp_path):
         same = scores_path(tmp_path, {"a": 1, "b": 2}, keyed_rows)
         assert scores_path(tmp_path, {"b": 2, "a": 1}, keyed_rows.shuffle(seed=0)) == same
-        shorter = keyed_rows.map(lambda row: {"input_ids": row["input_ids"][:9]})
-        others = [
-            ({"a": 1, "b": 3}, keyed_rows),
-            ({"a": 1, "b": 2}, keyed_rows.select([0])),
-            ({"a": 1, "b": 2}, shorter),
-        ]
-        assert same not in [scores_path(tmp_path, *other) for other in others]
+        shorter = keyed_rows.map(lambda row: {name: row[name][:9] for name in ("input_ids", "labels")})
+        other_end = keyed_rows.map(lambda row: {name: row[name][-9:] for name in ("input_ids", "labels")})
+        others = [keyed_rows.select([0]), shorter, other_end]
+        paths = [scores_path(tmp_path, {"a": 1, "b": 2}, other) for other in others]
+        paths.append(scores_path(tmp_path, {"a": 1, "b": 3}, keyed_rows))
+        assert len({same, *paths}) == 5
 
 
 class TestJoin:
@@ -258,6 +307,44 @@ class TestReferenceModels:
         loaded = load_reference_model(str(tmp_path / "adapter"))
         first, second = (LogProbScorer(model)(list(token_rows))[0]["sum_log_prob"] for model in (adapted, loaded))
         assert first == pytest.approx(second)
+
+    def test_identity_of_an_adapter_has_its_base(self, tiny_model, tmp_path):
+        tiny_model.save_pretrained(tmp_path / "base")
+        base = load_reference_model(str(tmp_path / "base"))
+        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+        before = identify_model(str(tmp_path / "adapter"))
+        os.utime(tmp_path / "base" / "model.safetensors", ns=(1, 1))
+        assert identify_model(str(tmp_path / "adapter")) != before
+
+    def test_adapter_on_the_head_can_not_score(self, tiny_model):
+        adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["lm_head"]))
+        with pytest.raises(ValueError, match="adapter on `lm_head` can't score"):
+            LogProbScorer(adapted)
+
+    def test_prompt_learning_can_not_score(self, tiny_model):
+        adapted = get_peft_model(tiny_model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
+        with pytest.raises(ValueError, match="prompt-learning adapter can't score"):
+            LogProbScorer(adapted)
+
+    def test_missing_weights(self, tiny_model, tmp_path):
+        tiny_model.config.tie_word_embeddings = False
+        LlamaForSequenceClassification(tiny_model.config).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"lacks the weights \['lm_head.weight'\], which would be random"):
+            load_reference_model(str(tmp_path))
+
+    def test_four_bits(self, token_rows, tmp_path):
+        config = LlamaConfig(
+            vocab_size=330, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path)
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        quantized = load_reference_model(str(tmp_path), {"quantization_config": quantization})
+        assert quantized.is_loaded_in_4bit
+        scores = [
+            LogProbScorer(model)([token_rows[0]])[0]["sum_log_prob"]
+            for model in (load_reference_model(str(tmp_path)), quantized)
+        ]
+        assert scores[1] == pytest.approx(scores[0], rel=0.1) and scores[1] != scores[0]
 
     def test_no_model(self, tmp_path):
         with pytest.raises(ValueError, match=r"The reference model .* can't be loaded"):
