@@ -146,17 +146,22 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
     }
     dataset = load_splits(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
+    train_dataset = pick_split(dataset, "dataset_train_split", script_args)
+    eval_dataset = pick_split(dataset, "dataset_test_split", script_args) if evaluates else None
+    model = model_args.model_name_or_path
     try:
         trainer = trainer_class(
-            model=model_args.model_name_or_path,
+            model=model,
             args=training_args,
-            train_dataset=pick_split(dataset, "dataset_train_split", script_args),
-            eval_dataset=pick_split(dataset, "dataset_test_split", script_args) if evaluates else None,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except (ValueError, OSError) as error:  # a refusal, which says the fix, or a model that is not there
-        raise InputError(f"with `model_name_or_path: {model_args.model_name_or_path}`: {error}") from error
+    except ValueError as error:  # a refusal, which says the fix
+        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(f"`model_name_or_path` is {model!r}, which can't be loaded: {error}") from error
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(training_args.output_dir)

@@ -1,4 +1,5 @@
 import os
+import random
 from functools import partial
 
 
@@ -113,3 +114,11 @@ def chat_rows() -> datasets.Dataset:
             for first, second in pairs
         ]
     )
+
+
+@pytest.fixture(scope="session")
+def random_texts() -> list[str]:
+    """Two hundred texts of two to twelve words, with numbers, accents, emoji and line breaks among them."""
+    generator = random.Random(4)
+    words = [*" ".join(CORPUS).split(), "naïve", "日本", "🙂", "x\ty", "\n", "1,036.5"]
+    return [" ".join(generator.choices(words, k=generator.randint(2, 12))) for _ in range(200)]

@@ -401,3 +401,27 @@ def test_stock_trl_command_refuses_a_misspelt_key(tiny_recipe):
     finished = run(Path(sys.executable).with_name("trl"), "sft", "--config", tiny_recipe)
     assert finished.returncode != 0
     assert f"error: {tiny_recipe}: unknown key `learnin_rate`; did you mean `learning_rate`?" in finished.stderr
+
+
+def test_refusals_and_missing_models_are_short_messages(tmp_path, capsys):
+    """What a trainer refuses ends like any other input that can't be used."""
+
+    class RefusingTrainer:
+        """Stands in for a trainer that refuses its data."""
+
+        error = ValueError("Row 3 is wrong.")
+
+        def __init__(self, **kwargs):
+            raise self.error
+
+    RefusingTrainer.__module__ = "toy_variant.trainer"
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    argv = ["--model_name_or_path", "nowhere", "--dataset_name", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    for error, message in (
+        (ValueError("Row 3 is wrong."), "error: Row 3 is wrong."),
+        (OSError("no file"), "error: `model_name_or_path` is 'nowhere', which can't be loaded: no file"),
+    ):
+        RefusingTrainer.error = error
+        with pytest.raises(SystemExit) as exit_info:
+            main(RefusingTrainer, SFTConfig, argv)
+        assert exit_info.value.code == 2 and message in capsys.readouterr().err

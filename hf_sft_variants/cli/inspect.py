@@ -15,8 +15,8 @@ def add_parser(subparsers) -> None:
     """Adds the subcommand's parser."""
     description = (
         "Show a recipe's training data as its trainer prepares it: each token, whether it is in the loss, its group "
-        "and its score. The trained model's weights are not loaded; scoring models are, where nothing is cached. Other "
-        "flags override the recipe, e.g. --max_length 256."
+        "and its score. The trained model's weights are not loaded; scoring models are, where nothing is cached. "
+        "Other flags override the recipe, e.g. --max_length 256."
     )
     parser = subparsers.add_parser(
         "inspect",

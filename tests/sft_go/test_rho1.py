@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from helpers import SMALL, assert_same_gradients, make_trainer, one_step, padded_document_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,6 +146,14 @@ class TestScores:
             expected = padded_document_log_probs(reference, row["input_ids"], row["labels"])
             expected = [0.0] + [0.0 if value is None else value for value in expected]
             assert row["reference_log_probs"] == pytest.approx(expected, abs=1e-5)
+
+    def test_two_hundred_random_texts(self, options, reference, random_texts, tiny_model, tokenizer, tmp_path):
+        rows = Dataset.from_dict({"text": random_texts})
+        trainer = self.trainer(tiny_model, tokenizer, rows, tmp_path, options, score_batch_tokens=300)
+        assert len(trainer.train_dataset) == 200
+        for row in trainer.train_dataset:
+            expected = padded_document_log_probs(reference, row["input_ids"], row["labels"])
+            assert row["reference_log_probs"] == pytest.approx([0.0, *expected], abs=1e-5)
 
     def test_second_start_prepares_nothing_again(self, options, tiny_model, tokenizer, token_rows, tmp_path):
         token_rows.save_to_disk(tmp_path / "data")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from accelerate import PartialState
 from datasets import Dataset
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from hf_sft_variants.sft_go.tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf
 
@@ -37,6 +38,22 @@ def test_scores_equal_the_slow_formula(token_rows, tokenizer):
         positions = [t for t in range(1, len(labels)) if labels[t] != -100]
         np.testing.assert_allclose(row[positions], expected, rtol=1e-6)
         assert all(row[t] == 0 for t in range(len(labels)) if t not in positions)
+
+
+def test_two_hundred_random_texts(random_texts, tokenizer):
+    rows = Dataset.from_dict({"labels": tokenizer(random_texts)["input_ids"]})
+    scores = add_tfidf_scores({"labels": list(rows["labels"])}, TokenTfidf.fit(rows, tokenizer).transformer.idf_)
+    documents = [labels[1:] for labels in rows["labels"]]
+    for row, expected in zip(scores["importance_scores"], slow_tfidf(documents, documents), strict=True):
+        np.testing.assert_allclose(row[1:], expected, rtol=1e-5)
+
+
+def test_frequencies_are_scikit_learns(token_rows, tokenizer):
+    documents = [[label for label in labels[1:] if label != -100] for labels in token_rows["labels"]]
+    vectorizer = TfidfVectorizer(analyzer=lambda document: document).fit(documents)
+    idf = TokenTfidf.fit(token_rows, tokenizer).transformer.idf_
+    for term, column in vectorizer.vocabulary_.items():
+        assert idf[term] == pytest.approx(vectorizer.idf_[column], rel=1e-12)
 
 
 def test_unseen_terms_and_rows_without_labels(tokenizer):
