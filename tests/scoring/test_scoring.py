@@ -192,24 +192,8 @@ class TestShards:
         assert (folders[0] / "scores.parquet").read_bytes() == (folders[1] / "scores.parquet").read_bytes()
         assert not shard_folder.exists()
 
-    def test_shards_of_another_budget_are_not_mixed_in(self, keyed_rows, tmp_path, monkeypatch):
-        monkeypatch.setattr(shards, "BATCHES_PER_SHARD", 2)
-        path, scored = tmp_path / "scores.parquet", []
-
-        def score_batch(examples):
-            if len(scored) == 5:
-                raise KeyboardInterrupt
-            scored.append(len(examples))
-            return [{"first": example["input_ids"][0]} for example in examples]
-
-        with pytest.raises(KeyboardInterrupt):
-            score_in_shards(keyed_rows, score_batch, path, SETTINGS, 40, "")
-        scored.extend([0] * 9)
-        table = score_in_shards(keyed_rows, score_batch, path, SETTINGS, 90, "")
-        assert table["first"].to_pylist() == [ids[0] for ids in keyed_rows["input_ids"]]
-        assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]
-
-    def test_shards_of_another_order_are_not_mixed_in(self, keyed_rows, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(("seed", "batch_tokens"), [(None, 90), (3, 40)], ids=["other_budget", "other_order"])
+    def test_shards_of_another_plan_are_not_mixed_in(self, seed, batch_tokens, keyed_rows, tmp_path, monkeypatch):
         monkeypatch.setattr(shards, "BATCHES_PER_SHARD", 1)
         path, scored = tmp_path / "scores.parquet", []
 
@@ -222,9 +206,10 @@ class TestShards:
         with pytest.raises(KeyboardInterrupt):
             score_in_shards(keyed_rows, score_batch, path, SETTINGS, 40, "")
         scored.extend([0] * 9)
-        shuffled = keyed_rows.shuffle(seed=3)
-        table = score_in_shards(shuffled, score_batch, path, SETTINGS, 40, "")
-        assert table["first"].to_pylist() == [ids[0] for ids in shuffled["input_ids"]]
+        rows = keyed_rows if seed is None else keyed_rows.shuffle(seed=seed)
+        table = score_in_shards(rows, score_batch, path, SETTINGS, batch_tokens, "")
+        assert table["first"].to_pylist() == [ids[0] for ids in rows["input_ids"]]
+        assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]
 
     def test_another_run_wrote_the_file_meanwhile(self, keyed_rows, tmp_path):
         path = tmp_path / "scores.parquet"
