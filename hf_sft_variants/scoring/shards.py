@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +88,11 @@ def score_in_shards(
         `OSError`: If the scores can't be written; what was scored so far is kept.
     """
     state = PartialState()
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")  # another run that needs the same scores waits for this one
     if state.is_main_process:
-        lock.acquire()
+        with _writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     state.wait_for_everyone()
     try:
         if not path.is_file():
@@ -166,17 +168,26 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f"{path.name}.{PartialState().process_index}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, partial)
-    except OSError as error:
+        with _writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, partial)
+    except OSError:
         partial.unlink(missing_ok=True)
+        raise
+    partial.replace(path)
+
+
+@contextmanager
+def _writing_to(folder: Path):
+    try:
+        yield
+    except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise OSError(
             error.errno,
-            f"Scores can't be written to {path.parent}: {reason}. Make room and start again, what is scored so far is "
-            "kept; or set `score_cache_dir` to another folder.",
+            f"Scores can't be written to {folder}: {reason}. Make room or check the folder and start again, what is "
+            "scored so far is kept; or set `score_cache_dir` to another folder.",
         ) from error
-    partial.replace(path)
 
 
 def find_scores(path: Path, settings: dict) -> pa.Table | None:

@@ -224,6 +224,11 @@ class TestShards:
         with pytest.raises(OSError, match=r"Scores can't be written to .*: the disk is full. .* `score_cache_dir`"):
             score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], tmp_path / "s", SETTINGS, 50, "")
 
+    def test_folder_that_is_a_file(self, keyed_rows, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match=r"Scores can't be written to .*: (File exists|Not a directory)"):
+            score_in_shards(keyed_rows, None, tmp_path / "file" / "scores.parquet", SETTINGS, 50, "")
+
     def test_file_with_other_options(self, keyed_rows, tmp_path):
         path = tmp_path / "scores.parquet"
         score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], path, {"dtype": "a", "same": 1}, 50, "")
