@@ -4,7 +4,7 @@ Throughput of scoring, against what it can't beat and what it has to beat.
 *bare*: forward passes (backbone and fused LM head, no gradient) over as many tokens in full batches without padding.
 *naive*: one example a batch, padded to the maximum length, full logits and their log-softmax.
 
-    python benchmarks/scoring_throughput.py --model quickstart/model --dataset quickstart/data --examples 120
+    python benchmarks/scoring_throughput.py --model quickstart/model --dataset quickstart/data --examples 240 --repeats 2 --naive_examples 4
 """
 
 import argparse
@@ -60,10 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="quickstart/model")
     parser.add_argument("--dataset", default="quickstart/data")
-    parser.add_argument("--examples", type=int, default=120)
+    parser.add_argument("--examples", type=int, default=240)
     parser.add_argument("--naive_examples", type=int, default=12, help="examples of the slow way")
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--batch_tokens", type=int, default=8192)
+    parser.add_argument("--batch_tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     PartialState(cpu=not torch.cuda.is_available())

@@ -62,7 +62,7 @@ class SFTGOConfig(SFTConfig):
             Folder where the scores of `importance_model` and `reference_model` are kept, one Parquet file for each
             data set, model and set of options. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder.
             Other values of `important_fraction` use the same scores.
-        score_batch_tokens (`int`, *optional*, defaults to `8192`):
+        score_batch_tokens (`int`, *optional*, defaults to `4096`):
             Most tokens in a batch when scoring, padding included.
         importance_column (`str`, *optional*):
             For `group_by="column"`: column with a score for each token of `input_ids`; the higher, the more important.
@@ -144,7 +144,7 @@ class SFTGOConfig(SFTConfig):
         metadata={"help": "Folder for scores; by default `hf_sft_variants/scores` in the Hugging Face home folder."},
     )
     score_batch_tokens: int = field(
-        default=8192,
+        default=4096,
         metadata={"help": "Most tokens in a batch when scoring, padding included."},
     )
     importance_column: str | None = field(

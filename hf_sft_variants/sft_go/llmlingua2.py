@@ -96,7 +96,7 @@ class LLMLingua2Scorer:
             The classifier's tokenizer, a fast one.
         target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer that made the examples, of any kind.
-        batch_tokens (`int`, *optional*, defaults to `8192`):
+        batch_tokens (`int`, *optional*, defaults to `4096`):
             Most sub-words of a batch of windows, padding included.
     """
 
@@ -105,7 +105,7 @@ class LLMLingua2Scorer:
         model: PreTrainedModel,
         importance_tokenizer: PreTrainedTokenizerBase,
         target_tokenizer: PreTrainedTokenizerBase,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 4096,
     ):
         self.model = model.eval()
         self.importance_tokenizer = importance_tokenizer
