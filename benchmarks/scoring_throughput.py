@@ -4,7 +4,7 @@ Throughput of scoring, against what it can't beat and what it has to beat.
 *bare*: forward passes (backbone and fused LM head, no gradient) over as many tokens in full batches without padding.
 *naive*: one example a batch, padded to the maximum length, full logits and their log-softmax.
 
-    python benchmarks/scoring_throughput.py --model quickstart/model --dataset quickstart/data --examples 240 --repeats 2 --naive_examples 4
+    python benchmarks/scoring_throughput.py --model quickstart/model --dataset quickstart/data --repeats 2
 """
 
 import argparse
