@@ -33,8 +33,6 @@ class AnnotatedBatch:
             gradient.
         label_mask (`torch.Tensor` of shape `(B, L)`):
             `True` where there is a label.
-        labels (`torch.Tensor` of shape `(B, L)`):
-            Token id of each label, `-100` where there is none.
         sample_ids (`torch.Tensor` of shape `(B, L)`):
             Number of the sample that each label belongs to, from `0` to `num_samples - 1`: the row, or the document of
             a packed or padding-free row.
@@ -53,7 +51,6 @@ class AnnotatedBatch:
 
     log_probs: torch.Tensor
     label_mask: torch.Tensor
-    labels: torch.Tensor
     sample_ids: torch.Tensor
     num_samples: int
     annotations: dict[str, torch.Tensor]
@@ -135,7 +132,6 @@ def make_annotated_batch(
     return AnnotatedBatch(
         log_probs=outputs.log_probs,
         label_mask=outputs.label_mask,
-        labels=align_with_labels(inputs["labels"], num_predictions, -100),
         sample_ids=align_with_labels(sample_ids, num_predictions, 0),
         num_samples=num_samples,
         annotations={

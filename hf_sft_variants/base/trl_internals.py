@@ -3,7 +3,7 @@ The only module that imports names TRL does not export. Read off trl 1.16.0; any
 `tests/base/test_trl_internals.py` checks each of them and what we rely on.
 """
 
-from trl.data_utils import common_prefix_length, get_dataset_column_names
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id, global_then_local_main_first
 
@@ -11,7 +11,6 @@ from trl.trainer.utils import add_fused_lm_head, get_config_model_id, global_the
 __all__ = [
     "DataCollatorForLanguageModeling",
     "add_fused_lm_head",
-    "common_prefix_length",
     "get_config_model_id",
     "get_dataset_column_names",
     "global_then_local_main_first",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate.utils import release_memory
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from .config import SFTGOConfig
 from .grouping import special_token_ids, supervised_positions
 from .importance_model import MAX_WINDOW, identify_importance_model, load_importance_model, max_window
 from .importance_words import cut_windows, score_characters, split_into_words
-from .reference_losses import free_memory, score_cache_dir
+from .reference_losses import score_cache_dir
 from .tfidf import vocabulary_hash
 
 
@@ -67,7 +68,7 @@ def importance_scores(
     description = f"Scoring {dataset_name} dataset with {args.importance_model}"
     scores = score_in_shards(dataset, scorer, path, settings, args.score_batch_tokens, description)
     del model, scorer
-    free_memory()
+    release_memory()
     return scores
 
 

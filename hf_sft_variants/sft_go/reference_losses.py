@@ -1,9 +1,8 @@
 """Log-probabilities of a data set under the reference model of `group_by="rho1"`, scored once and cached."""
 
-import gc
 from pathlib import Path
 
-import torch
+from accelerate.utils import release_memory
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -50,15 +49,8 @@ def reference_log_probs(dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrain
     description = f"Scoring {dataset_name} dataset with {args.reference_model}"
     scores = score_log_probs(dataset, model, path, settings, args.score_batch_tokens, True, description)
     del model
-    free_memory()
+    release_memory()
     return scores
-
-
-def free_memory() -> None:
-    """Give back what a model that was just deleted held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def require_same_vocabulary(
