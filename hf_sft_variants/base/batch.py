@@ -1,8 +1,10 @@
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import Trainer
 
 
 # A metric is a pair (numerator, denominator), summed over all processes before it is divided.
@@ -44,6 +46,8 @@ class AnnotatedBatch:
             Number of `"tokens"`, `"samples"` and of whatever else
             [`AnnotatedSFTTrainer.count_items`] counts, over the whole optimizer step (all micro-batches, all
             processes); at least 1. Divide sums by them.
+        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
+            What the model returned.
         metrics (`dict[str, tuple]`):
             Filled by the loss: name to a pair (numerator, denominator). Each is summed over all processes, divided,
             and logged. A metric whose denominator is zero is left out.
@@ -55,6 +59,7 @@ class AnnotatedBatch:
     num_samples: int
     annotations: dict[str, torch.Tensor]
     num_items: NumItems
+    outputs: Any
     metrics: dict[str, Ratio] = field(default_factory=dict)
 
 
@@ -105,6 +110,24 @@ def count_supervised_samples(inputs: dict[str, Any]) -> torch.Tensor:
     return (labels_per_sample > 0).sum()
 
 
+def count_step_items(
+    counts: Iterable[dict[str, torch.Tensor]], trainer: Trainer, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """
+    Sum the counts of an optimizer step over its micro-batches and over all processes, with one gather for all.
+
+    Follows `Trainer._get_num_items_in_batch`, which counts tokens.
+    """
+    counts = list(counts)
+    names = list(counts[0])
+    if not names:
+        return {}
+    totals = torch.stack([sum(torch.as_tensor(count[name], device=device) for count in counts) for name in names])
+    if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
+        totals = trainer.accelerator.gather(totals[None]).sum(0) // trainer.get_tp_size()
+    return dict(zip(names, totals.unbind(), strict=True))
+
+
 def make_annotated_batch(
     inputs: dict[str, Any],
     outputs: Any,
@@ -140,6 +163,7 @@ def make_annotated_batch(
         },
         # Clamped so that a batch with nothing to learn gives a finite zero rather than 0 / 0
         num_items=NumItems({name: torch.as_tensor(count).clamp(min=1) for name, count in num_items.items()}),
+        outputs=outputs,
     )
 
 

@@ -34,6 +34,15 @@ def resolve_args(
     )
 
 
+def keep_streams_whole(args: SFTConfig) -> None:
+    """
+    For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too. SFTTrainer
+    sets this for a streaming training set only, not for a streaming evaluation set.
+    """
+    if args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False
+
+
 def refuse_unsupported(
     trainer_name: str,
     args: SFTConfig,

@@ -16,12 +16,13 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
-from .batch import AnnotatedBatch, NumItems, RememberOutputs, count_supervised_samples, make_annotated_batch
+from . import batch as batches
+from .batch import AnnotatedBatch, NumItems, RememberOutputs, make_annotated_batch
 from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
-from .refusals import refuse_sequence_sharding, refuse_unsupported, resolve_args
-from .trl_internals import global_then_local_main_first
+from .refusals import keep_streams_whole, refuse_sequence_sharding, refuse_unsupported, resolve_args
+from .trl_internals import get_dataset_column_names, global_then_local_main_first
 
 
 if TYPE_CHECKING:
@@ -36,25 +37,21 @@ class AnnotatedSFTTrainer(SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss may use what is known about each token.
 
-    A method is three things: the per-token columns it adds to the prepared data set ([`annotate`]), the loss it makes
-    of log-probabilities and annotations ([`compute_annotated_loss`]), and, if need be, what else has to be counted
-    over an optimizer step ([`count_items`]). Tokenization, truncation, packing, padding-free batches, evaluation,
-    gradient accumulation, several processes, PEFT and the logged metrics are TRL's. Takes the arguments of
-    [`~trl.SFTTrainer`]; as it stands it computes SFTTrainer's loss. `nll`, the plain mean negative log-likelihood per
-    token, is logged beside every loss.
+    A method is the per-token columns it adds to the prepared data set ([`annotate`]), the loss it makes of
+    log-probabilities and annotations ([`compute_annotated_loss`]), and, if need be, what else is counted over an
+    optimizer step ([`count_items`]). All else is TRL's: tokenization, truncation, packing, evaluation, accumulation,
+    several processes, PEFT. Takes the arguments of [`~trl.SFTTrainer`]; as it stands it computes SFTTrainer's loss.
+    `nll`, the plain mean negative log-likelihood per token, is logged beside every loss.
 
     Class attributes to set in a subclass:
 
     - **config_class** (`type`): the [`~trl.SFTConfig`] subclass that is used without `args`, and that a plain
       `SFTConfig` or `TrainingArguments` is turned into.
-    - **annotation_columns** (`dict[str, int | float]`): the columns [`annotate`] adds, each with the value that stands
-      on padding.
+    - **annotation_columns** (`dict[str, int | float]`): the columns [`annotate`] adds, and what stands on padding.
 
     Example:
 
     ```python
-    import torch
-    from datasets import load_dataset
     from hf_sft_variants import AnnotatedSFTTrainer
 
 
@@ -77,8 +74,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
             return -(weights * batch.log_probs).sum() / batch.num_items["tokens"]
 
 
-    trainer = LateTokensTrainer("Qwen/Qwen2.5-0.5B", train_dataset=load_dataset("trl-lib/Capybara", split="train"))
-    trainer.train()
+    trainer = LateTokensTrainer("Qwen/Qwen2.5-0.5B", train_dataset=dataset)
     ```
 
     Raises:
@@ -88,6 +84,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
 
     config_class: type[SFTConfig] = SFTConfig
     annotation_columns: dict[str, int | float] = {}
+
+    metric_sums_class = MetricSums
 
     _eval_set_prefix = ""
 
@@ -110,14 +108,12 @@ class AnnotatedSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
     ):
         args = resolve_args(args, self.config_class, model, self._name)
+        keep_streams_whole(args)
         refuse_unsupported(type(self).__name__, args, train_dataset, compute_loss_func)
         self._is_streaming = isinstance(train_dataset, IterableDataset)
-        self._metric_sums = MetricSums()
-        self.args = args  # `Trainer` sets it too, but only after the data sets are prepared
-        if args.accelerator_config.dispatch_batches is None:
-            # For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too;
-            # SFTTrainer sets this for a streaming training set only, not for a streaming evaluation set
-            args.accelerator_config.dispatch_batches = False
+        self._metric_sums = self.metric_sums_class()
+        # `Trainer` keeps both, too, but only after the data sets are prepared
+        self.args, self.given_callbacks = args, list(callbacks or [])
         super().__init__(
             model=model,
             args=args,
@@ -137,12 +133,14 @@ class AnnotatedSFTTrainer(SFTTrainer):
         refuse_sequence_sharding(type(self).__name__, self.accelerator)
         if self.annotation_columns:
             self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
+        for callback in self.method_callbacks():
+            if not any(isinstance(other, type(callback)) for other in self.callback_handler.callbacks):
+                self.add_callback(callback)
 
     # What a method overrides
 
     def annotate(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-        """
-        Add the columns of `annotation_columns`: each a list with one number for each token of `input_ids`.
+        """Add the columns of `annotation_columns`: each a list with one number for each token of `input_ids`.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -155,8 +153,26 @@ class AnnotatedSFTTrainer(SFTTrainer):
         """
         return dataset
 
+    def method_callbacks(self) -> list[TrainerCallback]:
+        """The method's callbacks, added behind the user's; one of the same class from the user takes its place."""
+        return []
+
+    def prepare_rows(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
+        """Change the rows of a data set that is not tokenized yet, before the chat template is applied."""
+        return dataset
+
+    def annotate_untruncated(
+        self, dataset: Dataset | IterableDataset, dataset_name: str, has_text: bool
+    ) -> Dataset | IterableDataset:
+        """
+        As [`annotate`], but before truncation, for what has to be found in whole samples: per-token columns named in
+        [`user_token_columns`] are truncated with the tokens. `has_text` says whether the rows came as text or
+        messages, which are still there, rather than as tokens.
+        """
+        return dataset
+
     def user_token_columns(self) -> list[str]:
-        """The user's per-token columns that [`annotate`] reads: checked for length, truncated with the tokens."""
+        """Per-token columns that are there before truncation: checked for length, truncated with the tokens."""
         return []
 
     @property
@@ -166,26 +182,23 @@ class AnnotatedSFTTrainer(SFTTrainer):
 
     def score(self, dataset: Dataset, dataset_name: str) -> Dataset:
         """
-        Run models over the data set before [`annotate`]: as there, but called by all processes at once, which may
-        share the work ([`~hf_sft_variants.scoring`]). `annotate` is called by one process before the others, which
-        then find its result in the cache.
+        Run models over the data set before [`annotate`], called by all processes at once, which may share the work.
+        The other hooks are called by one process before the others, which then find its result in the cache.
         """
         return dataset
 
     def count_items(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """
-        Number of each kind of item in one collated micro-batch, integer scalars; `"tokens"` is added by the trainer.
-
-        The sums over the optimizer step, all processes included, arrive as `num_items` of [`AnnotatedBatch`].
+        Number of each kind of item in one collated micro-batch, as scalars; `"tokens"` is added by the trainer. The
+        sums over the optimizer step, all processes included, arrive as `num_items` of [`AnnotatedBatch`].
         """
-        return {"samples": count_supervised_samples(inputs)}
+        return {"samples": batches.count_supervised_samples(inputs)}
 
     def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
         """
         This micro-batch's part of the loss: a sum over its tokens or samples, divided by the matching
-        `batch.num_items`. The trainer sees to processes and to the mixture-of-experts auxiliary loss.
-
-        A micro-batch with nothing to learn must give a differentiable zero.
+        `batch.num_items`; a differentiable zero if there is nothing to learn. The trainer sees to processes and to the
+        mixture-of-experts auxiliary loss.
         """
         return -batch.log_probs.sum() / batch.num_items["tokens"]
 
@@ -196,6 +209,10 @@ class AnnotatedSFTTrainer(SFTTrainer):
             raise ValueError("When packing is enabled, `max_length` can't be `None`.")
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
+        has_text = "input_ids" not in get_dataset_column_names(dataset)
+        if has_text:
+            with global_then_local_main_first():
+                dataset = self.prepare_rows(dataset, dataset_name)
         # TRL truncates and packs `input_ids` and `labels` alone, so here it only tokenizes and builds the labels
         tokenize_args = copy(args)
         tokenize_args.max_length = None
@@ -206,6 +223,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
         with global_then_local_main_first():
             if self.needs_example_keys:
                 dataset = with_example_keys(dataset, args, dataset_name)
+            dataset = self.annotate_untruncated(dataset, dataset_name, has_text)
             dataset = cut_to_max_length(dataset, self.user_token_columns(), args, packing, dataset_name)
             require_supervised_token(dataset, dataset_name)
         dataset = self.score(dataset, dataset_name)
@@ -232,24 +250,11 @@ class AnnotatedSFTTrainer(SFTTrainer):
     # Loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if num_items_in_batch is not None:
-            num_items = self._count_step_items(batch_samples, device)
-            for inputs in batch_samples:
-                inputs[_NUM_ITEMS] = num_items
-        return batch_samples, num_items_in_batch
-
-    def _count_step_items(self, batch_samples, device) -> dict[str, torch.Tensor]:
-        """Like `Trainer._get_num_items_in_batch`, for whatever the method counts, with one gather for all."""
-        counts = [self.count_items(inputs) for inputs in batch_samples]
-        names = list(counts[0])
-        if not names:
-            return {}
-        totals = [sum(torch.as_tensor(count[name], device=device) for count in counts) for name in names]
-        totals = torch.stack(totals)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            totals = self.accelerator.gather(totals[None]).sum(0) // self.get_tp_size()
-        return dict(zip(names, totals.unbind(), strict=True))
+        batch_samples, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if num_tokens is not None:
+            num_items = batches.count_step_items(map(self.count_items, batch_samples), self, device)
+            batch_samples = [{**inputs, _NUM_ITEMS: num_items} for inputs in batch_samples]
+        return batch_samples, num_tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)  # the caller's stays as it is
@@ -260,7 +265,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
         outputs = model.outputs
 
         if num_items_in_batch is None:  # evaluation, or a caller's own loop: the micro-batch counts for itself
-            num_items = NumItems(self.count_items(inputs), tokens=outputs.label_mask.sum())
+            num_items = NumItems(self.count_items({**inputs, **annotations}), tokens=outputs.label_mask.sum())
         else:
             num_items = NumItems(step_items or {}, tokens=torch.as_tensor(num_items_in_batch))
         batch = make_annotated_batch(inputs, outputs, annotations, self.annotation_columns, num_items)

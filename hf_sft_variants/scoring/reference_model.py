@@ -8,7 +8,14 @@ import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 _WEIGHT_FILES = {".safetensors", ".bin", ".json"}
@@ -26,8 +33,13 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
             with `quantization_config` the model is put where it says.
 
     Raises:
-        `ValueError`: If the model can't be loaded or lacks weights.
+        `ValueError`: If the model can't be loaded or lacks weights, or under DeepSpeed ZeRO-3.
     """
+    if is_deepspeed_zero3_enabled():  # it would take the weights apart, and put them together only in training
+        raise ValueError(
+            f"The reference model {model!r} has to score, but can't be loaded under DeepSpeed ZeRO-3. Run "
+            "`hf-sft-variants score --config RECIPE` first, without DeepSpeed; training then finds the scores."
+        )
     options = with_default_dtype(model_init_kwargs)
     try:
         adapter = _adapter_config(model, options)
@@ -51,6 +63,70 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
     return loaded.eval().requires_grad_(False)
 
 
+def load_reference_tokenizer(model: str, model_init_kwargs: dict | None = None) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer of a reference model; an adapter without one of its own has its base model's.
+
+    Args:
+        model (`str`):
+            Id or folder of a model or a PEFT adapter.
+        model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained` for the model; those that name the version are used.
+
+    Raises:
+        `ValueError`: If there is no tokenizer.
+    """
+    options = _config_options(model_init_kwargs or {})
+    try:
+        base_model = _base_model(model, options)
+        try:
+            return AutoTokenizer.from_pretrained(model, **options)
+        except (OSError, ValueError):
+            if base_model == model:
+                raise
+            return AutoTokenizer.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The reference model {model!r} has no tokenizer that can be loaded: {error} Save the tokenizer beside "
+            "the model."
+        ) from error
+
+
+def require_same_vocabulary(
+    model: str, tokenizer: PreTrainedTokenizerBase, model_init_kwargs: dict | None = None
+) -> None:
+    """
+    A reference model can score the trained model's tokens only if they are its own.
+
+    Args:
+        model (`str`):
+            Id or folder of the reference model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The trained model's tokenizer.
+        model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained` for the reference model.
+
+    Raises:
+        `ValueError`: If the reference model's tokenizer has another vocabulary, or there is none.
+    """
+    ours, theirs = tokenizer.get_vocab(), load_reference_tokenizer(model, model_init_kwargs).get_vocab()
+    if ours != theirs:
+        different = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+        raise ValueError(
+            f"The reference model {model!r} has another vocabulary than the trained model: {len(theirs)} tokens "
+            f"against {len(ours)}, the first difference is {different[0]!r}. Tokens, unlike messages, can be scored "
+            "only by a model of the same family; choose one."
+        )
+
+
+def max_positions(model: str, model_init_kwargs: dict | None = None) -> int | None:
+    """Most tokens a reference model can read, by its configuration; `None` where that names no limit."""
+    options = _config_options(model_init_kwargs or {})
+    name = _base_model(model, options)
+    config = AutoConfig.from_pretrained(name, **(options if name == model else {}))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def with_default_dtype(model_init_kwargs: dict | None) -> dict:
     """Keyword arguments of `from_pretrained` with the `dtype` that a reference model has by default."""
     on_cpu = PartialState().device.type == "cpu"
@@ -67,6 +143,11 @@ def _adapter_config(model: str, options: dict) -> PeftConfig | None:
     except OSError:  # an adapter's repository has no config.json
         return PeftConfig.from_pretrained(model, revision=options.get("revision"))
     return None
+
+
+def _base_model(model: str, options: dict) -> str:
+    adapter = _adapter_config(model, options)
+    return adapter.base_model_name_or_path if adapter else model
 
 
 def _config_options(options: dict) -> dict:

@@ -4,19 +4,12 @@ import math
 
 import numpy as np
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
 
 UNGROUPED, UNIMPORTANT, IMPORTANT = -1, 0, 1
 
 # Keeps the logged metrics few, and tells token ids given by mistake from group ids
 MAX_GROUPS = 32
-
-
-def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of all tokens the tokenizer calls special: eos, end of turn, role markers, those added later included."""
-    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
 
 
 def supervised_positions(labels: np.ndarray) -> np.ndarray:

@@ -5,18 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import release_memory
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..scoring import find_scores, score_in_shards, scores_path
+from ..base.assistant_turns import special_token_ids
+from ..base.token_offsets import Span, TokenOffsets
+from ..scoring import cached_scores
 from ..scoring.shards import plan_shards
-from ..scoring.token_offsets import Span, TokenOffsets
 from .config import SFTGOConfig
-from .grouping import special_token_ids, supervised_positions
+from .grouping import supervised_positions
 from .importance_model import MAX_WINDOW, identify_importance_model, load_importance_model, max_window
 from .importance_words import cut_windows, score_characters, split_into_words
-from .reference_losses import score_cache_dir
 from .tfidf import vocabulary_hash
 
 
@@ -59,17 +58,13 @@ def importance_scores(
         "window": MAX_WINDOW,
         "target_vocabulary": vocabulary_hash(tokenizer),
     }
-    path = scores_path(score_cache_dir(args), settings, dataset)
-    scores = find_scores(path, settings)
-    if scores is not None:
-        return scores
-    model, importance_tokenizer = load_importance_model(args.importance_model)
-    scorer = LLMLingua2Scorer(model, importance_tokenizer, tokenizer, args.score_batch_tokens)
+
+    def load_scorer():
+        model, importance_tokenizer = load_importance_model(args.importance_model)
+        return LLMLingua2Scorer(model, importance_tokenizer, tokenizer, args.score_batch_tokens)
+
     description = f"Scoring {dataset_name} dataset with {args.importance_model}"
-    scores = score_in_shards(dataset, scorer, path, settings, args.score_batch_tokens, description)
-    del model, scorer
-    release_memory()
-    return scores
+    return cached_scores(dataset, load_scorer, args.score_cache_dir, settings, args.score_batch_tokens, description)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import torch
 from accelerate.logging import get_logger
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
+from ..base.assistant_turns import special_token_ids
 from ..base.preparation import map_description
 from ..scoring import join_scores
 from .config import SFTGOConfig
@@ -19,7 +20,6 @@ from .grouping import (
     copy_group_ids,
     copy_scores,
     has_groups,
-    special_token_ids,
 )
 from .llmlingua2 import importance_scores
 from .loss import group_optimization, uniform_token_weights

@@ -32,3 +32,10 @@ def test_loss_calls_the_model_with_the_fused_head():
     source = inspect.getsource(SFTTrainer.compute_loss)
     assert "model(**inputs, fused_lm_head=True)" in source, "the loss no longer comes from the fused LM head"
     assert "aux_loss_enabled" in source and "router_aux_loss_coef" in source
+
+
+def test_settings_of_the_fused_head_are_in_its_closure(tiny_model):
+    trl_internals.add_fused_lm_head(tiny_model, temperature=0.5)
+    settings = trl_internals.fused_lm_head_settings(tiny_model)
+    read = ["temperature", "cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"]
+    assert [settings[name] for name in read] == [0.5, False, None, 1.0]

@@ -339,3 +339,8 @@ class TestReferenceModels:
     def test_no_model(self, tmp_path):
         with pytest.raises(ValueError, match=r"The reference model .* can't be loaded"):
             load_reference_model(str(tmp_path))
+
+    def test_under_zero_3(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("hf_sft_variants.scoring.reference_model.is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ValueError, match="can't be loaded under DeepSpeed ZeRO-3. Run `hf-sft-variants score"):
+            load_reference_model(str(tmp_path))
