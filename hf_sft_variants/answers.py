@@ -1,10 +1,12 @@
-"""Reading the final answer of a chain of thought, which stands behind `####` as in GSM8K."""
+"""Reading the final answer of a chain of thought: a number behind `####` as in GSM8K, or what `\\boxed{}` holds."""
 
 import re
 
 
 ANSWER_MARK = "####"
-NUMBER = re.compile(r"([-+]?)(\d[\d,]*)(?:\.(\d*))?")
+# Sign and dollar in either order; thousands in groups of three, or two as in 1,00,000; or no digit before the point
+NUMBER = re.compile(r"\$?([-+−]?)\$?(?:(\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.(\d*))?|(?<![\w.])\.(\d+))")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 def normalize_number(text: str) -> str:
@@ -13,10 +15,10 @@ def normalize_number(text: str) -> str:
 
     Args:
         text (`str`):
-            A number with optional sign, thousands separators and decimals, e.g. `" 1,036.0"`.
+            A number with optional sign, dollar sign, thousands separators and decimals, e.g. `" -$1,036.0"`.
 
     Returns:
-        `str`: The number without superfluous characters, e.g. `"1036"`.
+        `str`: The number without superfluous characters, e.g. `"-1036"`.
 
     Raises:
         ValueError: If `text` is not a number.
@@ -60,10 +62,37 @@ def extract_last_number(text: str) -> str | None:
     return _shortest(matches[-1]) if matches else None
 
 
+def extract_boxed(text: str) -> str | None:
+    """
+    Finds what the last `\\boxed{}` that is not empty holds; braces within it are matched.
+
+    Args:
+        text (`str`):
+            A generated text. A box that is never closed reaches to the end of its line.
+
+    Returns:
+        `str` or `None`: The content without white space around it, `None` where there is no box.
+    """
+    for match in reversed(list(BOX.finditer(text))):
+        content = _braced(text, match.end()).strip()
+        if content:
+            return content
+    return None
+
+
+def _braced(text: str, start: int) -> str:
+    depth = 1
+    for end in range(start, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start:end]
+    return text[start:].split("\n", 1)[0]
+
+
 def _shortest(match: re.Match) -> str:
     # Kept as text: a generated number may be longer than Python converts, and must not be rounded
-    sign, integer, fraction = match.groups(default="")
+    sign, integer, fraction, bare_fraction = match.groups(default="")
     integer = integer.replace(",", "").lstrip("0") or "0"
-    fraction = fraction.rstrip("0")
+    fraction = (fraction or bare_fraction).rstrip("0")
     number = f"{integer}.{fraction}" if fraction else integer
-    return f"-{number}" if sign == "-" and number != "0" else number
+    return f"-{number}" if sign in ("-", "−") and number != "0" else number

@@ -1,23 +1,44 @@
 """How good a model is on held-out prompts and completions: their likelihood, and the answers it gives itself."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .answer_matching import same_answer
 from .answers import extract_answer, extract_last_number, normalize_number
 from .errors import InputError
+from .generation import batches, evaluation_mode, generate_answers, prompt_token_ids
 from .loading import check_dataset
+from .tagged_answers import ANSWER_TAGS, THINKING_TAGS, extract_tagged_answer, follows_format, tagged_response
+
+
+__all__ = [
+    "check_tagged_dataset",
+    "exact_match",
+    "generate_answers",
+    "held_out_nll",
+    "last_number_match",
+    "tagged_scores",
+]
+
+TAGGED_COLUMNS = ("reasoning", "answer")
+# The paper's score
+ACCURACY_WEIGHT, FORMAT_WEIGHT = 0.7, 0.3
 
 
 def held_out_nll(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, batch_size: int = 25
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    batch_size: int = 25,
+    tagged: bool = False,
+    thinking_tags: Sequence[str] = THINKING_TAGS,
+    answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> float:
     """
     Negative log-likelihood of the completions, in nats per token, as a mean over all their tokens.
@@ -34,6 +55,13 @@ def held_out_nll(
             Rows with the conversations `prompt` and `completion`.
         batch_size (`int`, *optional*, defaults to `25`):
             Rows per forward pass. It changes speed and memory only.
+        tagged (`bool`, *optional*, defaults to `False`):
+            Whether the completions are tagged responses, made of the columns `reasoning` and `answer`. A data set
+            without `reasoning` must have them ready as `completion`.
+        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
+            Opening and closing tag of the reasoning, for `tagged`.
+        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
+            Opening and closing tag of the answer, for `tagged`.
 
     Returns:
         `float`: The mean negative log-likelihood.
@@ -41,11 +69,15 @@ def held_out_nll(
     Raises:
         InputError: If the data set is empty, lacks a column or has no conversations.
     """
-    check_dataset(dataset, ("prompt", "completion"))
-    rows = [_tokenize(tokenizer, row) for row in dataset]
+    if tagged:
+        check_tagged_dataset(dataset)
+    else:
+        check_dataset(dataset, ("prompt", "completion"))
+    tags = (thinking_tags, answer_tags) if tagged else None
+    rows = [_tokenize(tokenizer, row["prompt"], _completion(row, i, tags)) for i, row in enumerate(dataset)]
     total, count = 0.0, 0
-    with _evaluation_mode(model):
-        for batch in _batches(rows, [len(ids) for ids, _ in rows], batch_size, "Held-out NLL"):
+    with evaluation_mode(model):
+        for batch in batches([len(ids) for ids, _ in rows], batch_size, "Held-out NLL"):
             batch_total, batch_count = _summed_nll(model, [rows[i] for i in batch])
             total, count = total + batch_total, count + batch_count
     return total / count
@@ -84,13 +116,7 @@ def exact_match(
     """
     check_dataset(dataset, ("prompt", "answer"))
     _row_answers(dataset)  # what is wrong with them shows before the long step
-    prompts = [_token_ids(tokenizer, prompt, add_generation_prompt=True) for prompt in dataset["prompt"]]
-    generations = [""] * len(prompts)
-    with _evaluation_mode(model):
-        for batch in _batches(prompts, [len(ids) for ids in prompts], batch_size, "Greedy answers"):
-            texts = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
-            for i, text in zip(batch, texts, strict=True):
-                generations[i] = text
+    generations = generate_answers(model, tokenizer, dataset["prompt"], max_new_tokens, batch_size)
     return _share_right(generations, dataset, extract_answer), generations
 
 
@@ -115,6 +141,77 @@ def last_number_match(generations: list[str], dataset: Dataset) -> float:
     return _share_right(generations, dataset, extract_last_number)
 
 
+def tagged_scores(
+    generations: Sequence[str],
+    answers: Sequence[str],
+    thinking_tags: Sequence[str] = THINKING_TAGS,
+    answer_tags: Sequence[str] = ANSWER_TAGS,
+) -> dict[str, float]:
+    """
+    Scores generated texts as tagged responses.
+
+    Accuracy does not depend on the format: an answer is read from malformed tags, and from texts without tags, too
+    ([`~hf_sft_variants.tagged_answers.extract_tagged_answer`]). Of texts without tags the format rate says nothing.
+
+    Args:
+        generations (`Sequence[str]`):
+            What a model wrote for each row, as [`generate_answers`] returns it.
+        answers (`Sequence[str]`):
+            The expected answers, compared by [`~hf_sft_variants.answer_matching.same_answer`].
+        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
+            Opening and closing tag of the reasoning.
+        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
+            Opening and closing tag of the answer.
+
+    Returns:
+        `dict[str, float]`: `accuracy` and `format_rate`, both shares of the rows, and `score`, which is
+        0.7 · accuracy + 0.3 · format rate as in the paper of SFTKey.
+
+    Raises:
+        InputError: If there are no rows, not as many answers as generations, an answer is `None`, or the tags are no
+            pairs of strings.
+    """
+    if not generations or len(generations) != len(answers):
+        raise InputError(
+            f"`generations` has {len(generations)} rows and `answers` {len(answers)}: pass one answer for each of at "
+            "least one generation."
+        )
+    if None in answers:
+        raise InputError(f"`answers` of row {list(answers).index(None)} is None: fill it in or drop the row.")
+    tags = (thinking_tags, answer_tags)
+    right = [
+        same_answer(extract_tagged_answer(text, *tags), str(answer))
+        for text, answer in zip(generations, answers, strict=True)
+    ]
+    accuracy = sum(right) / len(right)
+    format_rate = sum(follows_format(text, *tags) for text in generations) / len(right)
+    score = ACCURACY_WEIGHT * accuracy + FORMAT_WEIGHT * format_rate
+    return {"accuracy": accuracy, "format_rate": format_rate, "score": score}
+
+
+def check_tagged_dataset(dataset: Dataset) -> None:
+    """
+    Checks that tagged responses can be evaluated on a data set.
+
+    Args:
+        dataset (`Dataset`):
+            Rows with the conversation `prompt`, the string `answer`, and `reasoning` or the conversation `completion`.
+
+    Raises:
+        InputError: If the data set is empty, lacks a column or has no conversations.
+    """
+    if "reasoning" in dataset.column_names or "completion" not in dataset.column_names:
+        missing = [column for column in TAGGED_COLUMNS if column not in dataset.column_names]
+        if missing:
+            raise InputError(
+                f"`dataset` has no column {', '.join(map(repr, missing))}, only "
+                f"{', '.join(map(repr, dataset.column_names))}: tagged responses are made of 'reasoning' and 'answer'."
+            )
+        check_dataset(dataset, ("prompt", "answer"))
+    else:
+        check_dataset(dataset, ("prompt", "completion", "answer"))
+
+
 def _share_right(generations: list[str], dataset: Dataset, extract: Callable[[str], str | None]) -> float:
     answers = _row_answers(dataset)
     return sum(extract(text) == answer for text, answer in zip(generations, answers, strict=True)) / len(answers)
@@ -130,41 +227,23 @@ def _row_answers(dataset: Dataset) -> list[str]:
     return answers
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> list[int]:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-    )["input_ids"]
+def _completion(row: dict, i: int, tags: tuple[Sequence[str], Sequence[str]] | None) -> list[dict]:
+    if tags is None or "reasoning" not in row:
+        return row["completion"]
+    for column in TAGGED_COLUMNS:
+        if row[column] is None:
+            raise InputError(f"`{column}` of row {i} is None: fill it in or drop the row.")
+    content = tagged_response(str(row["reasoning"]), str(row["answer"]), *tags)
+    return [{"role": "assistant", "content": content}]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], int]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> tuple[list[int], int]:
     """Token ids of a row, and how many of them are the prompt's; both as SFTTrainer finds them."""
-    prompt_ids = _token_ids(tokenizer, row["prompt"], add_generation_prompt=True)
-    ids = _token_ids(tokenizer, row["prompt"] + row["completion"], add_generation_prompt=False)
+    prompt_ids = prompt_token_ids(tokenizer, prompt)
+    ids = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
     # Some templates render the prompt alone differently: the completion starts where the two part
     same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False))
     return ids, len(list(same))
-
-
-def _batches(rows: Sequence, lengths: list[int], batch_size: int, description: str) -> Iterator[list[int]]:
-    """Row numbers, longest rows first: little padding, and memory that does not suffice is noticed at once."""
-    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    # disable=None: no bar where the output is not a terminal
-    with tqdm(total=len(rows), desc=description, unit="row", disable=None) as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            yield batch
-            progress.update(len(batch))
-
-
-@contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _summed_nll(model: torch.nn.Module, rows: list[tuple[list[int], int]]) -> tuple[float, int]:
@@ -181,26 +260,3 @@ def _summed_nll(model: torch.nn.Module, rows: list[tuple[list[int], int]]) -> tu
     targets = labels[:, first:]
     total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
     return total.item(), (targets != -100).sum().item()
-
-
-def _generate(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
-    ids = [torch.tensor(prompt, device=model.device) for prompt in prompts]
-    input_ids = pad_sequence(ids, batch_first=True, padding_side="left", padding_value=tokenizer.eos_token_id)
-    attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-    generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=_end_token_ids(model, tokenizer),
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config)
-    return tokenizer.batch_decode(output[:, input_ids.size(1) :], skip_special_tokens=True)
-
-
-def _end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A chat model may end its turn with another token than the tokenizer's end of text: either stops it."""
-    from_model = model.generation_config.eos_token_id
-    from_model = from_model if isinstance(from_model, list) else [from_model]
-    return sorted({tokenizer.eos_token_id, *from_model} - {None})

@@ -1,61 +1,151 @@
-"""`hf-sft-variants evaluate`: held-out likelihood and exact match of a model or an adapter."""
+"""`hf-sft-variants evaluate`: held-out likelihood and right answers of models or adapters."""
 
 import argparse
 import json
 from pathlib import Path
 
 
-EXAMPLE = "example: hf-sft-variants evaluate quickstart/runs/sft_go"
+EXAMPLE = "example: hf-sft-variants evaluate quickstart/model quickstart/runs/sft_go"
+DATASET, TAGGED_DATASET = "quickstart/data", "quickstart/tagged_data"
+
+# Heading of a table's column -> (name of the figure, how it is written)
+COLUMNS = {
+    "held-out NLL": ("held_out_nll", ".4f"),
+    "exact match": ("exact_match", ".1%"),
+    "last number right": ("last_number_match", ".1%"),
+}
+TAGGED_COLUMNS = {
+    "held-out NLL": ("held_out_nll", ".4f"),
+    "accuracy": ("accuracy", ".1%"),
+    "format": ("format_rate", ".1%"),
+    "score": ("score", ".1%"),
+}
 
 
 def add_parser(subparsers) -> None:
     """Adds the subcommand's parser."""
     description = (
         "Print how likely a model finds held-out completions (nats per token), and the share of prompts whose answer, "
-        "the number behind the last ####, it gets exactly right when decoding greedily."
+        "the number behind the last ####, it gets exactly right when decoding greedily. Several models: one table."
     )
     parser = subparsers.add_parser(
-        "evaluate", help="measure a model or an adapter on held-out data", description=description, epilog=EXAMPLE
+        "evaluate", help="measure models or adapters on held-out data", description=description, epilog=EXAMPLE
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a model, or folder of a PEFT adapter")
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to load on MODEL")
-    parser.add_argument("--dataset", default="quickstart/data", metavar="DATA", help="folder or Hub id (%(default)s)")
+    parser.add_argument(
+        "model", nargs="+", metavar="MODEL", help="folder or Hub id of a model, or folder of a PEFT adapter"
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to load on the one MODEL")
+    parser.add_argument(
+        "--tagged",
+        action="store_true",
+        help="score <Thinking> and <Answer> blocks: accuracy, format and 0.7 accuracy + 0.3 format",
+    )
+    parser.add_argument(
+        "--dataset", metavar="DATA", help=f"folder or Hub id ({DATASET}; {TAGGED_DATASET} with --tagged)"
+    )
     parser.add_argument("--split", default="test", help="split to evaluate (%(default)s)")
     parser.add_argument("--batch-size", type=_positive, default=25, metavar="N", help="rows at once (%(default)s)")
     parser.add_argument(
         "--max-new-tokens", type=_positive, default=128, metavar="N", help="length of an answer (%(default)s)"
     )
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (the accelerator if there is one)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE, too; a list for several MODELs")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates, and prints the figures."""
-    from ..evaluation import exact_match, held_out_nll, last_number_match
-    from ..loading import check_dataset, load_model_and_tokenizer, load_split
+    from ..errors import InputError
+    from ..evaluation import check_tagged_dataset
+    from ..loading import check_dataset, load_split
 
+    if args.adapter and len(args.model) > 1:
+        raise InputError(
+            f"`--adapter` is {args.adapter!r}, which is for one MODEL: pass adapters' folders among the MODELs."
+        )
+    args.dataset = args.dataset or (TAGGED_DATASET if args.tagged else DATASET)
     dataset = load_split(args.dataset, args.split)
-    check_dataset(dataset, ("prompt", "completion", "answer"))
-    model, tokenizer = load_model_and_tokenizer(args.model, args.adapter, args.device)
-    nll = held_out_nll(model, tokenizer, dataset, args.batch_size)
-    share, generations = exact_match(model, tokenizer, dataset, args.max_new_tokens, args.batch_size)
+    if args.tagged:
+        check_tagged_dataset(dataset)
+    else:
+        check_dataset(dataset, ("prompt", "completion", "answer"))
+    if args.tagged or len(args.model) > 1:
+        _print_table(args, dataset)
+    else:
+        _print_one(args, dataset)
+
+
+def _print_one(args: argparse.Namespace, dataset) -> None:
+    figures = _measure(args, args.model[0], dataset)
+    print(f"{_label(args, args.model[0])} on {args.dataset}, {args.split} split")
+    print(f"held-out NLL       {figures['held_out_nll']:.4f} nats per completion token")
+    print(f"exact match        {_share(figures['exact_match'], len(dataset))}: the number behind the last ####")
+    print(f"last number right  {_share(figures['last_number_match'], len(dataset))}: with or without ####")
+    _write_json(args, [figures])
+
+
+def _print_table(args: argparse.Namespace, dataset) -> None:
+    """Each row as soon as it is known: the models take long, and a later one may not load."""
+    columns = TAGGED_COLUMNS if args.tagged else COLUMNS
+    labels = [_label(args, model) for model in args.model]
+    width = max(map(len, ["model", *labels]))
+    print(f"{args.dataset}, {args.split} split, {len(dataset)} rows")
+    print("  ".join(["model".ljust(width), *columns]), flush=True)
+    results = []
+    for model, label in zip(args.model, labels, strict=True):
+        results.append(_measure(args, model, dataset))
+        cells = [format(results[-1][name], spec).rjust(len(head)) for head, (name, spec) in columns.items()]
+        print("  ".join([label.ljust(width), *cells]), flush=True)
+        _write_json(args, results)
+
+
+def _measure(args: argparse.Namespace, name: str, dataset) -> dict:
+    from accelerate.utils import release_memory
+
+    from ..loading import load_model_and_tokenizer
+
+    model, tokenizer = load_model_and_tokenizer(name, args.adapter, args.device)
     figures = {
-        "model": args.model,
+        "model": name,
         "adapter": args.adapter,
         "dataset": args.dataset,
         "split": args.split,
         "rows": len(dataset),
+        **(_tagged_figures if args.tagged else _figures)(args, model, tokenizer, dataset),
+    }
+    del model
+    release_memory()  # before the next model is loaded
+    return figures
+
+
+def _figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict[str, float]:
+    from ..evaluation import exact_match, held_out_nll, last_number_match
+
+    nll = held_out_nll(model, tokenizer, dataset, args.batch_size)
+    share, generations = exact_match(model, tokenizer, dataset, args.max_new_tokens, args.batch_size)
+    return {
         "held_out_nll": nll,
         "exact_match": share,
         "last_number_match": last_number_match(generations, dataset),
     }
-    print(f"{args.model}{f' with {args.adapter}' if args.adapter else ''} on {args.dataset}, {args.split} split")
-    print(f"held-out NLL       {nll:.4f} nats per completion token")
-    print(f"exact match        {_share(figures['exact_match'], len(dataset))}: the number behind the last ####")
-    print(f"last number right  {_share(figures['last_number_match'], len(dataset))}: with or without ####")
+
+
+def _tagged_figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict[str, float]:
+    from ..evaluation import generate_answers, held_out_nll, tagged_scores
+
+    nll = held_out_nll(model, tokenizer, dataset, args.batch_size, tagged=True)
+    generations = generate_answers(model, tokenizer, dataset["prompt"], args.max_new_tokens, args.batch_size)
+    return {"held_out_nll": nll, **tagged_scores(generations, dataset["answer"])}
+
+
+def _write_json(args: argparse.Namespace, results: list[dict]) -> None:
     if args.json:
+        figures = results if len(args.model) > 1 else results[0]
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _label(args: argparse.Namespace, model: str) -> str:
+    return f"{model} with {args.adapter}" if args.adapter else model
 
 
 def _share(share: float, rows: int) -> str:

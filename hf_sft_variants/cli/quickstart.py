@@ -10,7 +10,10 @@ EXAMPLE = "example: hf-sft-variants quickstart --task gsm_symbolic"
 
 def add_parser(subparsers) -> None:
     """Adds the subcommand's parser."""
-    description = "Write SmolLM2-135M-Instruct and a train/test split of problems with worked answers to a folder."
+    description = (
+        "Write SmolLM2-135M-Instruct and a train/test split of problems with worked answers to a folder: as "
+        "conversations in data, and in tagged_data the same problems with reasoning and answer apart."
+    )
     parser = subparsers.add_parser(
         "quickstart", help="write a small real model and data to train it on", description=description, epilog=EXAMPLE
     )
@@ -37,13 +40,16 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the data and the model, and says what to run next."""
     from ..quickstart import build_splits, write_data, write_model
+    from ..quickstart.data import tagged_splits
 
-    model, data = Path(args.output_dir, "model"), Path(args.output_dir, "data")
+    model, data, tagged = (Path(args.output_dir, name) for name in ("model", "data", "tagged_data"))
     splits = build_splits(args.task, args.train_size, args.test_size, args.seed)
     # The data first: it is ready at once, and what is wrong with the settings shows before the long step
     data_written = write_data(data, splits, overwrite=args.overwrite)
+    tagged_written = write_data(tagged, tagged_splits(splits), overwrite=args.overwrite)
     model_written = write_model(model, source=args.model_source)
     rows = f"{args.task}, {args.train_size} train and {args.test_size} test rows, seed {args.seed}"
     print(f"{'wrote' if model_written else 'kept '} {model}  (SmolLM2-135M-Instruct, float32)")
     print(f"{'wrote' if data_written else 'kept '} {data}  ({rows})")
+    print(f"{'wrote' if tagged_written else 'kept '} {tagged}  (the same problems with reasoning and answer apart)")
     print(f"next: hf-sft-variants evaluate {quote(str(model))} --dataset {quote(str(data))}")

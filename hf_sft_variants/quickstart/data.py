@@ -6,9 +6,14 @@ from pathlib import Path
 
 from ..answers import ANSWER_MARK, normalize_number
 from ..errors import InputError
+from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS
 
 
 INSTRUCTION = f"Work step by step, one step a line. End with a line: {ANSWER_MARK} answer"
+TAGGED_INSTRUCTION = (
+    f"Work step by step inside {''.join(THINKING_TAGS)}, one step a line. "
+    f"Then give the number inside {''.join(ANSWER_TAGS)}."
+)
 
 # reasoning-gym draws problem i from Random(seed + i): streams that start this far apart never meet
 PROBLEMS_PER_SEED = 1_000_000
@@ -81,6 +86,21 @@ def build_splits(
     )
 
 
+def tagged_splits(splits: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """
+    The same problems for [`~hf_sft_variants.SFTKeyTrainer`]: the instruction asks for a tagged response, and there is
+    no completion, because the trainer tags `reasoning` and `answer` itself (`reasoning_column`, `answer_column`).
+
+    Args:
+        splits (`dict[str, list[dict]]`):
+            Rows of each split, as [`build_splits`] returns them.
+
+    Returns:
+        `dict[str, list[dict]]`: As many rows, in the same order, with `prompt`, `reasoning` and `answer`.
+    """
+    return {split: [_tagged_row(row) for row in rows] for split, rows in splits.items()}
+
+
 def write_data(folder: str | Path, splits: dict[str, list[dict]], overwrite: bool = False) -> bool:
     """
     Writes one JSON Lines file per split, so that `datasets.load_dataset(folder)` loads them by name.
@@ -91,7 +111,7 @@ def write_data(folder: str | Path, splits: dict[str, list[dict]], overwrite: boo
         folder (`str` or `Path`):
             Where to write.
         splits (`dict[str, list[dict]]`):
-            Rows of each split, as [`build_splits`] returns them.
+            Rows of each split, as [`build_splits`] or [`tagged_splits`] returns them.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace files that hold other rows.
 
@@ -135,6 +155,12 @@ def _row(question: str, reasoning: str, answer: str) -> dict:
         "reasoning": reasoning,
         "answer": answer,
     }
+
+
+def _tagged_row(row: dict) -> dict:
+    question = row["prompt"][0]["content"].removesuffix(INSTRUCTION)
+    prompt = [{"role": "user", "content": f"{question}{TAGGED_INSTRUCTION}"}]
+    return {"prompt": prompt, "reasoning": row["reasoning"], "answer": row["answer"]}
 
 
 def _reasoning_gym():

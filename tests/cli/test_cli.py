@@ -1,8 +1,12 @@
 import json
+import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from hf_sft_variants import __version__
 from hf_sft_variants.cli import main
@@ -18,7 +22,7 @@ def quickstart_folder(tmp_path, monkeypatch, tiny_model, tokenizer):
     return tmp_path / "quickstart"
 
 
-@pytest.mark.parametrize("arguments", [[], ["quickstart"], ["inspect"], ["evaluate"]])
+@pytest.mark.parametrize("arguments", [[], ["quickstart"], ["prepare-data"], ["score"], ["inspect"], ["evaluate"]])
 def test_help_fits_a_screen_and_shows_an_example(arguments, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):
@@ -50,7 +54,7 @@ def test_the_choices_are_those_of_the_library(capsys):
 def test_quickstart_then_evaluate(quickstart_folder, capsys):
     assert main(["quickstart", "--train-size", "32", "--test-size", "8"]) == 0
     written = capsys.readouterr().out
-    assert written.count("wrote") == 2 and "32 train and 8 test rows" in written
+    assert written.count("wrote") == 3 and "32 train and 8 test rows" in written
     assert "hf-sft-variants evaluate quickstart/model --dataset quickstart/data" in written
 
     command = ["evaluate", "quickstart/model", "--max-new-tokens", "2", "--device", "cpu", "--json", "figures.json"]
@@ -62,11 +66,78 @@ def test_quickstart_then_evaluate(quickstart_folder, capsys):
     assert figures["rows"] == 8 and figures["exact_match"] == 0
 
 
+def table(printed):
+    """A printed table's cells by model, then by heading."""
+    _, heading, *rows = [re.split(r" {2,}", line) for line in printed.splitlines()]
+    return {row[0]: dict(zip(heading, row, strict=True)) for row in rows}
+
+
+def test_several_models_are_a_table(quickstart_folder, tiny_model, tokenizer, capsys):
+    assert main(["quickstart", "--train-size", "32", "--test-size", "8"]) == 0
+    torch.nn.init.zeros_(tiny_model.model.norm.weight)  # every token as likely as any other
+    tiny_model.save_pretrained("uniform_model")
+    tokenizer.save_pretrained("uniform_model")
+    capsys.readouterr()
+    command = ["evaluate", "quickstart/model", "uniform_model", "--max-new-tokens", "2", "--device", "cpu"]
+    assert main([*command, "--json", "figures.json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("quickstart/data, test split, 8 rows\n")
+    first, second = json.loads(Path("figures.json").read_text())
+    assert first["held_out_nll"] != second["held_out_nll"] == pytest.approx(math.log(len(tokenizer)), rel=1e-5)
+    assert list(table(printed)) == [first["model"], second["model"]] == ["quickstart/model", "uniform_model"]
+    assert table(printed)["uniform_model"] == {
+        "model": "uniform_model",
+        "held-out NLL": f"{second['held_out_nll']:.4f}",
+        "exact match": "0.0%",
+        "last number right": "0.0%",
+    }
+    assert len({len(line) for line in printed.splitlines()[1:]}) == 1
+
+    assert main(["evaluate", "quickstart/model", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert f"held-out NLL       {first['held_out_nll']:.4f} nats" in capsys.readouterr().out
+
+
+def test_tagged_responses_are_scored(quickstart_folder, capsys, monkeypatch):
+    assert main(["quickstart", "--train-size", "32", "--test-size", "8"]) == 0
+    rows = [json.loads(line) for line in Path("quickstart/tagged_data/test.jsonl").read_text().splitlines()]
+    texts = [f"<Thinking>a</Thinking>\n<Answer>{row['answer']}</Answer>" for row in rows[:4]]
+    texts += [f"<Answer>{row['answer']}" for row in rows[4:6]] + ["<Thinking>a</Thinking>\n<Answer>x</Answer>", ""]
+    monkeypatch.setattr("hf_sft_variants.evaluation.generate_answers", lambda *args: texts)
+    capsys.readouterr()
+    command = ["evaluate", "quickstart/model", "--tagged", "--device", "cpu", "--json", "figures.json"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("quickstart/tagged_data, test split, 8 rows\n")
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures.pop("held_out_nll") > 0
+    assert figures == {
+        "model": "quickstart/model", "adapter": None, "dataset": "quickstart/tagged_data", "split": "test", "rows": 8,
+        "accuracy": 0.75, "format_rate": 0.625, "score": pytest.approx(0.7 * 0.75 + 0.3 * 0.625),
+    }  # fmt: skip
+    row = table(printed)["quickstart/model"]
+    assert (row["accuracy"], row["format"], row["score"]) == ("75.0%", "62.5%", "71.2%")
+
+
+def test_the_rows_before_a_model_that_cannot_be_loaded_are_kept(quickstart_folder, capsys):
+    assert main(["quickstart", "--train-size", "8", "--test-size", "4"]) == 0
+    capsys.readouterr()
+    command = ["evaluate", "quickstart/model", "nowhere/at-all", "--tagged", "--max-new-tokens", "2"]
+    assert main([*command, "--device", "cpu", "--json", "figures.json"]) == 2
+    captured = capsys.readouterr()
+    assert list(table(captured.out)) == ["quickstart/model"] and "'nowhere/at-all'" in captured.err
+    assert [figures["model"] for figures in json.loads(Path("figures.json").read_text())] == ["quickstart/model"]
+
+
+def test_an_adapter_is_for_one_model(capsys):
+    assert main(["evaluate", "some/model", "another/model", "--adapter", "runs/lora"]) == 2
+    assert "error: `--adapter` is 'runs/lora', which is for one MODEL" in capsys.readouterr().err
+
+
 def test_quickstart_keeps_what_is_there(quickstart_folder, capsys):
     command = ["quickstart", "--train-size", "3", "--test-size", "2"]
     assert main(command) == 0
     assert main(command) == 0
-    assert capsys.readouterr().out.count("kept") == 2
+    assert capsys.readouterr().out.count("kept") == 3
     assert main([*command, "--seed", "1"]) == 2
     assert "error: `quickstart/data/train.jsonl` holds the data of other settings" in capsys.readouterr().err
     assert main([*command, "--seed", "1", "--overwrite"]) == 0
@@ -80,6 +151,12 @@ def test_input_that_cannot_be_used_is_an_error_without_a_traceback(tmp_path, cap
         .err.splitlines()[-1]
         .startswith("hf-sft-variants: error: `dataset` has no column 'prompt', 'completion', 'answer', only 'text'")
     )
+
+
+def test_data_without_tagged_responses_is_an_error(tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_text('{"prompt": [], "answer": "5"}\n')
+    assert main(["evaluate", "some/model", "--tagged", "--dataset", str(tmp_path)]) == 2
+    assert "`dataset` has no column 'reasoning', only 'prompt', 'answer'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--max-new-tokens", "many"]])

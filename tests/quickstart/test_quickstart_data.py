@@ -8,6 +8,7 @@ from datasets import load_dataset
 from hf_sft_variants.answers import extract_answer, normalize_number
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.quickstart import TASKS, build_splits, data, write_data
+from hf_sft_variants.quickstart.data import tagged_splits
 
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="the quickstart's data comes from reasoning-gym")
@@ -34,6 +35,23 @@ def test_a_row_is_a_conversation_with_its_reasoning_and_answer(task):
         assert [message["role"] for message in row["prompt"] + row["completion"]] == ["user", "assistant"]
         assert row["completion"][0]["content"] == f"{row['reasoning']}\n#### {row['answer']}"
         assert row["reasoning"] and "####" not in row["reasoning"]
+
+
+def test_the_tagged_splits_are_the_same_problems(task):
+    splits = build_splits(task, train_size=30, test_size=10)
+    tagged = tagged_splits(splits)
+    assert {split: len(rows) for split, rows in tagged.items()} == {"train": 30, "test": 10}
+    for row, tagged_row in zip(splits["train"] + splits["test"], tagged["train"] + tagged["test"], strict=True):
+        assert list(tagged_row) == ["prompt", "reasoning", "answer"]
+        assert (tagged_row["reasoning"], tagged_row["answer"]) == (row["reasoning"], row["answer"])
+        (message,), (tagged_message,) = row["prompt"], tagged_row["prompt"]
+        assert tagged_message["role"] == "user"
+        question, _, instruction = tagged_message["content"].rpartition("\n")
+        assert message["content"] == f"{question}\n{data.INSTRUCTION}"
+        assert instruction == (
+            "Work step by step inside <Thinking></Thinking>, one step a line. "
+            "Then give the number inside <Answer></Answer>."
+        )
 
 
 def test_the_answer_is_that_of_reasoning_gym(task):
@@ -105,10 +123,11 @@ def test_a_task_with_too_few_questions_is_an_error(monkeypatch):
 
 
 def test_the_written_folder_loads_with_both_splits(tmp_path):
-    splits = build_splits(train_size=12, test_size=4)
-    assert write_data(tmp_path / "data", splits)
-    loaded = load_dataset(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
-    assert {split: rows.to_list() for split, rows in loaded.items()} == splits
+    problems = build_splits(train_size=12, test_size=4)
+    for name, splits in (("data", problems), ("tagged_data", tagged_splits(problems))):
+        assert write_data(tmp_path / name, splits)
+        loaded = load_dataset(str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        assert {split: rows.to_list() for split, rows in loaded.items()} == splits
 
 
 def test_the_same_data_is_not_written_again(tmp_path):

@@ -1,0 +1,106 @@
+"""Whether two answers are the same one, written differently perhaps."""
+
+import re
+import threading
+import warnings
+
+from .answers import NUMBER, extract_boxed, normalize_number
+
+
+QUOTES = (('"', '"'), ("'", "'"), ("`", "`"), ("“", "”"), ("‘", "’"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+# What makes a number a part of something else: "x2", "\sqrt{2}", "3 * x", "x^2"; "42 apples" and "x = 42" are fine
+PART_OF_FORMULA_BEFORE = re.compile(r"(?:\w|[\\^_{*+/√]\s*)\Z")
+PART_OF_FORMULA_BEHIND = re.compile(r"\w|\s*[\^_}*+×√π]|\s*\\(?![%$,]|text|mathrm|mbox)")
+# Behind a formula's numbers and signs: sympy takes minutes for a text that a model could not end
+MAX_FORMULA_LENGTH = 500
+
+
+def same_answer(predicted: str | None, gold: str) -> bool:
+    """
+    Whether an answer is the expected one. The first of these that applies decides:
+
+    * They are the same text up to white space, case, a full stop at the end, and quotes, dollar signs or `\\boxed{}`
+      around it.
+    * `gold` is a number: `predicted` is that number or holds it and no other, as in "42 apples". Signs, thousands
+      separators, decimals and dollar signs may be written in any way; per cent and other units are not converted. A
+      number that is part of a formula, as in `\\sqrt{2}`, does not count.
+    * `gold` is a formula and the optional package math-verify is installed (`pip install 'hf_sft_variants[math]'`):
+      `predicted` is mathematically equal. Only in the main thread, because math-verify can only stop itself there.
+
+    Args:
+        predicted (`str` or `None`):
+            The answer to judge, `None` for no answer.
+        gold (`str`):
+            The expected answer.
+
+    Returns:
+        `bool`: Whether they are the same.
+    """
+    if predicted is None:
+        return False
+    predicted, gold = _bare(predicted), _bare(gold)
+    if predicted.casefold() == gold.casefold():
+        return gold != ""
+    number = _number(gold)
+    if number is not None:
+        return _only_number(predicted) == number
+    return _is_formula(gold) and _equal_formulas(gold, predicted)
+
+
+def _bare(text: str) -> str:
+    text = " ".join((extract_boxed(text) or text).split())
+    while True:
+        bare = text.rstrip(".").strip()
+        for opening, closing in QUOTES:
+            if len(bare) > len(opening + closing) and bare.startswith(opening) and bare.endswith(closing):
+                bare = bare.removeprefix(opening).removesuffix(closing).strip()
+        if bare == text:
+            return text
+        text = bare
+
+
+def _number(text: str) -> str | None:
+    try:
+        return normalize_number(text.strip("$ "))
+    except ValueError:
+        return None
+
+
+def _only_number(text: str) -> str | None:
+    """The number that a text holds once, and beside it no other number or formula."""
+    text = text.replace("**", "")  # Markdown's bold
+    matches = list(NUMBER.finditer(text))
+    if len(matches) != 1:
+        return None
+    start, end = matches[0].span()
+    if PART_OF_FORMULA_BEFORE.search(text[:start]) or PART_OF_FORMULA_BEHIND.match(text, end):
+        return None
+    return _number(matches[0].group())
+
+
+def _is_formula(text: str) -> bool:
+    """Whether there is something to calculate with. To sympy a word is a product, and "Pairs" equals "Paris"."""
+    rest = re.sub(r"\\(?!text|mathrm|mbox)[A-Za-z]+", r"\\", text)
+    return re.search(r"[\d\\+\-*/^=<>]", rest) is not None and re.search(r"[^\W\d_]{2}", rest) is None
+
+
+def _equal_formulas(gold: str, predicted: str) -> bool:
+    try:
+        from math_verify import parse, verify
+        from math_verify.errors import TimeoutException
+    except ImportError:
+        return False
+    if threading.current_thread() is not threading.main_thread():
+        warnings.warn("Outside the main thread math-verify cannot run: formulas are compared as texts.", stacklevel=2)
+        return False
+    if max(len(gold), len(predicted)) > MAX_FORMULA_LENGTH:
+        return False
+    try:
+        return bool(verify(parse(_in_dollars(gold)), parse(_in_dollars(predicted))))
+    except (Exception, TimeoutException):  # TimeoutException is a BaseException
+        return False
+
+
+def _in_dollars(text: str) -> str:
+    """math-verify reads LaTeX between dollar signs only."""
+    return f"${text}$" if _is_formula(text) and "$" not in text else text

@@ -1,0 +1,66 @@
+"""`hf-sft-variants prepare-data`: the data sets of the SFTKey paper by its rules, as a recipe's folder."""
+
+import argparse
+from pathlib import Path
+from shlex import quote
+
+from ..errors import InputError
+
+
+EXAMPLE = "example: hf-sft-variants prepare-data gsm8k --output data/gsm8k"
+
+# Data set -> the recipe that trains on it
+RECIPES = {
+    "gsm8k": "recipes/sftkey/qwen3-8b_gsm8k.yaml",
+    "openr1-math": "recipes/sftkey/qwen3-8b_openr1-math.yaml",
+    "cot-collection": "recipes/sftkey/qwen2.5-7b_cot-collection.yaml",
+    "openbookqa": "recipes/sftkey/smollm3-3b_openbookqa.yaml",
+}
+
+
+def add_parser(subparsers) -> None:
+    """Adds the subcommand's parser."""
+    description = (
+        "Write a data set of the SFTKey paper as JSON Lines, a file per split: prompt, reasoning and answer. Rows "
+        "that lack one of them, or that have a tag in them, are dropped and counted."
+    )
+    parser = subparsers.add_parser(
+        "prepare-data", help="write the data of the SFTKey paper", description=description, epilog=EXAMPLE
+    )
+    parser.add_argument("data", choices=RECIPES, help="data set of the paper")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--source", metavar="DATA", help="folder, file or Hub id with such rows (the paper's)")
+    parser.add_argument("--subset", metavar="NAME", help="subset on the Hub, e.g. all for openr1-math")
+    parser.add_argument("--limit", type=int, metavar="N", help="so many rows of each split, drawn at random")
+    parser.add_argument("--test-size", type=int, metavar="N", help="draw a test split, where there is none")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn (%(default)s)")
+    parser.add_argument("--completion", action="store_true", help="add an untagged completion, for plain SFT")
+    parser.add_argument("--overwrite", action="store_true", help="replace data of other settings")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the data, and says what was dropped and what to run next."""
+    from ..quickstart import write_data
+    from ..sftkey.paper_splits import load_source, prepare_splits
+
+    folder = Path(args.output)
+    splits = load_source(args.data, args.source, args.subset)
+    _refuse_other_splits(folder, {*splits, *(["test"] if args.test_size else [])})
+    prepared = prepare_splits(args.data, splits, args.limit, args.test_size, args.seed, args.completion)
+    written = write_data(folder, {split: rows for split, (rows, _) in prepared.items()}, overwrite=args.overwrite)
+    for split, (rows, dropped) in prepared.items():
+        print(f"{'wrote' if written else 'kept '} {folder / split}.jsonl  ({len(rows)} rows)")
+        for reason, count in dropped.most_common():
+            print(f"      dropped {count}: {reason}")
+    print(f"next: trl sft --config {RECIPES[args.data]} --dataset_name {quote(str(folder))}")
+
+
+def _refuse_other_splits(folder: Path, splits: set[str]) -> None:
+    """A split that was drawn by other settings shares rows with those of these settings."""
+    others = sorted(path for path in folder.glob("*.jsonl") if path.stem not in splits)
+    if others:
+        raise InputError(
+            f"`--output` holds {str(others[0])!r}, which these settings do not make and a recipe would load, too: "
+            "remove it or choose another folder."
+        )

@@ -1,0 +1,107 @@
+"""`hf-sft-variants score`: let a recipe's scoring models read its data, apart from training."""
+
+import argparse
+from pathlib import Path
+
+from ..errors import InputError
+
+
+EXAMPLE = "example: hf-sft-variants score --config recipes/quickstart/poft.yaml --output scores.parquet"
+
+
+def add_parser(subparsers) -> None:
+    """Adds the subcommand's parser."""
+    description = (
+        "Score a recipe's data as its trainer would, and keep the scores where training finds them. The trained "
+        "model's weights are not loaded. Several processes share the work: torchrun --nproc-per-node 8 --no-python "
+        "hf-sft-variants score ... Other flags override the recipe."
+    )
+    parser = subparsers.add_parser(
+        "score",
+        help="score a recipe's data, apart from training",
+        description=description,
+        epilog=EXAMPLE,
+        allow_abbrev=False,  # `--output_dir` is a key of the recipe, not short for anything
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe of `trl sft`")
+    parser.add_argument(
+        "--output", metavar="FILE", help="PoFT: also write the scores to FILE (.parquet), for `reference_score_file`"
+    )
+    parser.add_argument(
+        "--keep-top",
+        type=_share,
+        metavar="SHARE",
+        help="PoFT: write the training rows the references like best, 0 to 1",
+    )
+    parser.add_argument("--kept", metavar="FILE", help="where --keep-top writes them (.jsonl)")
+    parser.set_defaults(run=run, recipe_flags=[])
+
+
+def run(args: argparse.Namespace) -> None:
+    """Scores, and says what was found."""
+    from accelerate import PartialState
+
+    from ..inspection import load_recipe, prepare
+    from ..recipe import load_splits, pick_split
+
+    if (args.keep_top is None) != (args.kept is None):
+        raise InputError(f"`--keep-top` is {args.keep_top} and `--kept` {args.kept}: give both, or neither.")
+    recipe = load_recipe(args.config, args.recipe_flags)
+    has_eval = recipe.training_args.eval_strategy != "no"
+    trainer = prepare(recipe)
+    if has_eval:
+        rows = pick_split(
+            load_splits(recipe.script_args, recipe.dataset_args), "dataset_test_split", recipe.script_args
+        )
+        try:
+            trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "eval")
+        except ValueError as error:  # a refusal, which says the fix
+            raise InputError(str(error)) from error
+    if not PartialState().is_main_process:
+        return
+    scoring = getattr(trainer, "reference_scoring", None)
+    if scoring is None:
+        _require_nothing_to_write(args, recipe)
+        print(f"prepared {args.config}: {len(trainer.train_dataset)} training rows")
+        return
+    for line in scoring.summary():
+        print(line)
+    _write(args, recipe, scoring.scores)
+
+
+def _require_nothing_to_write(args, recipe) -> None:
+    for flag, value in (("--output", args.output), ("--keep-top", args.keep_top)):
+        if value is not None:
+            raise InputError(
+                f"`{flag}` is {value!r}, but {args.config} has no reference models that score: it needs "
+                "`module: hf_sft_variants.poft` and `reference_models`."
+            )
+
+
+def _write(args, recipe, scores) -> None:
+    import pyarrow as pa
+
+    from ..poft.score_files import add_content_keys, keys_of_best, write_score_file
+    from ..recipe import load_splits, pick_split
+    from ..scoring import EXAMPLE_KEY
+
+    if args.output:
+        write_score_file(pa.concat_tables(scores.values()), args.output)
+        print(f"wrote {args.output}: for `reference_score_file`, see docs/score_file.md")
+    if args.kept:
+        rows = pick_split(
+            load_splits(recipe.script_args, recipe.dataset_args), "dataset_train_split", recipe.script_args
+        )
+        best = keys_of_best(scores["train"], args.keep_top)
+        keys = add_content_keys(rows)[EXAMPLE_KEY]
+        kept = rows.select([row for row, key in enumerate(keys) if key in best])
+        Path(args.kept).parent.mkdir(parents=True, exist_ok=True)
+        kept.to_json(args.kept)
+        print(f"wrote {args.kept}: the best {len(kept)} of {len(rows)} rows")
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return share

@@ -1,0 +1,127 @@
+"""What a model answers by itself: greedy decoding of many prompts at once."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    prompts: Sequence[list[dict] | str],
+    max_new_tokens: int = 128,
+    batch_size: int = 25,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> list[str]:
+    """
+    Lets a model answer prompts by greedy decoding. No random number is drawn, and the model is left as it was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model, in training or evaluation mode, on any device.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer, or a trainer's `processing_class`. Its `padding_side` makes no difference.
+        prompts (`Sequence[list[dict] | str]`):
+            Conversations, to which the chat template is applied, or texts, which are taken as they are.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Where a generation is cut.
+        batch_size (`int`, *optional*, defaults to `25`):
+            Prompts that are answered at once.
+        device (`torch.device` or `str`, *optional*):
+            Where the inputs go, by default where the model says it is.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar on a terminal.
+
+    Returns:
+        `list[str]`: What the model wrote for each prompt, without special tokens.
+    """
+    device = device or model.device
+    rows = [prompt_token_ids(tokenizer, prompt) for prompt in prompts]
+    tokenizer = _text_tokenizer(tokenizer)
+    generations = [""] * len(rows)
+    with evaluation_mode(model):
+        for batch in batches([len(ids) for ids in rows], batch_size, "Greedy answers", show_progress):
+            texts = _generate(model, tokenizer, [rows[i] for i in batch], max_new_tokens, device)
+            for i, text in zip(batch, texts, strict=True):
+                generations[i] = text
+    return generations
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: list[dict] | str) -> list[int]:
+    """Token ids of a prompt, those of a conversation with the generation prompt."""
+    text_tokenizer = _text_tokenizer(tokenizer)
+    if isinstance(prompt, str):
+        return text_tokenizer(prompt)["input_ids"]
+    # The template of a processor may not stand in its tokenizer
+    template = {} if text_tokenizer is tokenizer else {"chat_template": tokenizer.chat_template}
+    return text_tokenizer.apply_chat_template(
+        prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **template
+    )["input_ids"]
+
+
+def batches(lengths: list[int], batch_size: int, description: str, show_progress: bool = True) -> Iterator[list[int]]:
+    """Row numbers, longest rows first: little padding, and memory that does not suffice is noticed at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    # disable=None: no bar where the output is not a terminal; leave=None: it goes when it is inside another bar
+    disable = None if show_progress else True
+    with tqdm(total=len(order), desc=description, unit="row", disable=disable, leave=None) as progress:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            yield batch
+            progress.update(len(batch))
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Every module without dropout, and in the mode it was in afterwards; activation checkpointing rests, too."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        # Not `inference_mode`: what a model keeps of it, e.g. rotary frequencies, could not be trained with
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def _generate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    device: torch.device | str,
+) -> list[str]:
+    ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+    input_ids = pad_sequence(ids, batch_first=True, padding_side="left", padding_value=tokenizer.eos_token_id)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
+    # What is not set here comes from the model's own generation config, where sampling and penalties may stand
+    generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=_end_token_ids(model, tokenizer),
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config)
+    return tokenizer.batch_decode(output[:, input_ids.size(1) :], skip_special_tokens=True)
+
+
+def _end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A chat model may end its turn with another token than the tokenizer's end of text: either stops it."""
+    from_model = model.generation_config.eos_token_id
+    from_model = from_model if isinstance(from_model, list) else [from_model]
+    return sorted({tokenizer.eos_token_id, *from_model} - {None})

@@ -1,0 +1,6 @@
+from .config import SFTKeyConfig
+from .stages import StageSwitchCallback
+from .trainer import SFTKeyTrainer
+
+
+__all__ = ["SFTKeyConfig", "SFTKeyTrainer", "StageSwitchCallback"]

@@ -1,0 +1,6 @@
+from ..recipe import main
+from . import SFTKeyConfig, SFTKeyTrainer
+
+
+if __name__ == "__main__":
+    main(SFTKeyTrainer, SFTKeyConfig)

@@ -1,0 +1,161 @@
+"""Answers that a model in training generates for held-out prompts, scored every few steps."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import Trainer, TrainerCallback
+
+from ..errors import InputError
+from ..evaluation import tagged_scores
+from ..generation import evaluation_mode, generate_answers
+from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS, check_tags
+
+
+class AnswerAccuracyCallback(TrainerCallback):
+    r"""
+    A [`~transformers.TrainerCallback`] that lets the model answer held-out prompts every few steps and after the last
+    one, and logs `sftkey/accuracy`, `sftkey/format_rate` and `sftkey/score` (0.7 · accuracy + 0.3 · format rate).
+
+    It decodes greedily, on all processes, each its share of the prompts. The run goes on as if it had not been there:
+    no random number is drawn, and weights, modes and other logged metrics are those of a run without it.
+
+    Usage:
+    ```python
+    >>> trainer = SFTKeyTrainer(...)
+    >>> trainer.add_callback(AnswerAccuracyCallback(trainer, held_out_rows, steps=100))
+    ```
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer to which the callback will be attached, an [`~trl.SFTTrainer`] or subclass.
+        dataset (`Dataset`):
+            Raw rows with `prompt`, a conversation or a text, and the string `answer`.
+        steps (`int`):
+            Number of optimizer steps between two measurements.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Where a generation is cut. An answer that comes later does not count.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Prompts that a process answers at once.
+        num_samples (`int`, *optional*):
+            Number of rows to use, from the start. By default all.
+        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
+            Opening and closing tag of the reasoning.
+        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
+            Opening and closing tag of the answer. Without tags an answer is found behind `####`, in `\boxed{}` or
+            behind "the answer is" ([`~hf_sft_variants.tagged_answers.extract_tagged_answer`]); the format rate, and
+            with it the score, say nothing then.
+
+    Raises:
+        InputError: If `dataset` is empty, a stream or lacks a column or an answer, a number is below 1, or the tags
+            are no pairs of strings. When training starts, for tensor parallelism.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset,
+        steps: int,
+        max_new_tokens: int = 256,
+        batch_size: int = 16,
+        num_samples: int | None = None,
+        thinking_tags: Sequence[str] = THINKING_TAGS,
+        answer_tags: Sequence[str] = ANSWER_TAGS,
+    ):
+        rows = _prompts_and_answers(dataset)
+        numbers = {"steps": steps, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        for name, number in {**numbers, "num_samples": num_samples}.items():
+            if number is not None and number < 1:
+                raise InputError(f"`{name}` is {number}: pass an integer of at least 1.")
+        check_tags(thinking_tags, answer_tags)
+        self.trainer = trainer
+        self.prompts, self.answers = (column[:num_samples] for column in rows)
+        self.steps = steps
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.tags = (thinking_tags, answer_tags)
+        self._last_step = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._last_step = None
+        if (self.trainer.get_tp_size() or 1) > 1:
+            raise InputError(
+                "AnswerAccuracyCallback gives each process prompts of its own, which tensor parallelism does not "
+                "allow: leave it out (`answer_eval_steps`), and run `hf-sft-variants evaluate` afterwards."
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The last step here and not in `on_train_end`, where TensorBoard and others have closed their logs already
+        if state.global_step % self.steps == 0 or control.should_training_stop:
+            self._measure(state, control)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._measure(state, control)  # training was stopped between two steps, e.g. by an evaluation
+
+    def _measure(self, state, control) -> None:
+        if state.global_step == self._last_step:
+            return
+        self._last_step = state.global_step
+        scores = tagged_scores(self._generate(), self.answers, *self.tags)
+        should_log = control.should_log
+        # In training mode `SFTTrainer.log` would put the training metrics since the last log into this entry
+        with evaluation_mode(self.trainer.model):
+            self.trainer.log({f"sftkey/{name}": value for name, value in scores.items()})
+        control.should_log = should_log  # logging resets it, and the training loss of this step would not be logged
+
+    def _generate(self) -> list[str]:
+        """What the model writes for every prompt, on each process the same list."""
+        accelerator = self.trainer.accelerator
+        # Padding: where the model is sharded, all processes have to generate as many batches
+        with (
+            accelerator.split_between_processes(list(range(len(self.prompts))), apply_padding=True) as rows,
+            self._whole_model() as model,
+        ):
+            texts = generate_answers(
+                model,
+                self.trainer.processing_class,
+                [self.prompts[i] for i in rows],
+                self.max_new_tokens,
+                self.batch_size,
+                device=accelerator.device,
+                show_progress=accelerator.is_main_process and not self.trainer.args.disable_tqdm,
+            )
+        text_of = dict(gather_object(list(zip(rows, texts, strict=True))))
+        return [text_of[i] for i in range(len(self.prompts))]
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[torch.nn.Module]:
+        """
+        The model without its wrappers, ready to generate, as in `Seq2SeqTrainer`: FSDP's first version leaves the
+        root's weights flat; its second version and ZeRO-3 gather weights layer by layer whoever calls the layer.
+
+        Not TRL's `unwrap_model_for_generation`, which turns activation checkpointing off and on again with other
+        settings than the run's; in evaluation mode it is off in any case.
+        """
+        wrapped = self.trainer.model_wrapped
+        model = self.trainer.accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+        if isinstance(wrapped, FullyShardedDataParallel):
+            with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False, writeback=False):
+                yield model
+        else:
+            yield model
+
+
+def _prompts_and_answers(dataset: Dataset) -> tuple[list, list]:
+    if not isinstance(dataset, Dataset):
+        raise InputError(f"`dataset` is a {type(dataset).__name__}: pass a `datasets.Dataset`, which is no stream.")
+    missing = [column for column in ("prompt", "answer") if column not in dataset.column_names]
+    if missing:
+        raise InputError(
+            f"`dataset` has no column {', '.join(map(repr, missing))}, only "
+            f"{', '.join(map(repr, dataset.column_names))}: rename or add what is missing."
+        )
+    if len(dataset) == 0:
+        raise InputError("`dataset` is empty: pass at least one row.")
+    prompts, answers = list(dataset["prompt"]), list(dataset["answer"])
+    if None in answers:
+        raise InputError(f"`answer` of row {answers.index(None)} is None: fill it in or drop the row.")
+    return prompts, answers

@@ -1,0 +1,261 @@
+"""Which tokens of an example are its key: the answer, apart from the reasoning."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+from transformers import PreTrainedTokenizerBase
+
+from ..base.assistant_turns import RenderedExample, Turn, render_example, render_tokens, special_token_ids
+from ..base.token_offsets import Span, TokenOffsets
+from ..tagged_answers import tagged_response
+
+
+KEY, NOT_KEY, NO_LABEL = 1, 0, -1
+
+
+class NoKeyError(ValueError):
+    """An example has no key, or more than one. The message says what was looked for."""
+
+
+@dataclass(frozen=True)
+class KeyFinder:
+    """
+    Finds the key in the words of an assistant's turn. The fields are those of [`SFTKeyConfig`].
+    """
+
+    thinking_tags: tuple[str, str]
+    answer_tags: tuple[str, str]
+    key_delimiter: str | None
+    key_pattern: str | None
+    key_tags_in_loss: bool
+    key_turns: str
+
+    def __call__(self, words: str) -> list[Span]:
+        """
+        Characters [start, end) of `words` that a `"key"` stage learns; the last span ends where `words` end.
+
+        Raises:
+            `NoKeyError`: If there is no key, or more than one.
+        """
+        if self.key_pattern is not None:
+            return self._by_pattern(words)
+        if self.key_delimiter is not None:
+            return self._by_delimiter(words)
+        return self._by_tags(words)
+
+    def looks_for(self, token: str) -> bool:
+        """Whether a token is in the text that shows where the key is, and so does not end a turn though special."""
+        texts = (*self.thinking_tags, *self.answer_tags, self.key_delimiter or "", self.key_pattern or "")
+        return any(token in text for text in texts)
+
+    def _by_pattern(self, words: str) -> list[Span]:
+        matches = list(regex.finditer(self.key_pattern, words))
+        _require_one(len(matches), f"`key_pattern={self.key_pattern!r}`")
+        start, end = matches[0].span("key")
+        _require_text(words[max(start, 0) : max(end, 0)], "the group `key` of `key_pattern`")
+        return [(start, len(words))]
+
+    def _by_delimiter(self, words: str) -> list[Span]:
+        _require_one(words.count(self.key_delimiter), f"`key_delimiter={self.key_delimiter!r}`")
+        start = words.index(self.key_delimiter)
+        end = start + len(self.key_delimiter)
+        _require_text(words[end:], f"the text after {self.key_delimiter!r}")
+        return [(start if self.key_tags_in_loss else end, len(words))]
+
+    def _by_tags(self, words: str) -> list[Span]:
+        tags = (*self.thinking_tags, *self.answer_tags)
+        for tag in tags:
+            _require_one(words.count(tag), f"the tag {tag!r}")
+        opened_thinking, closed_thinking, opened_answer, closed_answer = map(words.index, tags)
+        if not opened_thinking < closed_thinking < opened_answer < closed_answer:
+            raise NoKeyError(f"the tags {', '.join(map(repr, tags))} are not in this order")
+        end_of_thinking = closed_thinking + len(tags[1])
+        if words[end_of_thinking:opened_answer].strip():
+            raise NoKeyError(f"there is text between {tags[1]!r} and {tags[2]!r}, where only white space may be")
+        answer = words[opened_answer + len(tags[2]) : closed_answer]
+        _require_text(answer, f"the text between {tags[2]!r} and {tags[3]!r}")
+        if self.key_tags_in_loss:
+            return [(end_of_thinking, len(words))]
+        start = opened_answer + len(tags[2]) + len(answer) - len(answer.lstrip())
+        return [(start, start + len(answer.strip())), (closed_answer + len(tags[3]), len(words))]
+
+
+def _require_one(count: int, what: str) -> None:
+    if count != 1:
+        raise NoKeyError(f"{what} is not there" if count == 0 else f"{what} is there {count} times, not once")
+
+
+def _require_text(key: str, what: str) -> None:
+    if not key.strip():
+        raise NoKeyError(f"{what} is empty")
+
+
+def key_mask(example: RenderedExample, labels: list[int], find_key: KeyFinder) -> list[int]:
+    """
+    Mark the tokens of an example: 1 on the key, 0 on other tokens of the loss, -1 on tokens without a label.
+
+    A token belongs to the key if any of its characters does: a `>` that ends `</Thinking>` may be one token with what
+    follows it.
+
+    Raises:
+        `NoKeyError`: If there is no key, or more than one in a turn; or if none of its tokens has a label.
+    """
+    mask = [NOT_KEY if label != -100 else NO_LABEL for label in labels]
+    turns = example.turns[-1:] if find_key.key_turns == "last" else example.turns
+    if not turns:
+        raise NoKeyError("there is no assistant's turn with text (of messages, those with the role 'assistant' count)")
+    problems = []
+    for turn in turns:
+        try:
+            tokens = _key_tokens(example, turn, find_key)
+        except NoKeyError as problem:
+            problems.append(problem)
+            continue
+        for i in tokens:
+            mask[i] = KEY if mask[i] != NO_LABEL else NO_LABEL
+    if len(problems) == len(turns):
+        raise problems[-1]
+    if KEY not in mask[1:]:
+        raise NoKeyError("no token of its key is in the loss: check the labels")
+    return mask
+
+
+def _key_tokens(example: RenderedExample, turn: Turn, find_key: KeyFinder) -> list[int]:
+    """Tokens of the key, and from its end to the end of the turn."""
+    start, end = turn.content
+    spans = [(start + first, start + last) for first, last in find_key(example.text[start:end])]
+    tokens = [i for span in spans for i in example.tokens_in(span)]
+    after_words = max(example.tokens_in(turn.content)) + 1
+    return tokens + list(range(after_words, turn.end_token))
+
+
+def add_key_mask(
+    examples: dict[str, list],
+    rows: list[int],
+    find_key: KeyFinder,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    text_field: str,
+    has_text: bool,
+    on_missing: str,
+    dataset_name: str,
+) -> dict[str, list]:
+    """
+    For `Dataset.map`, batched: add the column `key_mask` ([`key_mask`]), unless it is there, and `num_key_tokens`, the
+    number of its ones.
+
+    Args:
+        has_text (`bool`):
+            Whether the columns of text or messages are there; otherwise the tokens are read back.
+        on_missing (`str`):
+            For an example without a key, or with two: `"error"`; `"drop"`, which gives it -1 key tokens; `"ignore"`,
+            which marks none.
+
+    Raises:
+        `ValueError`: If an example has no key or two, naming the row; if the chat template hides the answer; if a
+            column `key_mask` has something else than 1, 0 and -1.
+    """
+    token_offsets = None if has_text else TokenOffsets(tokenizer)
+    special = {i for i in special_token_ids(tokenizer) if not find_key.looks_for(tokenizer.convert_ids_to_tokens(i))}
+    masks, counts = [], []
+    for i, row in enumerate(rows):
+        example = {column: values[i] for column, values in examples.items() if values[i] is not None}
+        try:
+            if "key_mask" in example:
+                mask = _own_mask(example["key_mask"], example["labels"])
+            elif has_text:
+                rendered = render_example(example, tokenizer, chat_template, text_field)
+                _require_same_tokens(rendered.token_ids, example["input_ids"])
+                mask = key_mask(rendered, example["labels"], find_key)
+            else:
+                mask = _key_mask_of_tokens(example, token_offsets, special, find_key)
+        except ValueError as problem:
+            if on_missing == "error" or (on_missing == "drop" and not isinstance(problem, NoKeyError)):
+                raise ValueError(_missing_key_message(row, dataset_name, problem)) from problem
+            mask = [NOT_KEY if label != -100 else NO_LABEL for label in example["labels"]]
+            counts.append(-1 if on_missing == "drop" else 0)
+        else:
+            counts.append(mask.count(KEY))
+        masks.append(mask)
+    return {"key_mask": masks, "num_key_tokens": counts}
+
+
+def _own_mask(mask: list[int], labels: list[int]) -> list[int]:
+    wrong = [value for value in mask if value not in (KEY, NOT_KEY, NO_LABEL)]
+    if wrong:
+        raise ValueError(f"column `key_mask` has {wrong[0]!r}: give 1 on the tokens of the key and 0 on others")
+    if len(mask) != len(labels):
+        return mask  # refused before truncation, like every per-token column
+    mask = [value if label != -100 else NO_LABEL for value, label in zip(mask, labels, strict=True)]
+    if KEY not in mask[1:]:
+        raise NoKeyError("column `key_mask` has no 1 on a token of the loss")
+    return mask
+
+
+def _key_mask_of_tokens(
+    example: dict[str, Any], token_offsets: TokenOffsets, special: set[int], find_key: KeyFinder
+) -> list[int]:
+    """Each document of a row that is packed already has its own key."""
+    mask = []
+    for length in example.get("seq_lengths") or [len(example["input_ids"])]:
+        token_ids, labels = (example[column][len(mask) : len(mask) + length] for column in ("input_ids", "labels"))
+        mask += key_mask(render_tokens(token_offsets, special, token_ids, labels), labels, find_key)
+    return mask
+
+
+def _require_same_tokens(token_ids: list[int], input_ids: list[int]) -> None:
+    if token_ids != input_ids:
+        raise ValueError(
+            "the tokens of the text are not those that SFTTrainer made of it, so its key can't be placed: give the "
+            "data set as `input_ids` and `labels`"
+        )
+
+
+def _missing_key_message(row: int, dataset_name: str, problem: ValueError) -> str:
+    message = f"Row {row} of the {dataset_name} dataset: {problem}."
+    if isinstance(problem, NoKeyError):
+        message += (
+            " Say where the answer is with `key_delimiter`, `key_pattern`, the tags, or `reasoning_column` and "
+            "`answer_column`; or set `missing_key='drop'` to train without such examples."
+        )
+    return message
+
+
+def has_whole_key(example: dict[str, Any]) -> bool:
+    """Whether truncation left all tokens of the key, and there is one that is predicted."""
+    mask = example["key_mask"]
+    return KEY in mask[1:] and mask.count(KEY) == example["num_key_tokens"]
+
+
+def add_tagged_response(
+    example: dict[str, Any],
+    row: int,
+    reasoning_column: str,
+    answer_column: str,
+    thinking_tags: list[str],
+    answer_tags: list[str],
+    dataset_name: str,
+) -> dict[str, Any]:
+    """
+    For `Dataset.map`: make the response of a reasoning and an answer, in the place of a response that is there.
+
+    Raises:
+        `ValueError`: If a column is missing or no text, or there is neither `prompt` nor `messages`.
+    """
+    where = f"Row {row} of the {dataset_name} dataset"
+    for name, column in (("reasoning_column", reasoning_column), ("answer_column", answer_column)):
+        if column not in example:
+            raise ValueError(f"{where} has no column `{column}`, which `{name}` names; it has {sorted(example)}.")
+        if not isinstance(example[column], str):
+            raise ValueError(f"{where}: column `{column}` (`{name}`) has {example[column]!r}; give a text.")
+    response = tagged_response(example[reasoning_column], example[answer_column], thinking_tags, answer_tags)
+    message = {"role": "assistant", "content": response}
+    if isinstance(example.get("prompt"), str):
+        return {"completion": response}
+    if "prompt" in example:
+        return {"completion": [message]}
+    if not example.get("messages"):
+        raise ValueError(f"{where} has neither `prompt` nor `messages` to respond to; it has {sorted(example)}.")
+    messages = example["messages"]
+    return {"messages": (messages[:-1] if messages[-1]["role"] == "assistant" else messages) + [message]}

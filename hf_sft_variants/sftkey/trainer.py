@@ -1,0 +1,251 @@
+import textwrap
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from ..base import AnnotatedBatch, AnnotatedSFTTrainer
+from ..base.preparation import map_description
+from ..base.trl_internals import get_dataset_column_names
+from .answer_accuracy import AnswerAccuracyCallback
+from .config import FULL, KEY, SFTKeyConfig
+from .key_spans import (
+    KEY as ON_KEY,
+)
+from .key_spans import (
+    NO_LABEL,
+    NOT_KEY,
+    KeyFinder,
+    add_key_mask,
+    add_tagged_response,
+    has_whole_key,
+)
+from .stages import StageSwitchCallback, stage_at, staged_scheduler
+
+
+logger = get_logger(__name__)
+
+
+class SFTKeyTrainer(AnnotatedSFTTrainer):
+    """
+    Trainer for SFTKey: first the whole response, then the answer alone.
+
+    A run has stages ([`SFTKeyConfig`]). In a `"full"` stage the loss is [`~trl.SFTTrainer`]'s; in a `"key"` stage only
+    the labels of the key are left, the answer with what follows it to the end of its turn, while the reasoning stays
+    in the input: the mean over the key tokens of the optimizer step's batch. All stages are one `train()`; each has
+    its own warm-up and schedule and begins with a fresh optimizer. Takes the arguments of [`~trl.SFTTrainer`]. Method:
+    [SFTKey](https://huggingface.co/papers/2512.21017). No official code is known; the paper gives plain sums, so the
+    mean, the fresh optimizer and the schedule of the second stage are our decisions.
+
+    Evaluation reports the loss of the whole response in every stage, so that `eval_loss` can be compared over stages
+    and arms; the key's is `eval_sftkey/key_nll`.
+
+    Logs beside SFTTrainer's metrics and `nll` (of the tokens in the loss): `sftkey/stage` (from 1), `sftkey/key_nll`
+    and `sftkey/other_nll` (nats per token; the latter where other tokens are in the loss), `sftkey/key_fraction`
+    (share of the response's tokens, more exactly of all tokens that have a label in a `"full"` stage); with
+    `answer_eval_steps` also `sftkey/accuracy`, `sftkey/format_rate` and `sftkey/score` of generated answers.
+
+    The data may bring its own column `key_mask`, 1 on each token of the key and 0 on others, beside `input_ids`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from hf_sft_variants import SFTKeyConfig, SFTKeyTrainer
+
+    trainer = SFTKeyTrainer(
+        "Qwen/Qwen2.5-0.5B",
+        args=SFTKeyConfig("Qwen2.5-0.5B-SFTKey", key_pattern=r"####(?P<key>.+)", num_train_epochs=2),
+        train_dataset=load_dataset("openai/gsm8k", "main", split="train").rename_columns(
+            {"question": "prompt", "answer": "completion"}
+        ),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "sft", "sftkey", "hf_sft_variants"]
+    _name = "SFTKey"
+    _paper = {
+        "title": "Rethinking Supervised Fine-Tuning: Emphasizing Key Answer Tokens for Improved LLM Accuracy",
+        "id": "2512.21017",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{sftkey2025,
+                title  = {{Rethinking Supervised Fine-Tuning: Emphasizing Key Answer Tokens for Improved LLM
+                          Accuracy}},
+                year   = 2025,
+                eprint = {arXiv:2512.21017},
+            }"""),
+    }
+    config_class = SFTKeyConfig
+    annotation_columns = {"key_mask": NO_LABEL}
+    group_names = {"key_mask": {ON_KEY: "key", NOT_KEY: "not key"}}
+    _eval_rows = None
+
+    def method_callbacks(self):
+        if self._has_stages and self.lr_scheduler is not None:
+            raise ValueError(
+                "`optimizers` brings a learning-rate scheduler, but each stage has its own. Pass `optimizers="
+                "(optimizer, None)` and set `lr_scheduler_type`."
+            )
+        deepspeed_plugin = self.accelerator.state.deepspeed_plugin
+        if self._has_stages and deepspeed_plugin is not None and deepspeed_plugin.deepspeed_config.get("scheduler"):
+            raise ValueError(
+                "The DeepSpeed configuration has a `scheduler`, but each stage has its own. Remove it and set "
+                "`lr_scheduler_type`."
+            )
+        callbacks = [StageSwitchCallback()]
+        if self.args.answer_eval_steps is not None:
+            callbacks.append(self._answer_accuracy_callback())
+        return callbacks
+
+    def _answer_accuracy_callback(self):
+        args = self.args
+        column = args.answer_column or "answer"
+        columns = [] if self._eval_rows is None else self._eval_rows.column_names
+        if not isinstance(self._eval_rows, Dataset) or not {"prompt", column} <= set(columns):
+            raise ValueError(
+                f"`answer_eval_steps={args.answer_eval_steps}` needs an `eval_dataset` (in a recipe: `eval_strategy`) "
+                f"that is no stream and has the columns `prompt` and `{column}`; found {columns or 'none'}."
+            )
+        return AnswerAccuracyCallback(
+            self,
+            self._eval_rows.select_columns(["prompt", column]).rename_columns({column: "answer"}),
+            steps=args.answer_eval_steps,
+            max_new_tokens=args.answer_eval_max_new_tokens,
+            batch_size=args.answer_eval_batch_size,
+            num_samples=args.answer_eval_samples,
+            thinking_tags=args.thinking_tags,
+            answer_tags=args.answer_tags,
+        )
+
+    # Annotation: where the key is
+
+    def prepare_rows(self, dataset, dataset_name):
+        if dataset_name != "train" and self._eval_rows is None:
+            self._eval_rows = dataset
+        if self.args.reasoning_column is None:
+            return dataset
+        if self.args.completion_only_loss is None:  # SFTTrainer has looked for a `completion` before there is one
+            self.completion_only_loss = "prompt" in get_dataset_column_names(dataset)
+        options = ("reasoning_column", "answer_column", "thinking_tags", "answer_tags")
+        fn_kwargs = {**{name: getattr(self.args, name) for name in options}, "dataset_name": dataset_name}
+        map_kwargs = map_description(dataset, self.args, f"Tagging responses of {dataset_name} dataset")
+        return dataset.map(add_tagged_response, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+
+    def user_token_columns(self):
+        return ["key_mask"]
+
+    def annotate_untruncated(self, dataset, dataset_name, has_text):
+        args = self.args
+        fn_kwargs = {
+            "find_key": KeyFinder(
+                tuple(args.thinking_tags),
+                tuple(args.answer_tags),
+                args.key_delimiter,
+                args.key_pattern,
+                args.key_tags_in_loss,
+                args.key_turns,
+            ),
+            "tokenizer": self._tokenizer,
+            "chat_template": self.chat_template,
+            "text_field": args.dataset_text_field,
+            "has_text": has_text,
+            "on_missing": args.missing_key if args.needs_keys else "ignore",
+            "dataset_name": dataset_name,
+        }
+        map_kwargs = map_description(dataset, args, f"Finding keys of {dataset_name} dataset")
+        return dataset.map(add_key_mask, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+
+    def annotate(self, dataset, dataset_name):
+        if not self.args.needs_keys:
+            return dataset
+        map_kwargs = map_description(dataset, self.args, f"Dropping keyless examples from {dataset_name} dataset")
+        kept = dataset.filter(has_whole_key, **map_kwargs)
+        if not isinstance(dataset, Dataset):
+            logger.warning(
+                f"The {dataset_name} dataset is a stream: its examples whose key is cut by `max_length`, or missing "
+                "with `missing_key='drop'`, are dropped as they come and not counted."
+            )
+            return kept
+        if len(kept) < len(dataset):
+            missing = sum(count < 0 for count in dataset["num_key_tokens"])
+            logger.warning(
+                f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: "
+                f"{missing} without a key or with two, {len(dataset) - len(kept) - missing} with a key that "
+                f"max_length={self.args.max_length} cuts."
+            )
+        if len(kept) == 0:
+            raise ValueError(
+                f"No example of the {dataset_name} dataset has a key within max_length={self.args.max_length}. Check "
+                "where the key is said to be, and `max_length`."
+            )
+        return kept
+
+    # Stages
+
+    @property
+    def _has_stages(self):
+        return len(self.args.stages) > 1 or self.args.stage_learning_rates is not None
+
+    @property
+    def current_stage(self) -> int:
+        """Number of the stage, from 0, that the next optimizer step belongs to."""
+        if self.state.max_steps <= 0:  # not training yet
+            return 0
+        return stage_at(self.state.global_step, self.args.stage_fractions, self.state.max_steps)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if not self._has_stages or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = staged_scheduler(optimizer or self.optimizer, self.args, num_training_steps)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # Before anything is counted: the LM head then skips the other tokens, where TRL's head skips ignored ones
+        if self.args.stages[self.current_stage] == KEY and self.args.full_loss_weight == 0:
+            epoch_iterator = map(keep_key_labels, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    # Loss
+
+    def count_items(self, inputs):
+        supervised = inputs["labels"][:, 1:] != -100
+        on_key = supervised & (inputs["key_mask"][:, 1:] == ON_KEY)
+        counts = {"key_tokens": on_key.sum()}
+        if self.args.key_loss_weight is not None:
+            counts["weighted_tokens"] = (supervised & ~on_key).sum() + self.args.key_loss_weight * on_key.sum()
+        return counts
+
+    def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
+        args, key_mask, nll = self.args, batch.annotations["key_mask"], -batch.log_probs
+        on_key = (key_mask == ON_KEY) & batch.label_mask
+        self._add_metrics(batch, on_key)
+        # Evaluation does not follow the stages: its losses are compared over the run
+        stage = args.stages[self.current_stage] if self.model.training else FULL
+        if stage == KEY:
+            key_loss = (nll * on_key).sum() / batch.num_items["key_tokens"]
+            if args.full_loss_weight == 0:
+                return key_loss
+            return key_loss + args.full_loss_weight * nll.sum() / batch.num_items["tokens"]
+        if args.key_loss_weight is not None and self.model.training:
+            weights = torch.where(on_key, args.key_loss_weight, 1.0)
+            return (weights * nll).sum() / batch.num_items["weighted_tokens"]
+        return nll.sum() / batch.num_items["tokens"]
+
+    def _add_metrics(self, batch, on_key):
+        nll = -batch.log_probs.detach()
+        other = batch.label_mask & ~on_key
+        labelled = (batch.annotations["key_mask"] != NO_LABEL).sum()
+        batch.metrics["sftkey/key_nll"] = ((nll * on_key).sum(), on_key.sum())
+        batch.metrics["sftkey/other_nll"] = ((nll * other).sum(), other.sum())
+        batch.metrics["sftkey/key_fraction"] = (on_key.sum(), labelled)
+        if self.model.training:
+            batch.metrics["sftkey/stage"] = (self.current_stage + 1, 1)
+
+
+def keep_key_labels(inputs):
+    """Take the labels of all other tokens out of a collated batch."""
+    return {**inputs, "labels": inputs["labels"].masked_fill(inputs["key_mask"] != ON_KEY, -100)}

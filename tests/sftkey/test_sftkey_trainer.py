@@ -1,0 +1,654 @@
+"""The trainer: limit cases, losses against a slow reference, splits of a batch, stages in one run, resume."""
+
+import copy
+import logging
+import math
+from functools import partial
+
+import helpers
+import pytest
+import torch
+from datasets import Dataset
+from helpers import SMALL, assert_same_gradients
+from peft import LoraConfig
+from transformers import TrainerCallback, get_scheduler
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants import SFTKeyConfig, SFTKeyTrainer, StageSwitchCallback
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.sftkey.stages import reset_state, stage_at, stage_starts
+
+
+# Tags take many tokens of a vocabulary of 330
+make_trainer, one_step, one_step_log = (
+    partial(function, max_length=200) for function in (helpers.make_trainer, helpers.one_step, helpers.one_step_log)
+)
+
+LAYOUTS = {
+    "8x1": {"per_device_train_batch_size": 8},
+    "2x4": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "1x8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
+}
+
+
+@pytest.fixture(scope="module")
+def tagged_rows():
+    """Twelve conversations with a tagged response of different lengths."""
+    rows = []
+    for first in (3, 14, 25, 36):
+        for second in (2, 17, 58):
+            steps = "\n".join(f"{first} + {n} = {first + n}" for n in range(second % 4 + 1))
+            response = f"<Thinking>{steps}</Thinking>\n<Answer>{first + second}</Answer>"
+            rows.append(
+                {
+                    "prompt": [{"role": "user", "content": f"What is {first} plus {second}?"}],
+                    "completion": [{"role": "assistant", "content": response}],
+                }
+            )
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="module")
+def key_rows():
+    """Sixteen pre-tokenized rows with a masked prompt and a key of one to five tokens at the end."""
+    generator = torch.Generator().manual_seed(2)
+    rows = {"input_ids": [], "labels": [], "key_mask": []}
+    for number, length in enumerate((30, 9, 17, 12, 25, 8, 21, 14, 29, 11, 11, 19, 10, 23, 16, 27)):
+        input_ids = torch.randint(3, 300, (length,), generator=generator).tolist()
+        num_key = number % 5 + 1
+        rows["input_ids"].append(input_ids)
+        rows["labels"].append([-100] * (length // 4) + input_ids[length // 4 :])
+        rows["key_mask"].append([0] * (length - num_key) + [1] * num_key)
+    return Dataset.from_dict(rows)
+
+
+def decoded_key(trainer, tokenizer, row=0):
+    example = trainer.train_dataset[row]
+    return tokenizer.decode([t for t, key in zip(example["input_ids"], example["key_mask"], strict=True) if key == 1])
+
+
+def slow_loss(model, rows, on, weight=None):
+    """Mean over the tokens of the rows that `on` picks, from the model's own logits, one row at a time."""
+    total, count = 0.0, 0.0
+    for row in rows:
+        log_probs = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+        for position in range(1, len(row["input_ids"])):
+            label, key = row["labels"][position], row["key_mask"][position]
+            if label == -100 or (on == "key" and not key):
+                continue
+            token_weight = weight if weight is not None and key else 1.0
+            total = total - token_weight * log_probs[position - 1, label]
+            count += token_weight
+    return total / count
+
+
+def slow_gradients(model, loss_of):
+    model = copy.deepcopy(model)
+    loss = loss_of(model)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+class TestLimitCaseIsSFTTrainer:
+    @pytest.mark.parametrize("options", [*LAYOUTS.values(), {"packing": True, "per_device_train_batch_size": 2}])
+    def test_weights_after_twenty_steps(self, tiny_model, tokenizer, chat_rows, tmp_path, options):
+        weights, logs = [], []
+        for trainer_class, config_class, extra in (
+            (SFTTrainer, SFTConfig, {}),
+            (SFTKeyTrainer, SFTKeyConfig, {"stages": ["full"]}),
+        ):
+            trainer = make_trainer(
+                trainer_class, config_class, tiny_model, tokenizer, chat_rows, tmp_path,
+                max_steps=20, save_strategy="no", learning_rate=1e-3, warmup_steps=3, **options, **extra,
+            )  # fmt: skip
+            trainer.train()
+            weights.append(trainer.model.state_dict())
+            logs.append(trainer.state.log_history)
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        for plain, ours in zip(logs[0][:-1], logs[1][:-1], strict=True):
+            for name in ("loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy", "num_tokens"):
+                assert plain[name] == ours[name]
+
+    def test_needs_no_key(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        trainer = make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, chat_rows, tmp_path, stages=["full"]
+        )
+        assert len(trainer.train_dataset) == len(chat_rows)
+        assert all(1 not in mask for mask in trainer.train_dataset["key_mask"])
+
+
+class TestLoss:
+    @pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+    @pytest.mark.parametrize(
+        "method, reference",
+        [
+            ({"stages": ["key"]}, lambda model, rows: slow_loss(model, rows, "key")),
+            (
+                {"stages": ["key"], "full_loss_weight": 0.3},
+                lambda model, rows: slow_loss(model, rows, "key") + 0.3 * slow_loss(model, rows, "full"),
+            ),
+            ({"stages": ["full"], "key_loss_weight": 4.0}, lambda model, rows: slow_loss(model, rows, "full", 4.0)),
+            ({"stages": ["full"], "key_loss_weight": 0.0}, lambda model, rows: slow_loss(model, rows, "full", 0.0)),
+        ],
+        ids=["key", "key_and_full", "weighted", "reasoning_only"],
+    )
+    def test_slow_reference(self, tiny_model, tokenizer, key_rows, tmp_path, method, reference, options):
+        rows = key_rows.select(range(8))
+        expected_loss, expected_gradients = slow_gradients(tiny_model, lambda model: reference(model, rows))
+        loss, gradients = one_step(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, rows, tmp_path, **method, **options
+        )
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert_same_gradients(expected_gradients, gradients, tolerance=2e-6)
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            {"stages": ["key"]},
+            {"stages": ["key"], "full_loss_weight": 0.5},
+            {"stages": ["full"], "key_loss_weight": 3},
+        ],
+    )
+    def test_packed_equals_padded(self, tiny_model, tokenizer, key_rows, tmp_path, method):
+        arguments = (SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, key_rows, tmp_path)
+        padded, gradients = one_step_log(*arguments, per_device_train_batch_size=16, **method)
+        packed, packed_gradients = one_step_log(
+            *arguments, packing=True, max_length=64, per_device_train_batch_size=16, **method
+        )
+        assert_same_gradients(gradients, packed_gradients, tolerance=2e-6)
+        for name in ("loss", "nll", "sftkey/key_nll", "sftkey/key_fraction"):
+            assert padded[name] == pytest.approx(packed[name], rel=1e-5)
+
+    def test_only_the_key_has_a_gradient_at_the_logits(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        trainer = make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
+            stages=["key"], per_device_train_batch_size=4, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        (inputs,), num_items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+        assert num_items == (inputs["key_mask"][:, 1:] == 1).sum() == (inputs["labels"][:, 1:] != -100).sum()
+        plain = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+        assert torch.equal(inputs["input_ids"], plain["input_ids"])  # the context is unchanged
+        assert torch.equal(inputs["attention_mask"], plain["attention_mask"])
+
+        hidden = []
+
+        def remember(module, args, output):
+            output.last_hidden_state.retain_grad()
+            hidden.append(output.last_hidden_state)
+
+        hook = trainer.model.model.register_forward_hook(remember)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=num_items).backward()
+        hook.remove()
+        # The gradient at a hidden state is the head's product with that at its logits
+        has_gradient = hidden[0].grad.abs().sum(-1)[:, :-1] > 0
+        assert torch.equal(has_gradient, inputs["key_mask"][:, 1:] == 1)
+        assert 0 < has_gradient.sum() < (plain["labels"] != -100).sum()
+
+    def test_reasoning_loss_is_not_computed_but_evaluated(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        trainer = make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
+            stages=["key"], max_steps=2, save_strategy="no", eval_strategy="steps", eval_steps=1,
+            eval_dataset=tagged_rows,
+        )  # fmt: skip
+        plain = make_trainer(SFTTrainer, SFTConfig, tiny_model, tokenizer, tagged_rows, tmp_path)
+        assert trainer.evaluate()["eval_loss"] == plain.evaluate(tagged_rows)["eval_loss"]
+        trainer.train()
+        step = next(log for log in trainer.state.log_history if "loss" in log)
+        evaluation = next(log for log in trainer.state.log_history if "eval_loss" in log)
+        assert "sftkey/other_nll" not in step
+        assert step["sftkey/key_nll"] == pytest.approx(step["nll"]) == pytest.approx(step["loss"], rel=1e-3)
+        fraction = evaluation["eval_sftkey/key_fraction"]
+        mixed = fraction * evaluation["eval_sftkey/key_nll"] + (1 - fraction) * evaluation["eval_sftkey/other_nll"]
+        assert mixed == pytest.approx(evaluation["eval_nll"]) and 0 < fraction < 1
+        assert evaluation["eval_loss"] == pytest.approx(evaluation["eval_nll"], rel=0.05)  # per-batch means
+        assert step["sftkey/key_fraction"] == pytest.approx(fraction, rel=0.2)
+
+    def test_nothing_to_learn_is_a_differentiable_zero(self, tiny_model, tokenizer, key_rows, tmp_path):
+        for method in ({"stages": ["key"]}, {"stages": ["key"], "full_loss_weight": 1.0}, {"key_loss_weight": 0.0}):
+            trainer = make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, key_rows, tmp_path, **method)
+            batch = trainer.data_collator([trainer.train_dataset[0]])
+            batch["labels"][:] = -100
+            for num_items in (None, 0):
+                inputs = trainer._prepare_inputs(batch)
+                if num_items == 0:
+                    (inputs,), num_items = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+                trainer.current_gradient_accumulation_steps = 1
+                loss = trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=num_items)
+                loss.backward()
+                assert loss.item() == 0
+                assert all(
+                    parameter.grad is None or not parameter.grad.any() for parameter in trainer.model.parameters()
+                )
+
+
+class TestKeysOfTheTrainer:
+    def test_default_tags(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        trainer = make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path)
+        assert decoded_key(trainer, tokenizer) == "\n<Answer>5</Answer><|im_end|>"
+        trainer = make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, key_tags_in_loss=False
+        )
+        assert decoded_key(trainer, tokenizer) == "5<|im_end|>"
+
+    @pytest.mark.parametrize(
+        "options, key",
+        [
+            ({"key_delimiter": "####"}, "#### 5<|im_end|>"),
+            ({"key_delimiter": "####", "key_tags_in_loss": False}, " 5<|im_end|>"),
+            ({"key_pattern": r"####\s*(?P<key>\d+)"}, " 5<|im_end|>"),
+        ],
+    )
+    @pytest.mark.parametrize("form", ["prompt_completion", "messages", "text", "plain", "tokens"])
+    def test_other_sources(self, tiny_model, tokenizer, chat_rows, tmp_path, options, key, form):
+        rows = chat_rows
+        if form == "messages":
+            rows = rows.map(
+                lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=rows.column_names
+            )
+        elif form in ("text", "plain"):
+            rows = rows.map(
+                lambda row: {"a": row["prompt"][0]["content"], "b": row["completion"][0]["content"]},
+                remove_columns=rows.column_names,
+            )
+            if form == "plain":
+                rows = rows.rename_columns({"a": "prompt", "b": "completion"})
+            else:
+                rows = rows.map(lambda row: {"text": row["a"] + "\n" + row["b"]}, remove_columns=["a", "b"])
+        elif form == "tokens":
+            plain = make_trainer(SFTTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path)
+            rows = plain.train_dataset.select_columns(["input_ids", "labels"])
+        trainer = make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, rows, tmp_path, **options)
+        assert decoded_key(trainer, tokenizer) == key
+
+    @pytest.mark.parametrize("form", ["prompt", "text_prompt", "messages", "answered_messages"])
+    def test_columns_are_tagged_and_joined(self, tiny_model, tokenizer, tmp_path, form):
+        question = [{"role": "user", "content": "What is 3 plus 2?"}]
+        row = {"why": "3 + 2 = 5", "result": "5"}
+        row |= {
+            "prompt": {"prompt": question, "completion": [{"role": "assistant", "content": "#### 7"}]},
+            "text_prompt": {"prompt": "What is 3 plus 2? "},
+            "messages": {"messages": question},
+            "answered_messages": {"messages": [*question, {"role": "assistant", "content": "#### 7"}]},
+        }[form]
+        options = {"reasoning_column": "why", "answer_column": "result"}
+        trainer = make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, Dataset.from_list([row]), tmp_path, **options
+        )
+        assert decoded_key(trainer, tokenizer) == "\n<Answer>5</Answer><|im_end|>"
+        text = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
+        assert "<Thinking>3 + 2 = 5</Thinking>\n<Answer>5</Answer><|im_end|>" in text and "####" not in text
+        learned = [label for label in trainer.train_dataset[0]["labels"] if label != -100]
+        starts_with_response = tokenizer.decode(learned).startswith("<Thinking>")
+        assert starts_with_response == (form in ("prompt", "text_prompt"))  # as SFTTrainer does
+
+    def test_prepared_set_is_evaluated_as_it_is(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        trainer = make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=tagged_rows
+        )
+        raw, prepared = trainer.evaluate(tagged_rows), trainer.evaluate(trainer.eval_dataset)
+        assert raw["eval_sftkey/key_nll"] == prepared["eval_sftkey/key_nll"]
+
+    def test_streaming(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        stream = tagged_rows.to_iterable_dataset()
+        logs = []
+        for rows in (tagged_rows, stream):
+            log, gradients = one_step_log(
+                SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, rows, tmp_path,
+                stages=["key"], per_device_train_batch_size=4,
+            )  # fmt: skip
+            logs.append((log["loss"], gradients))
+        assert logs[0][0] == logs[1][0]
+        assert_same_gradients(logs[0][1], logs[1][1])
+
+
+class RunRecorder(TrainerCallback):
+    """What the run is like just before each optimizer step, and the weights before it."""
+
+    def __init__(self):
+        self.moments, self.weights, self.learning_rates = [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+        self.moments.append(max((int(s["step"]) for s in states if s), default=0))
+        self.weights.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        self.learning_rates.append(optimizer.param_groups[0]["lr"])
+
+
+def staged_run(model, tokenizer, rows, output_dir, **options):
+    recorder = RunRecorder()
+    options = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "num_train_epochs": 4,
+        **options,
+    }
+    trainer = make_trainer(
+        SFTKeyTrainer, SFTKeyConfig, model, tokenizer, rows, output_dir, callbacks=[recorder], **options
+    )
+    trainer.train()
+    return trainer, recorder
+
+
+class TestStages:
+    """Twelve rows, batches of four: three steps an epoch."""
+
+    @pytest.mark.parametrize(
+        "options, num_steps, boundary",
+        [
+            ({}, 12, 6),
+            ({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}, 16, 8),
+            ({"packing": True, "max_length": 200, "per_device_train_batch_size": 2}, None, None),
+            ({"max_steps": 7}, 7, 4),  # round(3.5) is 4
+            ({"max_steps": 10, "stage_fractions": [0.7, 0.3]}, 10, 7),
+        ],
+    )
+    def test_boundary(self, tiny_model, tokenizer, tagged_rows, tmp_path, options, num_steps, boundary):
+        options = {"warmup_steps": 2, "lr_scheduler_type": "cosine", "stage_learning_rates": [1e-3, 2e-4], **options}
+        trainer, recorder = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
+        num_steps = num_steps or trainer.state.max_steps
+        boundary = boundary or num_steps // 2
+        assert trainer.state.global_step == num_steps
+        # The optimizer counts its steps from the beginning of each stage
+        assert recorder.moments == [*range(boundary), *range(num_steps - boundary)]
+        # The schedule, point by point: each stage is a run of its own
+        expected = [
+            rate
+            for length, peak in ((boundary, 1e-3), (num_steps - boundary, 2e-4))
+            for rate in schedule_of_a_run("cosine", peak, length, warmup_steps=2)
+        ]
+        assert recorder.learning_rates == pytest.approx(expected, rel=1e-6)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert [log["learning_rate"] for log in logs] == pytest.approx(expected, rel=1e-6)
+        assert [log["sftkey/stage"] for log in logs] == [1] * boundary + [2] * (num_steps - boundary)
+        assert ["sftkey/other_nll" in log for log in logs] == [True] * boundary + [False] * (num_steps - boundary)
+
+    def test_second_stage_starts_from_the_first_ones_weights(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        _, both = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path)
+        first, _ = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, stages=["full"], num_train_epochs=2)
+        for name, weights in first.model.named_parameters():
+            assert torch.equal(weights, both.weights[6][name])
+
+    @pytest.mark.parametrize("reset", [True, False])
+    def test_optimizer_state(self, tiny_model, tokenizer, tagged_rows, tmp_path, reset):
+        _, recorder = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, reset_optimizer=reset)
+        assert recorder.moments == ([*range(6), *range(6)] if reset else [*range(12)])
+
+    def test_full_stages_without_reset_and_schedule_are_one_run(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        options = {"lr_scheduler_type": "constant", "stages": ["full", "full"], "reset_optimizer": False}
+        control, _ = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
+        plain = make_trainer(
+            SFTTrainer, SFTConfig, tiny_model, tokenizer, tagged_rows, tmp_path, lr_scheduler_type="constant",
+            per_device_train_batch_size=4, learning_rate=1e-3, save_strategy="no", num_train_epochs=4,
+        )  # fmt: skip
+        plain.train()
+        for name, weights in plain.model.named_parameters():
+            assert torch.equal(weights, control.model.get_parameter(name))
+
+    def test_three_stages(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        options = {"stages": ["key", "full", "key"], "stage_fractions": [0.25, 0.5, 0.25]}
+        trainer, recorder = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
+        assert recorder.moments == [*range(3), *range(6), *range(3)]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert ["sftkey/other_nll" in log for log in logs] == [False] * 3 + [True] * 6 + [False] * 3
+
+    def test_logs_of_two_stages_are_not_mixed(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        trainer, _ = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, logging_steps=5)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert [(log["step"], log["sftkey/stage"]) for log in logs] == [(5, 1), (6, 1), (10, 2)]
+
+    def test_boundary_inside_an_epoch_is_a_warning(self, tiny_model, tokenizer, tagged_rows, tmp_path, caplog):
+        staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, num_train_epochs=2)
+        assert "inside an epoch" not in caplog.text
+        staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, num_train_epochs=1)
+        assert "A stage begins at optimizer step 2, inside an epoch of 3 steps" in caplog.text
+
+    def test_users_callback_takes_the_place(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        trainer = make_trainer(
+            SFTKeyTrainer,
+            SFTKeyConfig,
+            tiny_model,
+            tokenizer,
+            tagged_rows,
+            tmp_path,
+            callbacks=[StageSwitchCallback()],
+        )
+        assert sum(isinstance(c, StageSwitchCallback) for c in trainer.callback_handler.callbacks) == 1
+
+    def test_starts(self):
+        assert stage_starts([0.5, 0.5], 7) == [0, 4, 7]
+        assert stage_starts([1.0], 7) == [0, 7]
+        assert [stage_at(step, [0.2, 0.3, 0.5], 10) for step in range(11)] == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+        with pytest.raises(InputError, match=r"of 1 optimizer steps leave stage 1 without a step"):
+            stage_starts([0.5, 0.5], 1)
+
+    def test_reset_reaches_the_wrapped_optimizer(self, tiny_model):
+        class Wrapper:
+            def __init__(self, optimizer):
+                self.optimizer = optimizer
+
+        adam = torch.optim.AdamW(tiny_model.parameters())
+        tiny_model(input_ids=torch.tensor([[4, 5]]), labels=torch.tensor([[4, 5]])).loss.backward()
+        adam.step()
+        assert adam.state
+        reset_state(Wrapper(Wrapper(adam)))
+        assert not adam.state
+
+
+def schedule_of_a_run(kind, peak, num_steps, warmup_steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+class TestResume:
+    """Twelve steps, the stages' boundary at six."""
+
+    @pytest.mark.parametrize("options", [{}, {"lora": True}, {"packing": True, "max_length": 200}], ids=str)
+    @pytest.mark.parametrize("stop", [3, 6, 8])
+    def test_same_weights(self, tiny_model, tokenizer, tagged_rows, tmp_path, stop, options):
+        options = {
+            "save_strategy": "steps",
+            "save_steps": stop,
+            "max_steps": 12,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.2,
+            **options,
+        }
+        if options.pop("lora", False):
+            options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+        unbroken, _ = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
+        resumed = make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
+            per_device_train_batch_size=4, learning_rate=1e-3, **options,
+        )  # fmt: skip
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        for name, weights in unbroken.model.named_parameters():
+            assert torch.equal(weights, resumed.model.get_parameter(name)), name
+        steps = {log["step"]: log for log in unbroken.state.log_history if "loss" in log}
+        for log in [log for log in resumed.state.log_history if log["step"] > stop and "loss" in log]:
+            assert log["loss"] == steps[log["step"]]["loss"]
+            assert log["learning_rate"] == steps[log["step"]]["learning_rate"]
+
+    @pytest.mark.parametrize("changed", [{"max_steps": 8}, {"stage_fractions": [0.25, 0.75]}, {"stages": ["key"] * 2}])
+    def test_other_stages_are_refused(self, tiny_model, tokenizer, tagged_rows, tmp_path, changed):
+        options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12}
+        staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
+        resumed = make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
+            per_device_train_batch_size=4, **{**options, **changed},
+        )  # fmt: skip
+        with pytest.raises(InputError, match=r"stages \['full', 'key'\] begin at the optimizer steps \[0, 6\], but"):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+class TestBadInput:
+    def prepare(self, tiny_model, tokenizer, rows, tmp_path, **options):
+        return make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, rows, tmp_path, **options)
+
+    def rows(self, *responses):
+        question = [{"role": "user", "content": "What is <Answer>3</Answer> plus 2?"}]
+        return Dataset.from_list(
+            [{"prompt": question, "completion": [{"role": "assistant", "content": text}]} for text in responses]
+        )
+
+    @pytest.mark.parametrize(
+        "response, message",
+        [
+            ("#### 5", "the tag '<Thinking>' is not there"),
+            ("<Thinking>a</Thinking>5", "the tag '<Answer>' is not there"),
+            ("<Thinking>a</Thinking>\n<Answer>5</Answer><Answer>6</Answer>", "'<Answer>' is there 2 times, not once"),
+            ("<Answer>5</Answer><Thinking>a</Thinking>", "are not in this order"),
+            ("<Thinking>a</Thinking> so <Answer>5</Answer>", "there is text between '</Thinking>' and '<Answer>'"),
+            ("<Thinking>a</Thinking>\n<Answer> </Answer>", "the text between '<Answer>' and '</Answer>' is empty"),
+            ("", "there is no assistant's turn with text"),
+        ],
+    )
+    def test_no_key(self, tiny_model, tokenizer, tmp_path, caplog, response, message):
+        good = "<Thinking>a</Thinking>\n<Answer>5</Answer>"
+        rows = self.rows(good, good, response)
+        with pytest.raises(ValueError, match=rf"Row 2 of the train dataset: {'.*' + message}"):
+            self.prepare(tiny_model, tokenizer, rows, tmp_path)
+        trainer = self.prepare(tiny_model, tokenizer, rows, tmp_path, missing_key="drop")
+        assert len(trainer.train_dataset) == 2
+        assert "Dropped 1 of 3 examples of the train dataset: 1 without a key or with two, 0 with" in caplog.text
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"key_delimiter": "##"}, "`key_delimiter='##'` is there 2 times, not once"),
+            ({"key_delimiter": "@@"}, "`key_delimiter='@@'` is not there"),
+            ({"key_pattern": r"(?P<key>\d+)"}, "is there 2 times, not once"),
+            ({"key_pattern": r"5(?P<key>9?)"}, "the group `key` of `key_pattern` is empty"),
+        ],
+    )
+    def test_no_key_by_other_sources(self, tiny_model, tokenizer, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            self.prepare(tiny_model, tokenizer, self.rows("2\n#### 5"), tmp_path, **options)
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_key_cut_by_truncation(self, tiny_model, tokenizer, tmp_path, caplog, packing):
+        short, long = (f"<Thinking>{'a ' * n}</Thinking>\n<Answer>12345</Answer>" for n in (2, 40))
+        rows = self.rows(short, long, short)
+        trainer = self.prepare(tiny_model, tokenizer, rows, tmp_path, max_length=120, packing=packing)
+        assert "Dropped 1 of 3 examples of the train dataset: 0 without a key or with two, 1 with a key that" in (
+            caplog.text
+        )
+        key = "\n<Answer>12345</Answer><|im_end|>"
+        rows = trainer.train_dataset
+        tokens = [
+            token
+            for ids, mask in zip(rows["input_ids"], rows["key_mask"], strict=True)
+            for token, on_key in zip(ids, mask, strict=True)
+            if on_key == 1
+        ]
+        assert tokenizer.decode(tokens) == 2 * key
+        with pytest.raises(ValueError, match="No example of the train dataset has a key within max_length=120"):
+            self.prepare(tiny_model, tokenizer, self.rows(long), tmp_path, max_length=120)
+
+    def test_columns(self, tiny_model, tokenizer, tmp_path):
+        options = {"reasoning_column": "why", "answer_column": "result"}
+        question = [{"role": "user", "content": "What is 3 plus 2?"}]
+        cases = [
+            ({"prompt": question, "why": "a"}, "has no column `result`, which `answer_column` names"),
+            ({"prompt": question, "why": "a", "result": 5}, "Row 0 of the train dataset: column `result` .* has 5"),
+            ({"text": "x", "why": "a", "result": "5"}, "has neither `prompt` nor `messages`"),
+            ({"prompt": question, "why": "a</Thinking>", "result": "5"}, "'</Thinking>' is there 2 times"),
+        ]
+        for row, message in cases:
+            with pytest.raises(ValueError, match=message):
+                self.prepare(tiny_model, tokenizer, Dataset.from_list([row]), tmp_path, **options)
+
+    def test_own_key_mask(self, tiny_model, tokenizer, key_rows, tmp_path):
+        wrong = key_rows.map(lambda row, i: {"key_mask": [2 if i == 4 else 1] * len(row["labels"])}, with_indices=True)
+        with pytest.raises(ValueError, match="Row 4 of the train dataset: column `key_mask` has 2"):
+            self.prepare(tiny_model, tokenizer, wrong, tmp_path)
+        short = key_rows.map(lambda row: {"key_mask": row["key_mask"][:-1]})
+        with pytest.raises(ValueError, match="Row 0 of the train dataset: column `key_mask` has 29 values"):
+            self.prepare(tiny_model, tokenizer, short, tmp_path)
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"stages": ["full", "answer"]}, "`stages` has 'answer'"),
+            ({"stages": []}, "`stages` has no stage"),
+            ({"stage_fractions": [0.5, 0.6]}, "must be positive and sum to 1, not 1.1"),
+            ({"stage_fractions": [1.5, -0.5]}, "must be positive and sum to 1"),
+            ({"stage_fractions": [1.0]}, "must have one number for each stage"),
+            ({"stages": ["full"] * 3}, "must have one number for each stage"),
+            ({"stage_learning_rates": [1e-5]}, "must have one learning rate, 0 or more, for each stage"),
+            ({"stage_learning_rates": [1e-5, -1e-5]}, "must have one learning rate, 0 or more, for each stage"),
+            ({"stage_learning_rates": [1e-5, 1e-5], "learning_rate": 0.0}, "`learning_rate=0.0` must be positive"),
+            ({"key_pattern": r"\d+"}, "has no group named `key`"),
+            ({"key_pattern": r"(?P<key>\d+"}, "is no regular expression"),
+            ({"key_delimiter": " "}, "is blank"),
+            ({"key_delimiter": "#", "key_pattern": "(?P<key>.)"}, "`key_delimiter` and `key_pattern` both say"),
+            ({"answer_column": "a"}, "belong together"),
+            ({"answer_tags": ["<a>"]}, "`answer_tags` is .* pass an opening and a closing tag"),
+            ({"answer_tags": ["<Thinking", "b"]}, "of which none holds another"),
+            ({"stages": "full"}, "`stages='full'` must be a list"),
+            ({"missing_key": "skip"}, "`missing_key='skip'` is unknown"),
+            ({"key_turns": "first"}, "`key_turns='first'` is unknown"),
+            ({"full_loss_weight": -1.0}, "`full_loss_weight` must be a number of 0 or more"),
+            ({"full_loss_weight": 0.1, "stages": ["full"]}, "has an effect in a 'key' stage only"),
+            ({"key_loss_weight": math.nan}, "`key_loss_weight` must be a number of 0 or more"),
+            ({"key_loss_weight": 2.0, "stages": ["key"]}, "has an effect in a 'full' stage only"),
+            ({"answer_eval_steps": 0}, "`answer_eval_steps` must be 1 or more"),
+        ],
+    )
+    def test_configuration(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            SFTKeyConfig(str(tmp_path), **SMALL, **options)
+
+    def test_a_single_stage_has_all_steps(self, tmp_path):
+        assert SFTKeyConfig(str(tmp_path), **SMALL, stages=["key"]).stage_fractions == [1.0]
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"max_steps": 1}, "leave stage 1 without a step"),
+            ({"max_steps": 4, "stage_fractions": [0.95, 0.05]}, "leave stage 2 without a step"),
+            (
+                {"lr_scheduler_type": "greedy", "eval_strategy": "epoch"},
+                "`lr_scheduler_type='greedy'` is not supported",
+            ),
+        ],
+    )
+    def test_at_the_start_of_training(self, tiny_model, tokenizer, tagged_rows, tmp_path, options, message):
+        with pytest.raises(InputError, match=message):
+            staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=tagged_rows, **options)
+
+    def test_users_scheduler(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        args = SFTKeyConfig(str(tmp_path), **SMALL)
+        with pytest.raises(ValueError, match="`optimizers` brings a learning-rate scheduler"):
+            SFTKeyTrainer(
+                tiny_model, args, train_dataset=tagged_rows, processing_class=tokenizer,
+                optimizers=(optimizer, schedule),
+            )  # fmt: skip
+
+    def test_answer_evaluation_without_answers(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+        for options in ({}, {"eval_dataset": tagged_rows}):
+            with pytest.raises(ValueError, match="`answer_eval_steps=5` needs an `eval_dataset`"):
+                self.prepare(tiny_model, tokenizer, tagged_rows, tmp_path, answer_eval_steps=5, **options)
+
+
+def test_answers_are_evaluated_when_asked_for(tiny_model, tokenizer, tagged_rows, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    held_out = tagged_rows.add_column("answer", ["5"] * len(tagged_rows)).select(range(3))
+    trainer = make_trainer(
+        SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=held_out,
+        max_steps=4, save_strategy="no", answer_eval_steps=2, answer_eval_max_new_tokens=4, answer_eval_samples=2,
+    )  # fmt: skip
+    trainer.train()
+    reports = [log for log in trainer.state.log_history if "sftkey/score" in log]
+    assert [report["step"] for report in reports] == [2, 4]
+    assert all(report["sftkey/accuracy"] == 0 for report in reports)
