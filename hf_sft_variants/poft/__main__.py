@@ -1,0 +1,6 @@
+from ..recipe import main
+from . import PoFTConfig, PoFTTrainer
+
+
+if __name__ == "__main__":
+    main(PoFTTrainer, PoFTConfig)

@@ -1,0 +1,73 @@
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class PreferenceLoss:
+    """
+    The PoFT loss of a micro-batch of `S` examples and what it was made of: detached, and zero in an example without
+    scored tokens. `M` reference models.
+
+    Attributes:
+        loss_sum (`torch.Tensor`): Scalar; divide by the number of scored examples of the optimizer step.
+        is_scored (`torch.Tensor` of shape `(S,)`): Whether an example has a scored token.
+        log_prob (`torch.Tensor` of shape `(S,)`): r_θ, mean log-probability of the scored tokens, in nats.
+        reference_log_probs (`torch.Tensor` of shape `(M, S)`): r_j of each reference model, in nats.
+        tau (`torch.Tensor` of shape `(S,)`): τ, what the example's cross-entropy weighs in the gradient (times β).
+    """
+
+    loss_sum: torch.Tensor
+    is_scored: torch.Tensor
+    log_prob: torch.Tensor
+    reference_log_probs: torch.Tensor
+    tau: torch.Tensor
+
+
+def preference_loss(
+    log_probs: torch.Tensor,
+    scored_mask: torch.Tensor,
+    sample_ids: torch.Tensor,
+    num_samples: int,
+    reference_log_probs: torch.Tensor,
+    beta: float,
+    gamma: float,
+    weighting: str,
+) -> PreferenceLoss:
+    r"""
+    Preference of the target model over the mean of the reference models ([PoFT](https://huggingface.co/papers/2412.12865)):
+
+    $$ \sum_x -\log \sigma(\beta (r_\theta(x) - \bar r(x)) + \gamma), \quad \bar r = \frac{1}{M} \sum_j r_j $$
+
+    Its gradient is \\( \beta \tau \\) times that of the example's mean negative log-likelihood, with \\( \tau =
+    \sigma(-(\beta (r_\theta - \bar r) + \gamma)) \\). Controls: `"uniform"` is \\( \sum_x -r_\theta(x) \\);
+    `"constant"` is \\( \beta \sigma(-\gamma) \\) times that, with τ as it is where \\( r_\theta = \bar r \\).
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, L)`): Log-probability of each label, float32.
+        scored_mask (`torch.Tensor` of shape `(B, L)`): Which labels are scored, boolean.
+        sample_ids (`torch.Tensor` of shape `(B, L)`): Example of each label, from 0 to `num_samples - 1`.
+        num_samples (`int`): Number of examples `S`, those without labels included.
+        reference_log_probs (`torch.Tensor` of shape `(M, B, L)`): r_j, the same on all labels of an example.
+        beta (`float`): β, positive.
+        gamma (`float`): γ.
+        weighting (`str`): `"poft"`, `"uniform"` or `"constant"`.
+    """
+    examples, mask = sample_ids.flatten(), scored_mask.flatten()
+    zeros = log_probs.new_zeros(num_samples)
+    num_scored = zeros.index_add(0, examples, mask.to(zeros.dtype))
+    is_scored = num_scored > 0
+    log_prob = zeros.index_add(0, examples, log_probs.flatten() * mask) / num_scored.clamp(min=1)
+    # All of an example's values are the same: take one, a mean would round
+    values = reference_log_probs.flatten(1).masked_fill(~mask, -torch.inf)
+    lowest = values.new_full((len(values), num_samples), -torch.inf)
+    references = lowest.scatter_reduce(1, examples.expand_as(values), values, "amax").masked_fill(~is_scored, 0.0)
+
+    if weighting == "poft":
+        logits = beta * (log_prob - references.mean(dim=0)) + gamma
+        loss, tau = -F.logsigmoid(logits), torch.sigmoid(-logits.detach())
+    else:
+        tau = torch.ones_like(zeros) if weighting == "uniform" else torch.sigmoid(zeros - gamma)
+        loss = -log_prob * (tau if weighting == "uniform" else beta * tau)
+    return PreferenceLoss((loss * is_scored).sum(), is_scored, log_prob.detach(), references, tau * is_scored)

@@ -1,0 +1,213 @@
+"""What reference models think of a data set's responses: each in its own template and tokens, scored once, freed."""
+
+import hashlib
+import os
+import weakref
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from ..base.preparation import map_description
+from ..base.trl_internals import get_config_model_id, global_then_local_main_first
+from ..scoring import (
+    EXAMPLE_KEY,
+    LogProbScorer,
+    cached_scores,
+    identify_model,
+    load_reference_model,
+    load_reference_tokenizer,
+    max_positions,
+    require_same_vocabulary,
+)
+from .config import PoFTConfig
+from .reference_rendering import can_be_scored, label_scored_tokens, render_for_reference
+from .score_files import SCHEMA
+
+
+logger = get_logger(__name__)
+
+# To be raised when the same model would give other scores
+_SCHEMA_VERSION = 1
+
+
+class ReferenceScoringCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] that scores the data of a [`PoFTTrainer`] with reference models: when the
+    trainer prepares a data set, before it trains.
+
+    Each model reads the same messages in its own chat template and its own tokens, and is freed before the next one is
+    loaded. Scores are kept on disk and found again by the examples' content. When training starts, one line for each
+    model is logged. The trainer makes this callback from its configuration; pass one to use other options.
+
+    Usage:
+    ```python
+    >>> callback = ReferenceScoringCallback(["Qwen/Qwen2.5-7B-Instruct", "01-ai/Yi-6B-Chat"])
+    >>> trainer = PoFTTrainer("Qwen/Qwen2.5-0.5B", train_dataset=dataset, callbacks=[callback])
+    >>> trainer.train()
+    ```
+
+    Args:
+        models (`list[str]`):
+            Ids or folders of causal language models or of PEFT adapters, with any tokenizers.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of `from_pretrained` for all of them. `dtype` defaults to bfloat16 on an accelerator,
+            float32 on the CPU.
+        score_cache_dir (`str`, *optional*):
+            Folder of all scores, by default `hf_sft_variants/scores` in the Hugging Face home folder.
+        batch_tokens (`int`, *optional*, defaults to `4096`):
+            Most tokens in a batch when scoring, padding included.
+
+    Attributes:
+        scores (`dict[str, pa.Table]`):
+            Name of each data set that was scored to its scores, as in a score file (`docs/score_file.md`).
+
+    Raises:
+        `ValueError`: If there is no model, or one is given twice.
+    """
+
+    def __init__(
+        self,
+        models: list[str],
+        model_init_kwargs: dict[str, Any] | None = None,
+        score_cache_dir: str | None = None,
+        batch_tokens: int = 4096,
+    ):
+        self.models = [models] if isinstance(models, str) else list(models)
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"The reference models are {self.models}: give at least one, and each once.")
+        self.model_init_kwargs = model_init_kwargs
+        self.score_cache_dir = score_cache_dir
+        self.batch_tokens = batch_tokens
+        self.scores: dict[str, pa.Table] = {}
+        self._loaded = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        trained = get_config_model_id(model.config)
+        for name in self.models:
+            if name == trained or (os.path.isdir(name) and os.path.isdir(trained) and os.path.samefile(name, trained)):
+                logger.warning(
+                    f"The reference model {name!r} is the model that is trained: it starts without a margin over "
+                    "itself, with τ = 0.5 if it is the only reference model."
+                )
+        for line in self.summary():
+            logger.info(line)
+        still_there = [model for model, loaded in self._loaded.items() if loaded() is not None]
+        if still_there:
+            logger.warning(f"The reference models {still_there} are still in memory: something holds on to them.")
+
+    def summary(self) -> list[str]:
+        """One line for each data set that was scored and each model."""
+        lines = []
+        for name, table in self.scores.items():
+            for model in self.models:
+                scores = table.filter(pc.equal(table["model"], model))
+                lines.append(
+                    f"{model} on the {name} dataset: {pc.mean(scores['mean_log_prob']).as_py():.4f} nats per token in "
+                    f"the mean over {pc.count(scores['num_tokens'])} examples, {pc.sum(scores['num_tokens'])} tokens"
+                )
+        return lines
+
+    def score(
+        self,
+        dataset: Dataset,
+        dataset_name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        args: PoFTConfig,
+        has_responses: bool,
+    ) -> pa.Table:
+        """
+        Score every example with every model. To be called by all processes at once.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Prepared rows with `example_key`, `example_row` and `scored_mask`.
+            dataset_name (`str`):
+                Name of the data set, for messages.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                The trained model's tokenizer.
+            args ([`PoFTConfig`]):
+                Has the limits of length and `score_end_of_turn`.
+            has_responses (`bool`):
+                Whether the rows have messages, or prompts and completions; otherwise their tokens are scored.
+
+        Returns:
+            `pa.Table`: A row for each example and model, null where the example is too long for the model.
+
+        Raises:
+            `ValueError`: If a model can't be loaded, or can't render or score the data.
+        """
+        tables = []
+        for model in self.models:
+            own_tokenizer = load_reference_tokenizer(model, self.model_init_kwargs)
+            if has_responses:
+                fn_kwargs = {
+                    "tokenizer": own_tokenizer,
+                    "target_eos": tokenizer.eos_token or "",
+                    "end_of_turn": args.score_end_of_turn,
+                    "model": model,
+                    "dataset_name": dataset_name,
+                }
+                rendered = self._map(dataset, render_for_reference, fn_kwargs, dataset_name, model, args)
+            else:
+                require_same_vocabulary(model, tokenizer, self.model_init_kwargs)
+                rendered = self._map(dataset, label_scored_tokens, {}, dataset_name, model, args)
+            template = own_tokenizer.chat_template if has_responses else None
+            tables.append(self._score(rendered, template, dataset_name, model, args))
+        self.scores[dataset_name] = pa.concat_tables(tables)
+        return self.scores[dataset_name]
+
+    def _map(self, dataset, function, fn_kwargs, dataset_name, model, args) -> Dataset:
+        others = [column for column in dataset.column_names if column not in (EXAMPLE_KEY, "input_ids", "labels")]
+        map_kwargs = map_description(dataset, args, f"Rendering {dataset_name} dataset for {model}")
+        with global_then_local_main_first():
+            return dataset.map(function, fn_kwargs=fn_kwargs, remove_columns=others, **map_kwargs)
+
+    def _score(self, rendered, template, dataset_name, model, args) -> pa.Table:
+        limits = [args.max_length, max_positions(model, self.model_init_kwargs)]
+        limit = min((limit for limit in limits if limit is not None), default=None)
+        map_kwargs = map_description(rendered, args, f"Dropping what is too long for {model}")
+        with global_then_local_main_first():
+            fitting = rendered.filter(can_be_scored, fn_kwargs={"limit": limit}, **map_kwargs)
+        if len(fitting) == 0:
+            raise ValueError(
+                f"No example of the {dataset_name} dataset has at most {limit} tokens and a scored one for the "
+                f"reference model {model!r}. Raise `max_length`, or choose a model that can read more."
+            )
+        settings = {
+            "kind": "response_log_probs",
+            "schema": _SCHEMA_VERSION,
+            **identify_model(model, self.model_init_kwargs),
+            "chat_template": hashlib.sha256(str(template).encode()).hexdigest()[:16],
+            "score_end_of_turn": args.score_end_of_turn,
+            "max_length": args.max_length,
+        }
+        load_scorer = partial(self._load_scorer, model)
+        description = f"Scoring {dataset_name} dataset with {model}"
+        scores = cached_scores(fitting, load_scorer, self.score_cache_dir, settings, self.batch_tokens, description)
+        return _as_score_table(rendered[EXAMPLE_KEY], scores, model, args.score_end_of_turn)
+
+    def _load_scorer(self, model: str) -> LogProbScorer:
+        loaded = load_reference_model(model, self.model_init_kwargs)
+        self._loaded[model] = weakref.ref(loaded)
+        return LogProbScorer(loaded)
+
+
+def _as_score_table(keys: list[str], scores: pa.Table, model: str, score_end_of_turn: bool) -> pa.Table:
+    """One model's scores as in a score file: a row for each key, null where there is no score."""
+    row_of_key = {key: row for row, key in enumerate(scores[EXAMPLE_KEY].to_pylist())}
+    rows = pa.array([row_of_key.get(key) for key in keys], pa.int64())
+    sums, counts = scores["sum_log_prob"].take(rows), scores["num_tokens"].take(rows)
+    columns = {
+        EXAMPLE_KEY: keys,
+        "model": [model] * len(keys),
+        "sum_log_prob": sums,
+        "num_tokens": counts,
+        "mean_log_prob": pc.divide(sums, counts),
+        "score_end_of_turn": [score_end_of_turn] * len(keys),
+    }
+    return pa.table(columns, schema=SCHEMA)

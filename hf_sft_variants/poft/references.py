@@ -1,0 +1,140 @@
+"""Reference log-probabilities on their way from a list for each example to columns with one value for each token."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+
+from ..base.preparation import map_description
+from .config import PoFTConfig
+
+
+logger = get_logger(__name__)
+
+COLUMN = "reference_log_prob_{}"
+
+
+def reference_names(models: list[str]) -> list[str]:
+    """What the models are called in metrics: the last part of id or path, or their numbers if these are not unique."""
+    names = [model.rstrip("/").rpartition("/")[2] for model in models]
+    unique = len({*names, "mean"}) == len(names) + 1
+    return names if unique else [str(number) for number in range(len(names))]
+
+
+def names_of_prepared(columns: list[str]) -> list[str]:
+    """Numbers of the reference models that a prepared data set has columns of."""
+    prepared = itertools.takewhile(columns.__contains__, map(COLUMN.format, itertools.count()))
+    return [str(number) for number, _ in enumerate(prepared)]
+
+
+def number_in_column(dataset: Dataset | IterableDataset, args: PoFTConfig, dataset_name: str) -> int:
+    """
+    Number of reference models that `reference_score_column` has values of, by its first row.
+
+    Raises:
+        `ValueError`: If the configuration asks for sums, or for another number of models.
+    """
+    column, models = args.reference_score_column, args.reference_models
+    if args.length_normalizer == "target":
+        raise ValueError(
+            f"`length_normalizer='target'` needs summed log-probabilities, but the column `{column}` of the "
+            f"{dataset_name} dataset has means. Set `length_normalizer='own'`, or use `reference_score_file`."
+        )
+    first = next(iter(dataset))[column]
+    number = len(first) if isinstance(first, list) and first else 1
+    if models and len(models) != number:
+        raise ValueError(
+            f"Column `{column}` of the {dataset_name} dataset has {number} values in its first row, but "
+            f"`reference_models={models}` has {len(models)} models. Give one value for each."
+        )
+    return number
+
+
+def spread_over_tokens(
+    example: dict[str, Any], column: str, num_references: int, dataset_name: str
+) -> dict[str, np.ndarray]:
+    """
+    For `Dataset.map`: make a column of each reference model's value, the same on every token.
+
+    Raises:
+        `ValueError`: If the values are not `num_references` finite numbers, naming the row.
+    """
+    values = example[column]
+    is_list = isinstance(values, list | tuple) and all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values
+    )
+    if not is_list or len(values) != num_references:
+        raise ValueError(
+            f"Row {example['example_row']} of the {dataset_name} dataset: column `{column}` has {values!r}. Give a "
+            f"list of {num_references} finite numbers, one mean log-probability for each reference model."
+        )
+    num_tokens = len(example["input_ids"])
+    return {COLUMN.format(j): np.full(num_tokens, value, dtype=np.float32) for j, value in enumerate(values)}
+
+
+def drop_unscored(
+    dataset: Dataset | IterableDataset, args: PoFTConfig, dataset_name: str
+) -> Dataset | IterableDataset:
+    """
+    Drop examples without a scored token, and, where references score whole responses, those that truncation has cut.
+
+    Raises:
+        `ValueError`: If none is left.
+    """
+    map_kwargs = map_description(dataset, args, f"Dropping unscored examples from {dataset_name} dataset")
+    kept = dataset.filter(_is_scored, fn_kwargs={"needs_whole": args.needs_references}, **map_kwargs)
+    if isinstance(dataset, IterableDataset) or len(kept) == len(dataset):
+        return kept
+    unscored = sum(number == 0 for number in dataset["num_scored_tokens"])
+    reasons = (
+        f"{unscored} without a word of the assistant, {len(dataset) - len(kept) - unscored} with scored tokens that "
+        f"max_length={args.max_length} cuts"
+    )
+    if len(kept) == 0:
+        raise ValueError(f"No example of the {dataset_name} dataset can be used: {reasons}. Raise `max_length`.")
+    logger.warning(
+        f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: {reasons}."
+    )
+    return kept
+
+
+def _is_scored(example: dict[str, Any], needs_whole: bool) -> bool:
+    num_left = sum(example["scored_mask"][1:])
+    return num_left == example["num_scored_tokens"] > 0 if needs_whole else num_left > 0
+
+
+def add_reference_log_probs(
+    dataset: Dataset, columns: dict[str, list[float | None]], name: str, dataset_name: str
+) -> Dataset:
+    """
+    Add a column `name` with a list of each model's value; drop examples that one of the models could not score.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The examples.
+        columns (`dict[str, list[float | None]]`):
+            Reference model to its value for each example, `None` where it could not score it.
+        name (`str`):
+            Column to add.
+        dataset_name (`str`):
+            Name of the data set, for messages.
+
+    Raises:
+        `ValueError`: If none is left.
+    """
+    values = list(zip(*columns.values(), strict=True))
+    kept = [row for row, value in enumerate(values) if None not in value]
+    if len(kept) < len(dataset):
+        counts = ", ".join(f"{column.count(None)} by {model}" for model, column in columns.items() if None in column)
+        message = (
+            f"{len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset can't be scored"
+        )
+        if not kept:
+            raise ValueError(f"{message}: {counts}. Raise `max_length`, or choose other reference models.")
+        logger.warning(f"Dropped examples that are too long for a reference model: {message}: {counts}.")
+    if name in dataset.column_names:
+        dataset = dataset.remove_columns(name)
+    return dataset.add_column(name, [list(value) for value in values]).select(kept)

@@ -1,0 +1,137 @@
+"""Which tokens of an example are scored: the assistant's words and what ends its turns, in any model's rendering."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..base.assistant_turns import RenderedExample, render_example
+
+
+# Columns of raw rows that are an example's content, in any of the forms that `SFTTrainer` reads
+CONTENT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools")
+
+
+def has_responses(columns: list[str]) -> bool:
+    """Whether rows are conversations, or prompts and completions: plain texts have no one to respond."""
+    return "messages" in columns or {"prompt", "completion"} <= set(columns)
+
+
+def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: str, end_of_turn: bool) -> list[int]:
+    """
+    Mark the scored tokens: 1 on the assistant's words, and on what ends its turns if asked for; 0 elsewhere.
+
+    Of a prompt and a completion the completion is scored, of messages all turns of the assistant that have words. The
+    first token of an example is predicted by nothing, so it does not count.
+
+    Args:
+        example (`dict[str, Any]`):
+            Row with `messages`, or `prompt` and `completion`.
+        rendered ([`~hf_sft_variants.base.assistant_turns.RenderedExample`]):
+            The row in the template and the tokens of a model.
+        eos_token (`str`):
+            What is at the end of a plain completion and not of its words.
+        end_of_turn (`bool`):
+            Whether the end-of-turn token, or the text that ends the turn, is scored.
+
+    Raises:
+        `ValueError`: If the tokens say something else than the assistant's words, up to white space around them.
+    """
+    words = _assistant_words(example, eos_token)
+    turns = [turn for turn in rendered.turns if rendered.text[slice(*turn.content)].strip()]
+    if len(turns) != len(words):
+        raise ValueError(f"the text shows {len(turns)} turns of the assistant, the row has {len(words)}")
+    mask = [0] * len(rendered.token_ids)
+    for turn, content in zip(turns, words, strict=True):
+        tokens = rendered.tokens_in(turn.content)
+        if not tokens:
+            raise ValueError(f"no token stands for the assistant's words {_shortened(content)}")
+        first, last = min(tokens), max(tokens)
+        # Without a template a prompt's last characters may share a token with a completion's first
+        start = turn.content[0] if isinstance(example.get("completion"), str) else rendered.offsets[first][0]
+        text = rendered.text[start : rendered.offsets[last][1]]
+        if text.strip() != content.strip():
+            raise ValueError(
+                f"the scored tokens say {_shortened(text)}, but the assistant said {_shortened(content)}. Use a chat "
+                "template that shows its words as they are"
+            )
+        for i in [*tokens, *range(last + 1, turn.end_token if end_of_turn else 0)]:
+            mask[i] = 1
+    return mask
+
+
+def _assistant_words(example: dict[str, Any], eos_token: str) -> list[str]:
+    """The assistant's turns that have words."""
+    spoken = example["completion"] if "prompt" in example else example["messages"]
+    if isinstance(spoken, str):
+        contents = [spoken.removesuffix(eos_token)]
+    else:
+        contents = [message.get("content") for message in spoken if message["role"] == "assistant"]
+    return [content for content in contents if isinstance(content, str) and content.strip()]
+
+
+def _shortened(text: str) -> str:
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
+
+
+def add_scored_mask(
+    examples: dict[str, list],
+    rows: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    has_responses: bool,
+    end_of_turn: bool,
+    dataset_name: str,
+) -> dict[str, list]:
+    """
+    For `Dataset.map`, batched: add the columns `scored_mask` ([`scored_mask`]; the supervised labels, if the rows came
+    as tokens or as plain texts; or what is there already), `num_scored_tokens`, and `example_row`, the row's number.
+
+    Raises:
+        `ValueError`: If the scored tokens can't be found or have no label, naming the row.
+    """
+    masks = []
+    for i, row in enumerate(rows):
+        example = {column: values[i] for column, values in examples.items() if values[i] is not None}
+        try:
+            if "scored_mask" in example:
+                mask = example["scored_mask"]
+            elif has_responses:
+                rendered = render_example(example, tokenizer, chat_template, text_field="")
+                _require_same_tokens(rendered.token_ids, example["input_ids"])
+                mask = scored_mask(example, rendered, tokenizer.eos_token or "", end_of_turn)
+            else:
+                mask = _supervised_mask(example["labels"], end_of_turn)
+            _require_labels(mask, example["labels"])
+        except ValueError as problem:
+            raise ValueError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
+        masks.append(mask)
+    return {"scored_mask": masks, "num_scored_tokens": [sum(mask[1:]) for mask in masks], "example_row": rows}
+
+
+def _supervised_mask(labels: list[int], end_of_turn: bool) -> list[int]:
+    if not end_of_turn:
+        raise ValueError(
+            "`score_end_of_turn=False` needs messages, or prompts and completions; of other rows the labels say which "
+            "tokens are scored. Set the labels of the end-of-turn tokens to -100 instead"
+        )
+    return [int(label != -100) for label in labels]
+
+
+def _require_same_tokens(token_ids: list[int], input_ids: list[int]) -> None:
+    if token_ids != input_ids:
+        raise ValueError(
+            "the tokens of the text are not those that SFTTrainer made of it, so the assistant's can't be found among "
+            "them: give the data set as `input_ids` and `labels`"
+        )
+
+
+def _require_labels(mask: list[int], labels: list[int]) -> None:
+    # A mask of another length is refused where it is truncated
+    unlabelled = sum(is_scored == 1 and label == -100 for is_scored, label in zip(mask, labels, strict=False))
+    if unlabelled:
+        raise ValueError(
+            f"{unlabelled} of the {sum(mask)} scored tokens have no label, so the trained model can't score them. "
+            "`assistant_only_loss` does this where the chat template leaves the end of turn out of its generation "
+            "marks: remove it (PoFT trains on the assistant's turns alone in any case), or set "
+            "`score_end_of_turn=False`"
+        )

@@ -1,0 +1,367 @@
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import (
+    SMALL,
+    assert_same_gradients,
+    make_trainer,
+    one_step,
+    one_step_log,
+    padded_document_log_probs,
+)
+from peft import LoraConfig, TaskType
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants import PoFTConfig, PoFTTrainer
+
+
+CLASSES = (PoFTTrainer, PoFTConfig)
+LAYOUTS = {
+    "padded": {},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "one_by_one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "packed": {"packing": True, "per_device_train_batch_size": 3},
+    "packed_accumulated": {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
+    "padding_free": {
+        "padding_free": True, "max_length": None, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+    },
+}  # fmt: skip
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 7 plus 5?"},
+    {"role": "assistant", "content": "Add the ones: 12"},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes 🙂 "},
+]
+
+
+@pytest.fixture(scope="module")
+def scored_rows(token_rows):
+    """Eight pre-tokenized rows, each with what two reference models think of it."""
+    rows = token_rows.select(range(8))
+    return rows.add_column("ref_logps", [[-5.0 - row / 4, -6.0 + row % 3] for row in range(len(rows))])
+
+
+@pytest.fixture
+def train_set(tiny_model, tokenizer, tmp_path):
+    """Makes a trainer on the tiny model and returns its prepared training set."""
+
+    def prepare(rows, **options):
+        return make_trainer(*CLASSES, tiny_model, tokenizer, rows, tmp_path, **options).train_dataset
+
+    return prepare
+
+
+def expected_examples(model, rows):
+    """r_θ, r̄ and the mean cross-entropy with its graph, document by document from the model's own logits."""
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="none")
+        supervised = [t for t, label in enumerate(row["labels"][1:]) if label != -100]
+        yield losses[supervised].mean(), sum(row["ref_logps"]) / len(row["ref_logps"])
+
+
+def expected_loss_and_gradients(model, rows, beta=1.0, gamma=0.0):
+    """The loss of the formula, and the gradients of the cross-entropy weighted by the detached τ."""
+    loss, weighted = 0.0, 0.0
+    for cross_entropy, reference in expected_examples(model, rows):
+        logit = beta * (-cross_entropy.item() - reference) + gamma
+        loss += math.log1p(math.exp(-logit)) / len(rows)
+        weighted = weighted + beta / (1 + math.exp(logit)) * cross_entropy / len(rows)
+    model.zero_grad()
+    weighted.backward()
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+class TestLoss:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_loss_gradients_and_metrics_in_every_layout(self, layout, tiny_model, tokenizer, scored_rows, tmp_path):
+        parameters = {"beta": 2.0, "gamma": 0.5}
+        loss, gradients = expected_loss_and_gradients(tiny_model, scored_rows, **parameters)
+        options = {"per_device_train_batch_size": 8, **parameters, **LAYOUTS[layout]}
+        log, our_gradients = one_step_log(*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path, **options)
+        assert log["loss"] == pytest.approx(loss, rel=1e-6)
+        assert_same_gradients(our_gradients, gradients, tolerance=1e-6)
+
+        examples = [(-loss.item(), reference) for loss, reference in expected_examples(tiny_model, scored_rows)]
+        taus = [1 / (1 + math.exp(2 * (r - reference) + 0.5)) for r, reference in examples]
+        expected = {
+            "poft/r_theta": sum(r for r, _ in examples) / 8,
+            "poft/reference_0": sum(-5 - row / 4 for row in range(8)) / 8,
+            "poft/reference_1": sum(-6 + row % 3 for row in range(8)) / 8,
+            "poft/reference_mean": sum(reference for _, reference in examples) / 8,
+            "poft/margin": sum(r - reference for r, reference in examples) / 8,
+            "poft/win_rate": sum(r > reference for r, reference in examples) / 8,
+            "poft/tau_mean": sum(taus) / 8,
+            "poft/tau_min": min(taus),
+            "poft/tau_max": max(taus),
+            "poft/effective_sample_size": sum(taus) ** 2 / 8 / sum(tau**2 for tau in taus),
+        }
+        assert {name: log[name] for name in log if name.startswith("poft/")} == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("reference", [1e4, -1e4])
+    def test_finite_at_large_margins(self, reference, tiny_model, tokenizer, token_rows, tmp_path):
+        rows = token_rows.select(range(4)).add_column("ref_logps", [[reference]] * 4)
+        log, gradients = one_step_log(*CLASSES, tiny_model, tokenizer, rows, tmp_path)
+        assert all(math.isfinite(value) for value in log.values())
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+        assert log["loss"] == pytest.approx(max(reference - log["poft/r_theta"], 0), rel=1e-4)
+
+    def test_evaluation_reports_loss_nll_and_margins(self, tiny_model, tokenizer, scored_rows, tmp_path):
+        trainer = make_trainer(
+            *CLASSES, tiny_model, tokenizer, scored_rows, tmp_path,
+            eval_dataset={"first": scored_rows, "second": scored_rows.select([0])}, per_device_eval_batch_size=4,
+        )  # fmt: skip
+        metrics = trainer.evaluate()
+        loss, _ = expected_loss_and_gradients(tiny_model, scored_rows)
+        assert metrics["eval_first_loss"] == pytest.approx(loss, rel=1e-5)
+        assert metrics["eval_first_poft/tau_min"] < metrics["eval_first_poft/tau_max"]
+        assert metrics["eval_second_poft/tau_min"] == metrics["eval_second_poft/tau_max"]
+        again = trainer.evaluate(trainer.eval_dataset["first"])  # which is prepared already
+        assert again["eval_loss"] == metrics["eval_first_loss"]
+        assert {"eval_nll", "eval_poft/margin", "eval_poft/r_theta"} <= again.keys()
+
+    def test_learns_with_lora(self, tiny_model, tokenizer, scored_rows, tmp_path):
+        lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules="all-linear")
+        options = {"peft_config": lora, "learning_rate": 3e-2, "max_steps": 12, "save_strategy": "no"}
+        trainer = make_trainer(*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path, **options)
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert losses[-1] < losses[0] - 0.1
+
+    def test_a_micro_batch_without_scored_tokens(self, tiny_model, tokenizer, scored_rows, tmp_path):
+        """Its neighbour learns as if alone, also when nothing was prepared."""
+        prepared = make_trainer(*CLASSES, tiny_model, tokenizer, scored_rows.select([0]), tmp_path).train_dataset
+        empty = prepared.map(lambda row: {"scored_mask": [0] * len(row["input_ids"])})
+        rows = Dataset.from_list([*empty, *prepared])
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "per_device_train_batch_size": 1}
+        loss, gradients = one_step(
+            *CLASSES, tiny_model, tokenizer, rows, tmp_path, gradient_accumulation_steps=2, **options
+        )
+        alone, gradients_alone = one_step(*CLASSES, tiny_model, tokenizer, prepared, tmp_path, **options)
+        assert loss == pytest.approx(alone)
+        assert_same_gradients(gradients, gradients_alone, tolerance=1e-6)
+
+    def test_prepared_data_is_taken_as_it_is(self, tiny_model, tokenizer, scored_rows, tmp_path):
+        prepared = make_trainer(*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path).train_dataset
+        loss, _ = one_step(*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path)
+        again = prepared.remove_columns("ref_logps")
+        for options in ({}, {"dataset_kwargs": {"skip_prepare_dataset": True}}):
+            assert one_step(*CLASSES, tiny_model, tokenizer, again, tmp_path, **options)[0] == loss
+
+    def test_streaming_with_the_column(self, tiny_model, tokenizer, scored_rows, tmp_path):
+        options = {"max_steps": 1, "per_device_train_batch_size": 8}
+        loss, _ = one_step(*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path, **options)
+        stream = scored_rows.to_iterable_dataset()
+        assert one_step(*CLASSES, tiny_model, tokenizer, stream, tmp_path, **options)[0] == loss
+
+
+class TestControls:
+    @pytest.mark.parametrize("layout", [*LAYOUTS, "bfd_split", "wrapped", "truncated"])
+    def test_uniform_is_the_mean_cross_entropy_of_examples(self, layout, tiny_model, tokenizer, token_rows, tmp_path):
+        """It needs no reference, and accepts every packing; where that cuts examples, their parts are examples."""
+        packed = {"packing": True, "packing_strategy": layout}
+        options = LAYOUTS.get(layout, {"max_length": 20, **(packed if layout != "truncated" else {})})
+        options = {"preference_weighting": "uniform", "per_device_train_batch_size": 8, **options}
+        common = (*CLASSES, tiny_model, tokenizer, token_rows.select(range(8)), tmp_path)
+        means = []
+        for row in make_trainer(*common, **options).train_dataset:
+            end = 0
+            for length in row.get("seq_lengths", [len(row["input_ids"])]):
+                start, end = end, end + length
+                found = padded_document_log_probs(tiny_model, row["input_ids"][start:end], row["labels"][start:end])
+                means.append([-log_prob for log_prob in found if log_prob is not None])
+        means = [sum(losses) / len(losses) for losses in means if losses]
+        assert one_step(*common, **options)[0] == pytest.approx(sum(means) / len(means), rel=1e-5)
+
+    def test_constant_is_scaled_uniform(self, tiny_model, tokenizer, scored_rows, tmp_path):
+        common = (*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path)
+        loss, gradients = one_step(*common, preference_weighting="uniform")
+        options = {"preference_weighting": "constant", "beta": 2.0, "gamma": 1.0}
+        log, constant_gradients = one_step_log(*common, **options)
+        weight = 2 / (1 + math.e)
+        assert log["loss"] == pytest.approx(weight * loss)
+        assert log["poft/tau_mean"] == log["poft/tau_min"] == pytest.approx(weight / 2)
+        assert log["poft/effective_sample_size"] == pytest.approx(1)
+        assert "poft/margin" in log
+        scaled = {name: weight * gradient for name, gradient in gradients.items()}
+        assert_same_gradients(constant_gradients, scaled, tolerance=1e-6)
+
+    def test_uniform_of_equal_lengths_is_sft(self, tiny_model, tokenizer, tmp_path):
+        rows = Dataset.from_dict({"input_ids": [[3, 4, 5, 6], [7, 8, 9, 10]]})
+        loss, gradients = one_step(SFTTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path)
+        options = {"preference_weighting": "uniform"}
+        log, our_gradients = one_step_log(*CLASSES, tiny_model, tokenizer, rows, tmp_path, **options)
+        assert log["loss"] == pytest.approx(loss) == pytest.approx(log["nll"])
+        assert_same_gradients(our_gradients, gradients, tolerance=1e-6)
+        assert {name for name in log if name.startswith("poft/")} == {"poft/r_theta"}
+
+    def test_uniform_ignores_references_and_truncates(self, train_set, token_rows):
+        rows = train_set(token_rows, preference_weighting="uniform", reference_models=["nowhere"], max_length=12)
+        assert max(map(len, rows["input_ids"])) == 12 and len(rows) == len(token_rows)
+
+
+class TestScoredTokens:
+    def text_of(self, tokenizer, row):
+        ids = [token for token, is_scored in zip(row["input_ids"], row["scored_mask"], strict=True) if is_scored]
+        return tokenizer.decode(ids)
+
+    @pytest.mark.parametrize("end", [True, False])
+    def test_of_a_conversation(self, end, train_set, tokenizer):
+        rows = Dataset.from_dict({"messages": [CONVERSATION], "ref_logps": [[-1.0]]})
+        (row,) = train_set(rows, score_end_of_turn=end, max_length=None)
+        parts = ["Add the ones: 12", "Yes 🙂 "]
+        assert self.text_of(tokenizer, row) == "".join(part + "<|im_end|>" * end for part in parts)
+        assert row["labels"] == row["input_ids"]  # TRL's stay as they are
+
+    def test_of_a_prompt_and_a_completion(self, train_set, tokenizer):
+        rows = Dataset.from_dict(
+            {"prompt": [CONVERSATION[:4]], "completion": [CONVERSATION[4:]], "ref_logps": [[-1.0]]}
+        )
+        (row,) = train_set(rows, max_length=None)
+        assert self.text_of(tokenizer, row) == "Yes 🙂 <|im_end|>"
+        rows = Dataset.from_dict({"prompt": ["What is 12"], "completion": [" plus 30?"], "ref_logps": [[-1.0]]})
+        for end in (True, False):
+            (row,) = train_set(rows, score_end_of_turn=end)
+            assert self.text_of(tokenizer, row) == " plus 30?" + "<|im_end|>" * end
+
+    def test_of_tokens_and_of_plain_text_are_the_labels(self, train_set, tokenizer, scored_rows):
+        for row in train_set(scored_rows):
+            assert row["scored_mask"] == [int(label != -100) for label in row["labels"]]
+        (row,) = train_set(Dataset.from_dict({"text": ["What is 12?"], "ref_logps": [[-1.0]]}))
+        assert self.text_of(tokenizer, row) == "What is 12?<|im_end|>"
+
+    def test_only_they_are_in_the_loss(self, tiny_model, tokenizer, tmp_path):
+        rows = Dataset.from_dict({"messages": [CONVERSATION], "ref_logps": [[-3.0]]})
+        log, _ = one_step_log(*CLASSES, tiny_model, tokenizer, rows, tmp_path, max_length=None)
+        (row,) = make_trainer(*CLASSES, tiny_model, tokenizer, rows, tmp_path, max_length=None).train_dataset
+        labels = [t if scored else -100 for t, scored in zip(row["input_ids"], row["scored_mask"], strict=True)]
+        found = [p for p in padded_document_log_probs(tiny_model, row["input_ids"], labels) if p is not None]
+        assert log["poft/r_theta"] == pytest.approx(sum(found) / len(found), rel=1e-5)
+
+    @pytest.mark.parametrize("layout", [{}, {"packing": True}])
+    def test_cut_examples_are_dropped_and_counted(self, layout, train_set, scored_rows, caplog):
+        kept = train_set(scored_rows, max_length=20, **layout)
+        lengths = [len(ids) for ids in scored_rows["input_ids"] if len(ids) <= 20]
+        assert sum(map(len, kept["input_ids"])) == sum(lengths)
+        message = f"{8 - len(lengths)} with scored tokens that max_length=20 cuts"
+        assert (
+            f"Dropped {8 - len(lengths)} of 8 examples of the train dataset: 0 without" in caplog.text
+            and message in caplog.text
+        )
+
+    @pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
+    def test_examples_whose_prompt_is_cut_are_kept(self, train_set, scored_rows):
+        kept = train_set(scored_rows, max_length=20, truncation_mode="keep_end")
+        # The first token that is left is predicted by nothing
+        whole = [sum(label != -100 for label in labels) < 20 or len(labels) <= 20 for labels in scored_rows["labels"]]
+        assert len(kept) == sum(whole) > sum(len(ids) <= 20 for ids in scored_rows["input_ids"])
+
+    def test_examples_without_a_word_are_dropped_and_counted(self, train_set, caplog):
+        silent = [*CONVERSATION[:2], {"role": "assistant", "content": " \n"}]
+        rows = Dataset.from_dict({"messages": [CONVERSATION, silent, CONVERSATION[:2]], "ref_logps": [[-1.0]] * 3})
+        assert len(train_set(rows, max_length=None)) == 1
+        assert "Dropped 2 of 3 examples of the train dataset: 2 without a word of the assistant, 0 with" in caplog.text
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"beta": 0.0}, "`beta` must be a positive number, got 0.0"),
+            ({"beta": "1"}, "`beta` must be a positive number, got '1'"),
+            ({"beta": float("inf")}, "got inf"),
+            ({"gamma": float("nan")}, "`gamma` must be a finite number, got nan"),
+            (
+                {"length_normalizer": "mean"},
+                r"`length_normalizer='mean'` is unknown; choose one of \['own', 'target'\]",
+            ),
+            ({"preference_weighting": "dpo"}, "`preference_weighting='dpo'` is unknown"),
+            ({"reference_batch_tokens": 0}, "`reference_batch_tokens` must be 1 or more, got 0"),
+            ({"reference_models": ["a", "a"]}, r"`reference_models=\['a', 'a'\]` has a model twice"),
+            ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy='wrapped'` cuts examples"),
+            ({"eval_packing": True, "packing_strategy": "bfd_split"}, "Use `packing_strategy='bfd'`, or the control"),
+        ],
+    )
+    def test_configuration(self, options, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            PoFTConfig(str(tmp_path), **SMALL, **options)
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (
+                [-1.0, None],
+                r"Row 3 of the train dataset: column `ref_logps` has \[-1.0, None\]. Give a list of 2 finite",
+            ),
+            ([-1.0, float("nan")], r"Row 3 .* has \[-1.0, nan\]"),
+            ([-1.0, -float("inf")], r"Row 3 .* has \[-1.0, -inf\]"),
+            ([-1.0], r"Row 3 .* has \[-1.0\]. Give a list of 2"),
+            (None, r"Row 3 .* has None"),
+        ],
+    )
+    def test_reference_column(self, value, message, train_set, token_rows):
+        values = [[-1.0, -2.0]] * 3 + [value] + [[-1.0, -2.0]] * 12
+        with pytest.raises(ValueError, match=message):
+            train_set(token_rows.add_column("ref_logps", values))
+
+    def test_reference_column_without_lists(self, train_set, token_rows):
+        with pytest.raises(ValueError, match="Row 0 .* has -1.0. Give a list of 1 finite numbers"):
+            train_set(token_rows.add_column("ref_logps", [-1.0] * 16))
+
+    def test_no_reference(self, train_set, token_rows, chat_rows):
+        for rows in (token_rows, chat_rows):
+            with pytest.raises(ValueError, match="there is none for the train dataset: set `reference_models`"):
+                train_set(rows)
+
+    def test_streams_and_plain_texts_can_not_be_scored(self, train_set, token_rows, tmp_path):
+        with pytest.raises(ValueError, match="The train dataset is a stream, but all its examples"):
+            train_set(token_rows.to_iterable_dataset(), reference_models=["a"], max_steps=1)
+        with pytest.raises(ValueError, match=r"has the columns \['text'\], by which examples can't be named"):
+            train_set(Dataset.from_dict({"text": ["a b"]}), reference_models=["a"])
+
+    def test_sums_are_not_in_the_column(self, train_set, scored_rows):
+        with pytest.raises(ValueError, match="`length_normalizer='target'` needs summed log-probabilities"):
+            train_set(scored_rows, length_normalizer="target")
+
+    def test_another_number_of_models(self, train_set, scored_rows, token_rows):
+        with pytest.raises(ValueError, match=r"has 2 values in its first row, but `reference_models=\['a'\]` has 1"):
+            train_set(scored_rows, reference_models=["a"])
+        one = token_rows.add_column("ref_logps", [[-1.0]] * 16)
+        with pytest.raises(
+            ValueError, match="The eval dataset has scores of 1 reference models, the train dataset of 2"
+        ):
+            train_set(scored_rows, eval_dataset=one)
+
+    def test_end_of_turn_of_tokens(self, train_set, scored_rows):
+        with pytest.raises(ValueError, match="Row 0 of the train dataset: `score_end_of_turn=False` needs messages"):
+            train_set(scored_rows, score_end_of_turn=False)
+
+    def test_labels_that_leave_out_a_scored_token(self, train_set, tokenizer):
+        template = (
+            "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
+            "{% generation %}{{ message.content }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}"
+            "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        rows = Dataset.from_dict({"messages": [CONVERSATION], "ref_logps": [[-1.0]]})
+        options = {"assistant_only_loss": True, "chat_template_path": None, "max_length": None}
+        before, tokenizer.chat_template = tokenizer.chat_template, template
+        try:
+            with pytest.raises(
+                ValueError, match="Row 0 of the train dataset: 2 of the .* scored tokens have no label"
+            ):
+                train_set(rows, **options)
+            assert len(train_set(rows, score_end_of_turn=False, **options)) == 1
+        finally:
+            tokenizer.chat_template = before
+
+    def test_everything_cut(self, train_set, scored_rows):
+        with pytest.raises(ValueError, match="No example of the train dataset can be used: 0 without a word"):
+            train_set(scored_rows, max_length=2)
+
+    def test_unprepared_data_without_reference_columns(self, train_set, scored_rows):
+        rows = scored_rows.map(lambda row: {"scored_mask": [1] * len(row["input_ids"])})
+        with pytest.raises(ValueError, match="must bring the columns `reference_log_prob_0`"):
+            train_set(rows, dataset_kwargs={"skip_prepare_dataset": True})
