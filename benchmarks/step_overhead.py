@@ -24,13 +24,27 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+from hf_sft_variants import (
+    PoFTConfig,
+    PoFTTrainer,
+    SFTGOConfig,
+    SFTGOTrainer,
+    SFTKeyConfig,
+    SFTKeyTrainer,
+    SFTMixConfig,
+    SFTMixTrainer,
+)
 
 
 METHODS = {
     "sft": (SFTTrainer, SFTConfig, {}),
     "sft_go": (SFTGOTrainer, SFTGOConfig, {}),
     "sft_go_uniform": (SFTGOTrainer, SFTGOConfig, {"sample_weighting": "uniform"}),
+    "sftkey_full": (SFTKeyTrainer, SFTKeyConfig, {"stages": ["full"]}),
+    "sftkey_key": (SFTKeyTrainer, SFTKeyConfig, {"stages": ["key"]}),
+    "poft": (PoFTTrainer, PoFTConfig, {}),
+    "sftmix": (SFTMixTrainer, SFTMixConfig, {"confidence_split": "random"}),
+    "sftmix_mu0": (SFTMixTrainer, SFTMixConfig, {"confidence_split": "random", "mixup_weight": 0.0}),
 }
 
 
@@ -52,7 +66,9 @@ def make_trainer(method: str, options: argparse.Namespace, output_dir: str):
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch_size * (options.pairs + options.warm_up), options.length)
     input_ids = torch.randint(0, len(tokenizer), shape, generator=generator).tolist()
-    rows = Dataset.from_dict({"input_ids": input_ids})
+    key_mask = [[int(position > 0.8 * options.length) for position in range(options.length)]] * len(input_ids)
+    references = [[-2.0, -2.5, -3.0]] * len(input_ids)
+    rows = Dataset.from_dict({"input_ids": input_ids, "key_mask": key_mask, "ref_logps": references})
     trainer = trainer_class(options.model, args, train_dataset=rows, processing_class=tokenizer)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1

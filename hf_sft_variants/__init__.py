@@ -10,15 +10,42 @@ __version__ = "0.1.0.dev0"
 _SUBMODULE_OF = {
     "AnnotatedBatch": "base",
     "AnnotatedSFTTrainer": "base",
+    "ConfidenceTrackingCallback": "sftmix",
+    "PoFTConfig": "poft",
+    "PoFTTrainer": "poft",
+    "ReferenceScoringCallback": "poft",
     "SFTGOConfig": "sft_go",
     "SFTGOTrainer": "sft_go",
+    "SFTKeyConfig": "sftkey",
+    "SFTKeyTrainer": "sftkey",
+    "SFTMixConfig": "sftmix",
+    "SFTMixTrainer": "sftmix",
+    "StageSwitchCallback": "sftkey",
 }
 
-__all__ = ["AnnotatedBatch", "AnnotatedSFTTrainer", "SFTGOConfig", "SFTGOTrainer", "__version__"]
+__all__ = [
+    "AnnotatedBatch",
+    "AnnotatedSFTTrainer",
+    "ConfidenceTrackingCallback",
+    "PoFTConfig",
+    "PoFTTrainer",
+    "ReferenceScoringCallback",
+    "SFTGOConfig",
+    "SFTGOTrainer",
+    "SFTKeyConfig",
+    "SFTKeyTrainer",
+    "SFTMixConfig",
+    "SFTMixTrainer",
+    "StageSwitchCallback",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from .base import AnnotatedBatch, AnnotatedSFTTrainer
+    from .poft import PoFTConfig, PoFTTrainer, ReferenceScoringCallback
     from .sft_go import SFTGOConfig, SFTGOTrainer
+    from .sftkey import SFTKeyConfig, SFTKeyTrainer, StageSwitchCallback
+    from .sftmix import ConfidenceTrackingCallback, SFTMixConfig, SFTMixTrainer
 
 
 def __getattr__(name: str):

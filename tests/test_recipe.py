@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import hf_sft_variants
 from hf_sft_variants.errors import InputError
@@ -283,7 +283,7 @@ def test_missing_data(recipe, tmp_path, capsys):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_recipes_are_read_strictly(path, monkeypatch):
     module = yaml.safe_load(path.read_text()).get("module")
-    trainer_class, config_class = SFTTrainer, SFTConfig
+    trainer_class, config_class = (DPOTrainer, DPOConfig) if path.stem.endswith("_dpo") else (SFTTrainer, SFTConfig)
     if module is not None:
         package = importlib.import_module(module)
         trainer_class, config_class = (
@@ -293,14 +293,44 @@ def test_recipes_are_read_strictly(path, monkeypatch):
     parse(make_parser(trainer_class, config_class), ["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
 
 
-def test_quickstart_recipes_differ_in_the_method_alone():
+def test_chat_templates_of_recipes_are_there():
+    """TRL would look for a missing file on the Hub."""
+    templates = [yaml.safe_load(path.read_text()).get("chat_template_path") for path in RECIPES]
+    assert all((REPOSITORY / template).is_file() for template in templates if template)
+
+
+@pytest.mark.parametrize(
+    ("recipe_name", "own_keys"),
+    [
+        ("sft_go.yaml", {"group_by", "important_fraction", "worst_group_weight"}),
+        ("poft.yaml", {"reference_models", "beta", "gamma"}),
+        ("poft_uniform.yaml", {"preference_weighting"}),
+    ],
+)
+def test_quickstart_recipes_differ_in_the_method_alone(recipe_name, own_keys):
     ours, plain = (
         yaml.safe_load((REPOSITORY / "recipes" / "quickstart" / name).read_text())
-        for name in ("sft_go.yaml", "sft_baseline.yaml")
+        for name in (recipe_name, "sft_baseline.yaml")
     )
-    own_keys = {"module", "group_by", "important_fraction", "worst_group_weight", "output_dir"}
-    assert {key for key in ours if ours[key] != plain.get(key)} == own_keys
+    assert {key for key in ours if ours[key] != plain.get(key)} == {"module", "output_dir", *own_keys}
     assert plain.keys() <= ours.keys()
+
+
+def test_quickstart_recipes_of_sftkey_differ_in_stages_and_epochs_alone():
+    paths = sorted((REPOSITORY / "recipes" / "quickstart").glob("sftkey*.yaml"))
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in paths}
+    arm_keys = ("stages", "stage_fractions", "key_loss_weight", "num_train_epochs")
+    arms = {name: [recipe.pop(key, None) for key in arm_keys] for name, recipe in recipes.items()}
+    assert arms == {
+        "sftkey": [["full", "key"], [0.5, 0.5], None, 2],
+        "sftkey_compute_matched": [["full", "full"], None, None, 2],
+        "sftkey_key_tag": [["key"], None, None, 1],
+        "sftkey_reversed": [["key", "full"], None, None, 2],
+        "sftkey_sft_tag": [["full"], None, None, 1],
+        "sftkey_weighted": [["full"], None, 4.0, 2],
+    }
+    for name, recipe in recipes.items():
+        assert recipe == recipes["sftkey"] | {"output_dir": f"quickstart/runs/{name}"}
 
 
 # The commands themselves, on a tiny model.

@@ -1,4 +1,4 @@
-"""Started by torchrun: one optimizer step for each case, losses and gradients written by the first process."""
+"""Started by torchrun: a few optimizer steps for each case; the first process writes logs, gradients and weights."""
 
 import json
 import sys
@@ -14,11 +14,26 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+from hf_sft_variants import (
+    PoFTConfig,
+    PoFTTrainer,
+    SFTGOConfig,
+    SFTGOTrainer,
+    SFTKeyConfig,
+    SFTKeyTrainer,
+    SFTMixConfig,
+    SFTMixTrainer,
+)
 from hf_sft_variants.scoring import shards
 
 
-CLASSES = {"SFTTrainer": (SFTTrainer, SFTConfig), "SFTGOTrainer": (SFTGOTrainer, SFTGOConfig)}
+CLASSES = {
+    "SFTTrainer": (SFTTrainer, SFTConfig),
+    "SFTGOTrainer": (SFTGOTrainer, SFTGOConfig),
+    "SFTKeyTrainer": (SFTKeyTrainer, SFTKeyConfig),
+    "PoFTTrainer": (PoFTTrainer, PoFTConfig),
+    "SFTMixTrainer": (SFTMixTrainer, SFTMixConfig),
+}
 
 
 class AssertTwoProcesses(TrainerCallback):
@@ -36,12 +51,18 @@ def run_case(case, model, tokenizer, rows, output_dir):
     recorder, check = GradientRecorder(), AssertTwoProcesses()
     trainer = make_trainer(
         *CLASSES[case["trainer"]], model, tokenizer, rows, output_dir,
-        callbacks=[recorder, check], max_steps=1, save_strategy="no", train_sampling_strategy="sequential",
-        **case["options"],
+        callbacks=[recorder, check],
+        **{"max_steps": 1, "save_strategy": "no", "train_sampling_strategy": "sequential", **case["options"]},
     )  # fmt: skip
     check.trainer = trainer
-    trainer.train()
-    return {"log": trainer.state.log_history[0], "gradients": recorder.gradients}
+    trainer.train(resume_from_checkpoint=case.get("checkpoint"))
+    return {
+        "log": trainer.state.log_history[0],
+        "learning_rates": [log["learning_rate"] for log in trainer.state.log_history if "loss" in log],
+        "gradients": recorder.gradients,
+        "weights": trainer.model.state_dict(),
+        "halves": getattr(trainer, "halves", None),
+    }
 
 
 def main(folder: Path):

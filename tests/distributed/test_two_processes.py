@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_gradients, one_step, one_step_log
+from helpers import assert_same_gradients, make_trainer, one_step, one_step_log
 
-from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+from hf_sft_variants import (
+    PoFTConfig,
+    PoFTTrainer,
+    SFTGOConfig,
+    SFTGOTrainer,
+    SFTKeyConfig,
+    SFTKeyTrainer,
+    SFTMixConfig,
+    SFTMixTrainer,
+)
 
 
 # Eight rows in one optimizer step each; packed to four rows of at most 40 tokens
@@ -24,6 +33,35 @@ METHOD_OPTIONS = {
     "packed": PACKED,
     "packed_uniform": {**PACKED, **OWN_GROUPS, "sample_weighting": "uniform"},
 }
+SFTKEY_OPTIONS = {
+    "key": {"stages": ["key"]},
+    "key_and_full": {"stages": ["key"], "full_loss_weight": 0.3},
+    "key_weighted": {"stages": ["full"], "key_loss_weight": 4.0},
+    "key_packed": {**PACKED, "stages": ["key"]},
+}
+# Two steps with the whole response, two with the key, each stage with a warm-up
+SFTKEY_STAGES = {"max_steps": 4, "learning_rate": 1e-2, "stage_learning_rates": [1e-2, 2e-3], "warmup_steps": 1}
+POFT_OPTIONS = {
+    "poft": {"beta": 2.0, "gamma": 0.5},
+    "poft_packed": PACKED,
+    "poft_uniform": {"preference_weighting": "uniform"},
+}
+SFTMIX_OPTIONS = {
+    "sftmix": {"confidence_split": "random", "train_sampling_strategy": "random"},
+    "sftmix_packed": {**PACKED, "confidence_split": "random"},
+}
+# Two epochs of two steps, after a reference that has as many; the checkpoint is inside the second epoch
+SFTMIX_PHASES = {
+    "max_steps": 4,
+    "learning_rate": 0.1,
+    "optim": "sgd",
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "train_sampling_strategy": "random",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+}
+SFTMIX_RUNS = {"sftmix_phases": SFTMIX_PHASES, "sftmix_online": {**SFTMIX_PHASES, "confidence_source": "online"}}
 RHO1 = {**PADDED, "group_by": "rho1", "score_batch_tokens": 40}
 SEPARATE_COUNTS = {"average_tokens_across_devices": False}
 
@@ -31,6 +69,9 @@ SEPARATE_COUNTS = {"average_tokens_across_devices": False}
 @pytest.fixture(scope="module")
 def eight_rows(token_rows):
     rows = token_rows.select(range(8))
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    rows = rows.add_column("ref_logps", [[-5.0 - row / 4, -6.0 + row % 3] for row in range(len(rows))])
+    rows = rows.add_column("key_mask", [[int(t >= length * 0.6) for t in range(length)] for length in lengths])
     return rows.add_column(
         "mine", [[(row + t) % (row % 3 + 1) for t in range(len(ids))] for row, ids in enumerate(rows["input_ids"])]
     )
@@ -55,6 +96,20 @@ def results(folder, eight_rows):
     cases = {
         name: {"trainer": "SFTGOTrainer", "options": {**PADDED, **options}} for name, options in METHOD_OPTIONS.items()
     }
+    cases |= {
+        name: {"trainer": "SFTKeyTrainer", "options": {**PADDED, **options}}
+        for name, options in {**SFTKEY_OPTIONS, "key_stages": SFTKEY_STAGES}.items()
+    }
+    cases |= {
+        name: {"trainer": "PoFTTrainer", "options": {**PADDED, **options}} for name, options in POFT_OPTIONS.items()
+    }
+    cases |= {
+        name: {"trainer": "SFTMixTrainer", "options": {**PADDED, **options}}
+        for name, options in SFTMIX_OPTIONS.items()
+    }
+    for name, options in SFTMIX_RUNS.items():
+        cases[name] = {"trainer": "SFTMixTrainer", "options": options}
+        cases[f"{name}_resumed"] = {**cases[name], "checkpoint": str(folder / "run" / "checkpoint-3")}
     cases["plain_separate"] = {"trainer": "SFTTrainer", "options": {**PADDED, **SEPARATE_COUNTS}}
     cases["ours_separate"] = {
         "trainer": "SFTGOTrainer",
@@ -86,6 +141,68 @@ def test_equal_to_one_process(case, results, tiny_model, tokenizer, eight_rows, 
     metrics = {name: value for name, value in log.items() if name == "nll" or name.startswith("sft_go/")}
     assert len(metrics) > 3
     assert {name: results[case]["log"][name] for name in metrics} == pytest.approx(metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", SFTKEY_OPTIONS)
+def test_sftkey_equal_to_one_process(case, results, tiny_model, tokenizer, eight_rows, tmp_path):
+    options = {**PADDED, **SFTKEY_OPTIONS[case]}
+    options["gradient_accumulation_steps"] *= 2
+    log, gradients = one_step_log(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, eight_rows, tmp_path, **options)
+    assert results[case]["log"]["loss"] == pytest.approx(log["loss"], rel=1e-6)
+    assert_same_gradients(results[case]["gradients"], gradients, tolerance=1e-6)
+    metrics = {name: value for name, value in log.items() if name == "nll" or name.startswith("sftkey/")}
+    assert len(metrics) > 3
+    assert {name: results[case]["log"][name] for name in metrics} == pytest.approx(metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", POFT_OPTIONS)
+def test_poft_equal_to_one_process(case, results, tiny_model, tokenizer, eight_rows, tmp_path):
+    options = {**PADDED, **POFT_OPTIONS[case]}
+    options["gradient_accumulation_steps"] *= 2
+    log, gradients = one_step_log(PoFTTrainer, PoFTConfig, tiny_model, tokenizer, eight_rows, tmp_path, **options)
+    assert results[case]["log"]["loss"] == pytest.approx(log["loss"], rel=1e-6)
+    assert_same_gradients(results[case]["gradients"], gradients, tolerance=1e-6)
+    metrics = {name: value for name, value in log.items() if name == "nll" or name.startswith("poft/")}
+    assert len(metrics) == (2 if case == "poft_uniform" else 11)
+    assert {name: results[case]["log"][name] for name in metrics} == pytest.approx(metrics, rel=1e-5)
+
+
+def test_sftkey_stages_equal_to_one_process(results, tiny_model, tokenizer, eight_rows, tmp_path):
+    trainer = make_trainer(
+        SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, eight_rows, tmp_path, save_strategy="no",
+        train_sampling_strategy="sequential", per_device_train_batch_size=8, **SFTKEY_STAGES,
+    )  # fmt: skip
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+    assert rates == [0, 1e-2, 0, 2e-3] == results["key_stages"]["learning_rates"]
+    weights = trainer.model.state_dict()
+    # Adam makes steps of full size of tiny gradients, so rounding shows
+    for name, values in results["key_stages"]["weights"].items():
+        torch.testing.assert_close(values, weights[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", SFTMIX_OPTIONS)
+def test_sftmix_equal_to_one_process(case, results, tiny_model, tokenizer, eight_rows, tmp_path):
+    options = {**PADDED, **SFTMIX_OPTIONS[case]}
+    options["gradient_accumulation_steps"] *= 2
+    log, gradients = one_step_log(SFTMixTrainer, SFTMixConfig, tiny_model, tokenizer, eight_rows, tmp_path, **options)
+    assert results[case]["log"]["loss"] == pytest.approx(log["loss"], rel=1e-6)
+    assert_same_gradients(results[case]["gradients"], gradients, tolerance=1e-6)
+    metrics = {name: value for name, value in log.items() if name == "nll" or name.startswith("sftmix/")}
+    assert len(metrics) == 6
+    assert {name: results[case]["log"][name] for name in metrics} == pytest.approx(metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", SFTMIX_RUNS)
+def test_sftmix_runs_equal_to_one_process(case, results, folder, tiny_model, tokenizer, eight_rows, tmp_path):
+    options = {**SFTMIX_RUNS[case], "gradient_accumulation_steps": 2}
+    trainer = make_trainer(SFTMixTrainer, SFTMixConfig, tiny_model, tokenizer, eight_rows, tmp_path, **options)
+    trainer.train()
+    assert torch.equal(trainer.halves, results[case]["halves"]) and trainer.halves.sum() == 4
+    weights = trainer.model.state_dict()
+    for name, values in results[case]["weights"].items():
+        torch.testing.assert_close(values, weights[name], rtol=1e-5, atol=1e-6)
+        assert torch.equal(values, results[f"{case}_resumed"]["weights"][name])
 
 
 def test_reference_scores_are_shared(results, folder, tiny_model, tokenizer, eight_rows, tmp_path):

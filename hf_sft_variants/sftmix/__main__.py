@@ -1,0 +1,6 @@
+from ..recipe import main
+from . import SFTMixConfig, SFTMixTrainer
+
+
+if __name__ == "__main__":
+    main(SFTMixTrainer, SFTMixConfig)

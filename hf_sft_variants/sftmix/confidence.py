@@ -1,0 +1,254 @@
+"""How well a model in training predicts each example of its data, at several checkpoints of the run."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, send_to_device
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from ..base.trl_internals import DataCollatorForLanguageModeling, global_then_local_main_first
+from ..errors import InputError
+from ..generation import evaluation_mode
+from ..scoring import EXAMPLE_KEY
+from ..scoring.shards import plan_shards
+from .confidence_file import confidence_table, with_example_keys, write_table
+
+
+logger = get_logger(__name__)
+
+# Of a run with fewer than three epochs; each costs a forward pass over the data
+NUM_CHECKPOINTS = 3
+
+
+class ConfidenceTrackingCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] that evaluates the training data at checkpoints of a run, and at its end ranks
+    the examples by the model's confidence: the negative mean of their perplexities, as
+    [SFTMix](https://huggingface.co/papers/2410.05248) defines it. For [`~trl.SFTTrainer`] and its subclasses.
+
+    The perplexity of an example is exp of the mean negative log-likelihood (NLL) of its labels, in float32, with the
+    NLL cut off at 20. The data is evaluated without dropout, by all processes, each its share. The run goes on as if
+    the callback had not been there: no random number is drawn, weights and modes are those of a run without it. (But
+    on some CPUs bitsandbytes rounds the scales of a 4-bit model whenever it is evaluated.) Each checkpoint is on disk
+    as soon as it is evaluated, in `<output_file>.checkpoints`, so a resumed run finds it.
+
+    The file has a row for each example, in the order of the training data:
+
+    - **example_key** (string): names the example by its content; see `with_example_keys`.
+    - **num_labels** (int64): its labels. One without a label has null in all that follows.
+    - **nll_<step>**, **perplexity_<step>** (double) for each checkpoint: after that optimizer step; NLL in nats.
+    - **mean_nll**, **mean_perplexity** (double): over the checkpoints.
+    - **rank** (int64): from 0, the most confident one.
+    - **half** (string): `"confident"`, `"unconfident"`, or null for the middle one of an odd number.
+
+    Its schema metadata hold, as JSON under the key `hf_sft_variants`: `version` of the format, `measure`, `steps`, and
+    `keys`, what the keys are made of (`"text"`, `"tokens"` or `"column"`, one of the data set's own).
+
+    Usage:
+    ```python
+    >>> trainer = SFTTrainer(...)
+    >>> trainer.add_callback(ConfidenceTrackingCallback(trainer, "confidence.parquet"))
+    >>> trainer.train()
+    ```
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer to which the callback will be attached.
+        output_file (`str` or `Path`):
+            Parquet file to write, in a folder that all processes share.
+        checkpoints (`Sequence[int]`, *optional*):
+            Optimizer steps after which to evaluate. By default the end of each epoch of three or more, otherwise three
+            evenly spaced steps, the last one included. The paper does not say.
+        measure (`str`, *optional*, defaults to `"perplexity"`):
+            What to rank by: the mean `"perplexity"` or `"mean_nll"`. Ties go by mean NLL, then by position.
+        dataset ([`~datasets.Dataset`], *optional*):
+            Prepared examples to evaluate, with `input_ids` and `labels`. By default those that are trained on: of
+            packed rows their documents, whose keys are made of tokens then.
+
+    Raises:
+        InputError: When training starts, for streams, for packing that cuts examples, for tensor parallelism, for
+            checkpoints behind the last step, and if the run is resumed behind a checkpoint that was not evaluated.
+            While training, if an example's NLL is NaN.
+    """
+
+    def __init__(
+        self,
+        trainer: SFTTrainer,
+        output_file: str | Path,
+        checkpoints: Sequence[int] | None = None,
+        measure: str = "perplexity",
+        dataset: Dataset | None = None,
+    ):
+        if measure not in ("perplexity", "mean_nll"):
+            raise InputError(f"`measure={measure!r}` is unknown; choose one of ['perplexity', 'mean_nll'].")
+        self.trainer = trainer
+        self.output_file = Path(output_file)
+        self.checkpoints = checkpoints
+        self.measure = measure
+        self.dataset = dataset
+        self._steps: list[int] = []
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if (self.trainer.get_tp_size() or 1) > 1:
+            raise InputError(
+                "ConfidenceTrackingCallback gives each process examples of its own, which tensor parallelism does not "
+                "allow. Run it without, or use `confidence_source='file'`."
+            )
+        self._steps = checkpoint_steps(self.checkpoints, state.max_steps, _steps_per_epoch(train_dataloader, args))
+        self._forget_what_comes_later(state.global_step)
+        for step in self._steps:
+            if step <= state.global_step and not self._part(step).is_file():
+                raise InputError(
+                    f"The run is resumed at step {state.global_step}, but {self._part(step)} is missing: the data was "
+                    f"not evaluated at step {step}. Start from the beginning, or from a checkpoint before that step."
+                )
+        with global_then_local_main_first():
+            examples = trained_examples(self.trainer) if self.dataset is None else self.dataset
+            tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+            examples, self._keys_of = with_example_keys(examples, tokenizer.eos_token, args.dataset_text_field)
+        self._examples = examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"])
+        self._num_labels = np.array([sum(label != -100 for label in row[1:]) for row in self._examples["labels"]])
+        lengths = [len(ids) for ids in self._examples["input_ids"]]
+        batch_tokens = args.per_device_eval_batch_size * max(lengths)
+        self._batches = [batch for shard in plan_shards(lengths, batch_tokens) for batch in shard]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self._steps:
+            nll = self._evaluate(state.global_step)
+            if state.is_world_process_zero:
+                table = pa.table({EXAMPLE_KEY: self._examples[EXAMPLE_KEY][:], "nll": nll})
+                write_table(table, self._part(state.global_step))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        steps = [step for step in self._steps if step <= state.global_step]
+        if not steps:
+            logger.warning(f"Training ended before its first checkpoint, so {self.output_file} is not written.")
+        elif state.is_world_process_zero:
+            nll = {step: pq.read_table(self._part(step))["nll"].to_numpy() for step in steps}
+            keys = self._examples[EXAMPLE_KEY][:]
+            write_table(confidence_table(keys, self._num_labels, nll, self.measure, self._keys_of), self.output_file)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _part(self, step: int) -> Path:
+        return self.output_file.with_name(f"{self.output_file.name}.checkpoints") / f"step-{step}.parquet"
+
+    def _forget_what_comes_later(self, global_step: int) -> None:
+        """Of an earlier run in this folder, or of the steps that a killed one lost."""
+        if self.trainer.is_world_process_zero():
+            for part in self._part(0).parent.glob("step-*.parquet"):
+                if int(part.stem.removeprefix("step-")) > global_step:
+                    part.unlink()
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _evaluate(self, step: int) -> np.ndarray:
+        """Mean NLL of each example's labels, NaN without a label; on each process the same."""
+        accelerator, model = self.trainer.accelerator, self.trainer.model_wrapped
+        num_processes, found = accelerator.num_processes, []
+        # Where the model is sharded, all processes have to call it equally often
+        num_rounds = math.ceil(len(self._batches) / num_processes)
+        show_progress = accelerator.is_main_process and not self.trainer.args.disable_tqdm
+        with evaluation_mode(model):
+            for number in tqdm(
+                range(num_rounds), desc=f"Confidence at step {step}", leave=False, disable=not show_progress
+            ):
+                rows = self._batches[(number * num_processes + accelerator.process_index) % len(self._batches)]
+                found += zip(rows, _sum_nll(model, [self._examples[row] for row in rows], accelerator), strict=True)
+        sum_nll = np.full(len(self._examples), np.nan)
+        for row, value in gather_object(found):
+            sum_nll[row] = value
+        nll = np.divide(sum_nll, self._num_labels, out=np.full(len(sum_nll), np.nan), where=self._num_labels > 0)
+        wrong = np.flatnonzero(np.isnan(nll) & (self._num_labels > 0))
+        if len(wrong):
+            raise InputError(
+                f"The perplexity of row {wrong[0]} of the train dataset (key "
+                f"{self._examples[EXAMPLE_KEY][int(wrong[0])]}) is NaN after step {step}, and {len(wrong)} of "
+                f"{len(nll)} are. Training has diverged: lower `learning_rate`, or look at the row."
+            )
+        return nll
+
+
+def _sum_nll(model, examples: list[dict], accelerator) -> list[float]:
+    # The padding token is not looked at: it is masked
+    batch = DataCollatorForLanguageModeling(pad_token_id=0)(
+        [{"input_ids": example["input_ids"], "labels": example["labels"]} for example in examples]
+    )
+    outputs = model(**send_to_device(batch, accelerator.device), fused_lm_head=True)
+    return (-outputs.log_probs.float().cpu().double().sum(1)).tolist()
+
+
+def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epoch: int | None) -> list[int]:
+    """
+    Optimizer steps of a run after which its data is evaluated.
+
+    Args:
+        wanted (`Sequence[int]`, *optional*):
+            What the user wants.
+        max_steps (`int`):
+            Steps of the run.
+        steps_per_epoch (`int`, *optional*):
+            Steps of an epoch, where the data has a length.
+
+    Raises:
+        `InputError`: If the run has no such step.
+    """
+    if wanted is not None:
+        steps = sorted(set(wanted))
+        if not steps or steps[0] < 1 or steps[-1] > max_steps:
+            raise InputError(f"The confidence checkpoints {steps} must be steps of the run, from 1 to {max_steps}.")
+        return steps
+    if steps_per_epoch and max_steps >= 3 * steps_per_epoch:
+        return sorted({*range(steps_per_epoch, max_steps, steps_per_epoch), max_steps})
+    return sorted({max(round(max_steps * part / NUM_CHECKPOINTS), 1) for part in range(1, NUM_CHECKPOINTS + 1)})
+
+
+def _steps_per_epoch(train_dataloader, args) -> int | None:
+    try:
+        return max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
+    except TypeError:  # a stream has no length
+        return None
+
+
+def trained_examples(trainer: SFTTrainer) -> Dataset:
+    """
+    The examples that a trainer trains on, one a row.
+
+    Raises:
+        `InputError`: For streams, and for packing that cuts examples.
+    """
+    dataset = getattr(trainer, "train_examples", None)  # `SFTMixTrainer` keeps them when it packs
+    if dataset is not None:
+        return dataset
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, Dataset):
+        raise InputError("`train_dataset` is a stream, whose examples can't be ranked. Load it without streaming.")
+    if not trainer.args.packing:
+        return dataset
+    if trainer.args.packing_strategy != "bfd":
+        raise InputError(
+            f"`packing_strategy={trainer.args.packing_strategy!r}` cuts examples, so they can't be ranked. Use 'bfd', "
+            "or give ConfidenceTrackingCallback the `dataset` before packing."
+        )
+    return dataset.map(
+        _cut_into_documents,
+        batched=True,
+        remove_columns=dataset.column_names,
+        desc="Cutting packed rows into documents",
+    )
+
+
+def _cut_into_documents(rows: dict[str, list]) -> dict[str, list]:
+    documents = {"input_ids": [], "labels": []}
+    for number, lengths in enumerate(rows["seq_lengths"]):
+        ends = np.cumsum(lengths).tolist()
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            for name, values in documents.items():
+                values.append(rows[name][number][start:end])
+    return documents

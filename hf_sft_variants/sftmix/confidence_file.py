@@ -1,0 +1,229 @@
+"""Confidence of examples as a table: keys, perplexities at checkpoints, ranks, halves; written, read and joined."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from ..errors import InputError
+from ..scoring import EXAMPLE_KEY, add_example_keys
+from .pairing import CONFIDENT, NEITHER, UNCONFIDENT, halves_of_order
+
+
+logger = get_logger(__name__)
+
+# To be raised when the same run would give other values
+FORMAT_VERSION = 1
+
+# exp of more overflows float32 soon; such an example is among the least confident ones anyway
+MAX_NLL = 20.0
+
+_METADATA_KEY = b"hf_sft_variants"
+_TEXT_COLUMNS = ("prompt", "completion", "messages", "tools")
+_HALF_NAMES = {CONFIDENT: "confident", UNCONFIDENT: "unconfident", NEITHER: None}
+
+
+def with_example_keys(dataset: Dataset, eos_token: str | None, text_field: str) -> tuple[Dataset, str]:
+    """
+    Add the column `example_key` to a prepared data set, unless it has one: the same whatever model it is prepared for.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Tokenized, not packed, with the columns it was made of.
+        eos_token (`str`, *optional*):
+            The tokenizer's end of sequence, which `SFTTrainer` appended to plain texts.
+        text_field (`str`):
+            Column of a plain text.
+
+    Returns:
+        `tuple[Dataset, str]`: The data set, and what the keys are made of: `"column"` (they were there), `"text"`
+        (texts or messages), or `"tokens"` (`input_ids` and `labels`, where there is nothing else).
+
+    Raises:
+        `InputError`: If two examples of the data set's own have the same key.
+    """
+    if EXAMPLE_KEY in dataset.column_names:
+        if len(set(dataset[EXAMPLE_KEY])) < len(dataset):
+            raise InputError(f"Column `{EXAMPLE_KEY}` names two examples the same. Give each a key of its own.")
+        return dataset, "column"
+    columns = [name for name in (*_TEXT_COLUMNS, text_field) if name in dataset.column_names]
+    made_of = "text" if columns else "tokens"
+    content = dataset.select_columns(columns or ["input_ids", "labels"])
+    content = content.map(
+        _content,
+        fn_kwargs={"eos_token": eos_token or ""},
+        remove_columns=content.column_names,
+        desc="Reading examples",
+    )
+    content = add_example_keys(content, ["content"])
+    fingerprint = hashlib.sha256(f"{dataset._fingerprint} {content._fingerprint}".encode()).hexdigest()[:16]
+    return dataset.add_column(EXAMPLE_KEY, list(content[EXAMPLE_KEY]), new_fingerprint=fingerprint), made_of
+
+
+def _content(example: dict[str, Any], eos_token: str) -> dict[str, str]:
+    values = {
+        name: value.removesuffix(eos_token) if isinstance(value, str) else value for name, value in example.items()
+    }
+    return {"content": json.dumps(values, ensure_ascii=False, sort_keys=True)}
+
+
+def perplexity(nll: np.ndarray) -> np.ndarray:
+    """exp of a mean negative log-likelihood in nats, which is cut off at `MAX_NLL` first."""
+    return np.exp(np.minimum(nll, MAX_NLL))
+
+
+def order_by_confidence(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> np.ndarray:
+    """
+    Numbers of the examples, the most confident one first. Ties go by mean NLL, then by number; an example without a
+    value (NaN) is left out.
+    """
+    by = (mean_nll, mean_perplexity) if measure == "perplexity" else (mean_nll,)
+    order = np.lexsort(by)  # the last one counts first; stable
+    return order[~np.isnan(mean_nll[order])]
+
+
+def confidence_table(
+    keys: list[str], num_labels: np.ndarray, nll: dict[int, np.ndarray], measure: str, keys_of: str
+) -> pa.Table:
+    """
+    Rank examples by what checkpoints say of them.
+
+    Args:
+        keys (`list[str]`):
+            Their keys.
+        num_labels (`np.ndarray`):
+            Number of labels of each.
+        nll (`dict[int, np.ndarray]`):
+            Step of each checkpoint to the mean NLL of each example's labels, in nats; NaN without a label.
+        measure (`str`):
+            `"perplexity"` or `"mean_nll"`.
+        keys_of (`str`):
+            What the keys are made of.
+
+    Returns:
+        `pa.Table`: The columns that [`ConfidenceTrackingCallback`] documents.
+    """
+    columns = {EXAMPLE_KEY: keys, "num_labels": num_labels}
+    for step, values in nll.items():
+        columns[f"nll_{step}"] = values
+        columns[f"perplexity_{step}"] = perplexity(values)
+    columns["mean_nll"] = np.mean(list(nll.values()), axis=0)
+    columns["mean_perplexity"] = np.mean([perplexity(values) for values in nll.values()], axis=0)
+    order = order_by_confidence(columns["mean_perplexity"], columns["mean_nll"], measure)
+    ranks = np.full(len(keys), -1)
+    ranks[order] = np.arange(len(order))
+    columns["rank"] = pa.array(ranks, mask=ranks < 0)
+    halves = halves_of_order(order, len(keys)).tolist()
+    columns["half"] = pa.array([_HALF_NAMES[half] for half in halves], pa.string())
+    table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
+    description = {"version": FORMAT_VERSION, "measure": measure, "steps": list(nll), "keys": keys_of}
+    return table.replace_schema_metadata({_METADATA_KEY: json.dumps(description)})
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    pq.write_table(table, partial)
+    partial.replace(path)
+
+
+def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_missing: bool = False) -> torch.Tensor:
+    """
+    Split the examples of a data set by a confidence file, which may stand in another order and have more examples.
+
+    Args:
+        path (`str` or `Path`):
+            What [`ConfidenceTrackingCallback`] wrote. Needed are the columns `example_key`, `mean_nll` and
+            `mean_perplexity`.
+        examples ([`~datasets.Dataset`]):
+            Prepared examples with `example_key`, `input_ids`, `labels` and `num_labels`.
+        measure (`str`):
+            `"perplexity"` or `"mean_nll"`.
+        skip_missing (`bool`, *optional*, defaults to `False`):
+            Whether an example that is not in the file is in neither half, rather than an error.
+
+    Returns:
+        `torch.Tensor` of shape `(len(examples),)`: The half of each example.
+
+    Raises:
+        `InputError`: If the file can't be read or has no such columns, lacks an example, or has no number for it.
+    """
+    table, keys_of = _read(path)
+    if keys_of == "tokens":
+        tokens, _ = with_example_keys(examples.select_columns(["input_ids", "labels"]), None, "")
+        keys = tokens[EXAMPLE_KEY]
+    else:
+        keys = examples[EXAMPLE_KEY]
+    values = np.full((2, len(examples)), np.nan)
+    row_of_key = {key: row for row, key in enumerate(table[EXAMPLE_KEY].to_pylist())}
+    has_labels = np.array(examples["num_labels"]) > 0
+    rows = np.array([row_of_key.get(key, -1) for key in keys])
+    missing = np.flatnonzero((rows < 0) & has_labels)
+    if len(missing) and (not skip_missing or len(missing) == has_labels.sum()):
+        _refuse_missing(path, missing[0], keys[int(missing[0])], len(missing), has_labels.sum())
+    if len(missing):
+        logger.warning(f"{len(missing)} of {len(examples)} examples are not in {path}; they have no partner.")
+    found = np.flatnonzero((rows >= 0) & has_labels)
+    for part, name in zip(values, ("mean_perplexity", "mean_nll"), strict=True):
+        part[found] = table[name].to_numpy()[rows[found]]
+    without_number = found[np.isnan(values[:, found]).any(0)]
+    if len(without_number):
+        raise InputError(
+            f"Row {without_number[0]} of the train dataset (key {keys[int(without_number[0])]}) has no perplexity in "
+            f"{path}: it is NaN or null there. Write the file again, or remove the row."
+        )
+    return split_in_halves(*values, measure)
+
+
+def _read(path: str | Path) -> tuple[pa.Table, str]:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(
+            f"`confidence_file={str(path)!r}` can't be read: {error} Give a Parquet file that "
+            "`ConfidenceTrackingCallback` wrote."
+        ) from error
+    missing = {EXAMPLE_KEY, "mean_nll", "mean_perplexity"} - set(table.column_names)
+    if missing:
+        raise InputError(
+            f"`confidence_file={str(path)!r}` has no column `{min(missing)}`, only {table.column_names}. Give a file "
+            "that `ConfidenceTrackingCallback` wrote."
+        )
+    description = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}"))
+    return table, description.get("keys", "column")
+
+
+def _refuse_missing(path, row: int, key: str, num_missing: int, num_examples: int):
+    if num_missing == num_examples:
+        raise InputError(
+            f"The confidence in {path} is that of another data set: none of the {num_examples} examples of the train "
+            f"dataset is in it (the first has the key {key}). Give the file of this data set."
+        )
+    raise InputError(
+        f"Row {row} of the train dataset (key {key}) is not in {path}, and {num_missing} of {num_examples} are not. "
+        "Give the file of this data set, or remove the rows."
+    )
+
+
+def split_in_halves(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> torch.Tensor:
+    """
+    Split examples at the median of their confidence, by rank.
+
+    Returns:
+        `torch.Tensor` of shape `(num_examples,)`: `CONFIDENT`, `UNCONFIDENT` or `NEITHER`.
+
+    Raises:
+        `InputError`: If fewer than two examples have a confidence.
+    """
+    order = order_by_confidence(mean_perplexity, mean_nll, measure)
+    if len(order) < 2:
+        raise InputError(f"{len(order)} example of the train dataset has labels, but a pair takes two. Add examples.")
+    return halves_of_order(order, len(mean_nll))

@@ -1,0 +1,203 @@
+import math
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class SFTMixConfig(SFTConfig):
+    r"""
+    Configuration class for the [`SFTMixTrainer`].
+
+    Only the parameters that [`~trl.SFTConfig`] does not have are listed. Method: [SFTMix: mixup between confident and
+    unconfident examples](https://huggingface.co/papers/2410.05248).
+
+    Parameters of the loss, \\( \text{ntp\_weight} \cdot L_\text{NTP} + \mu \cdot L_\text{Mixup} \\):
+        mixup_weight (`float`, *optional*, defaults to `0.2`):
+            Weight μ of the mixup loss. 0 is the control without mixup but with the same batches.
+        mixup_alpha (`float`, *optional*, defaults to `0.5`):
+            Each pair is mixed with λ ~ Beta(α, α).
+        ntp_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the next-token loss of all examples. 0 is the control with the mixup loss only.
+
+    Parameters of the pairs:
+        confidence_split (`str`, *optional*, defaults to `"confidence"`):
+            Which examples are partners: of the `"confidence"` halves one each, or of `"random"` halves, the control.
+            A random split needs no confidence. With `packing_strategy="wrapped"` or `"bfd_split"` and with streams,
+            only a random split is possible, and its pairs are drawn inside the micro-batch.
+        pair_sampling (`bool`, *optional*, defaults to `True`):
+            Whether every micro-batch holds whole pairs, drawn anew each epoch; of packed data, whether pairs are drawn
+            in the micro-batch. `False`, with `mixup_weight=0` only, is `SFTTrainer`'s own sampling.
+        pair_similar_lengths (`bool`, *optional*, defaults to `False`):
+            Whether partners, and pairs of one micro-batch, have similar numbers of labels: only the common length is
+            mixed. For data that is not packed; as `train_sampling_strategy="group_by_length"` otherwise.
+
+    Parameters of the confidence, the negative mean perplexity of an example's labels over the checkpoints of a run:
+        confidence_source (`str`, *optional*, defaults to `"reference"`):
+            - `"reference"`: `train()` first trains a reference model by ordinary supervised fine-tuning on the same
+              data and with the same arguments, kept in `<output_dir>/reference`, and begins again from the start.
+            - `"file"`: a file that [`ConfidenceTrackingCallback`] wrote, `confidence_file`: of a run of your own, or
+              `reference/confidence.parquet` of another run on the same data.
+            - `"online"`: what training itself sees of each example. Nothing is mixed in the first epoch. An
+              approximation: no two examples are seen by the same weights, and dropout is on.
+        confidence_file (`str`, *optional*):
+            For `confidence_source="file"`: the Parquet file.
+        reference_model (`str`, *optional*):
+            For `confidence_source="reference"`: id or path of another model to train, of any architecture and with any
+            tokenizer. By default the reference starts as the model that is trained.
+        confidence_checkpoints (`list[int]`, *optional*):
+            For `confidence_source="reference"`: optimizer steps after which the data is evaluated. By default the end
+            of each epoch of three or more, otherwise three evenly spaced steps, the last one included. The paper does
+            not say.
+        confidence_measure (`str`, *optional*, defaults to `"perplexity"`):
+            What is averaged over the checkpoints: `"perplexity"`, the paper's, or `"mean_nll"`.
+    """
+
+    mixup_weight: float = field(
+        default=0.2,
+        metadata={"help": "Weight of the mixup loss; 0 is no mixup."},
+    )
+    mixup_alpha: float = field(
+        default=0.5,
+        metadata={"help": "Each pair is mixed with a share drawn from Beta(mixup_alpha, mixup_alpha)."},
+    )
+    ntp_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the next-token loss; 0 is mixup only."},
+    )
+    confidence_split: str = field(
+        default="confidence",
+        metadata={"help": "Which examples are partners.", "choices": ["confidence", "random"]},
+    )
+    pair_sampling: bool = field(
+        default=True,
+        metadata={"help": "Whether micro-batches hold pairs; False, with mixup_weight=0, is SFTTrainer's sampling."},
+    )
+    pair_similar_lengths: bool = field(
+        default=False,
+        metadata={"help": "Whether partners have similar numbers of labels."},
+    )
+    confidence_source: str = field(
+        default="reference",
+        metadata={
+            "help": "Where the confidence comes from: a reference run, the training itself, or a file.",
+            "choices": ["reference", "online", "file"],
+        },
+    )
+    confidence_file: str | None = field(
+        default=None,
+        metadata={"help": "For confidence_source='file': Parquet file that ConfidenceTrackingCallback wrote."},
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "For confidence_source='reference': id or path of another model to train first."},
+    )
+    confidence_checkpoints: list[int] | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps of the reference run after which the data is evaluated."},
+    )
+    confidence_measure: str = field(
+        default="perplexity",
+        metadata={"help": "What is averaged over the checkpoints.", "choices": ["perplexity", "mean_nll"]},
+    )
+
+    @property
+    def needs_confidence(self) -> bool:
+        """Whether pairs depend on the examples' confidence."""
+        return self.pair_sampling and self.confidence_split == "confidence"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference model has to be trained."""
+        return self.needs_confidence and self.confidence_source == "reference"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("confidence_split", "confidence_source", "confidence_measure"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {choices}.")
+        self._check_weights()
+        self._check_source()
+        if self.pair_sampling:
+            self._check_batches()
+        self._check_data()
+
+    def _check_weights(self) -> None:
+        for name in ("mixup_weight", "ntp_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"`{name}` must be a number of 0 or more, got {getattr(self, name)!r}.")
+        if self.mixup_weight == self.ntp_weight == 0:
+            raise ValueError("`mixup_weight` and `ntp_weight` are both 0, which leaves no loss: set one of them.")
+        if not (math.isfinite(self.mixup_alpha) and self.mixup_alpha > 0):
+            raise ValueError(f"`mixup_alpha` must be a number above 0, got {self.mixup_alpha!r}.")
+        if not self.pair_sampling and self.mixup_weight > 0:
+            raise ValueError(
+                f"`pair_sampling=False` leaves no pairs for `mixup_weight={self.mixup_weight}`: set `mixup_weight=0`, "
+                "or leave `pair_sampling` at True."
+            )
+        if self.pair_similar_lengths and (self.packing or not self.pair_sampling):
+            reason = "`packing=True`, which fills rows" if self.packing else "`pair_sampling=False`"
+            raise ValueError(f"`pair_similar_lengths=True` has no effect with {reason}: set it to False.")
+
+    def _check_source(self) -> None:
+        source = self.confidence_source if self.needs_confidence else None
+        for name, its_source in (
+            ("confidence_file", "file"),
+            ("reference_model", "reference"),
+            ("confidence_checkpoints", "reference"),
+        ):
+            if getattr(self, name) is not None and source != its_source:
+                reason = f"`confidence_source` is {source!r}" if source else "no confidence is needed here"
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is used with `confidence_source={its_source!r}` only, but "
+                    f"{reason}. Remove it."
+                )
+        checkpoints = self.confidence_checkpoints
+        if checkpoints is not None and (not checkpoints or min(checkpoints) < 1):
+            raise ValueError(f"`confidence_checkpoints={checkpoints}` must be one or more steps, counted from 1.")
+        if source == "file" and self.confidence_file is None:
+            raise ValueError("`confidence_source='file'` needs `confidence_file`, the path of a Parquet file.")
+        if source == "online" and self.max_steps <= 0 and self.num_train_epochs < 2:
+            raise ValueError(
+                f"`confidence_source='online'` mixes from the second epoch on, but `num_train_epochs` is "
+                f"{self.num_train_epochs:g}. Train for 2 or more epochs, or choose another source."
+            )
+
+    def _check_batches(self) -> None:
+        if self.packing:
+            return
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` has no effect with `pair_sampling=True`, "
+                "which draws pairs in an order of its own. Leave it at 'random'; `pair_similar_lengths=True` groups "
+                "by length."
+            )
+        if self.confidence_split == "random":
+            return
+        is_split = self.accelerator_config.split_batches
+        num_rows = self.per_device_train_batch_size // (self.world_size if is_split else 1)
+        if num_rows % 2 == 1:
+            raise ValueError(
+                f"`per_device_train_batch_size={self.per_device_train_batch_size}` gives a process {num_rows} rows, "
+                "which are no whole pairs: make it even, or set `confidence_split='random'`."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size=True` may choose a batch that holds no whole pairs: set "
+                "`per_device_train_batch_size` yourself."
+            )
+
+    def _check_data(self) -> None:
+        if self.needs_confidence and self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"`packing_strategy={self.packing_strategy!r}` cuts examples, so their confidence has no place: use "
+                "'bfd', or set `confidence_split='random'`."
+            )
+        is_unprepared = (self.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+        if is_unprepared and (self.needs_confidence or self.pair_similar_lengths):
+            raise ValueError(
+                "`dataset_kwargs={'skip_prepare_dataset': True}` leaves the examples without the numbers that pairs "
+                "go by: remove it (tokenized rows are accepted), or set `confidence_split='random'` and "
+                "`pair_similar_lengths=False`."
+            )

@@ -1,0 +1,211 @@
+"""Halves, the sampler of pairs, partners inside a micro-batch, and λ."""
+
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
+
+from hf_sft_variants.base.trl_internals import DataCollatorForLanguageModeling
+from hf_sft_variants.sftmix.mixing import Document, documents_of, draw_pairs, mixup_inputs
+from hf_sft_variants.sftmix.pairing import (
+    CONFIDENT,
+    NEITHER,
+    UNCONFIDENT,
+    PairSampler,
+    halves_of_order,
+    random_halves,
+)
+
+
+halves_strategy = st.lists(st.sampled_from([CONFIDENT, UNCONFIDENT, NEITHER]), min_size=1, max_size=60).map(
+    lambda halves: torch.tensor(halves, dtype=torch.int8)
+)
+
+
+@given(num_examples=st.integers(0, 50), seed=st.integers(-5, 5))
+@settings(deadline=None)
+def test_random_halves_are_equal(num_examples, seed):
+    counts = Counter(random_halves(num_examples, seed).tolist())
+    assert counts[CONFIDENT] == counts[UNCONFIDENT] == num_examples // 2
+    assert counts[NEITHER] == num_examples % 2
+    assert torch.equal(random_halves(num_examples, seed), random_halves(num_examples, seed))
+
+
+def test_halves_of_an_order():
+    halves = halves_of_order(np.array([4, 0, 3]), 6)
+    assert halves.tolist() == [NEITHER, NEITHER, NEITHER, UNCONFIDENT, CONFIDENT, NEITHER]
+
+
+class TestSampler:
+    @given(
+        halves=halves_strategy, seed=st.integers(0, 3), epoch=st.integers(0, 3), batch_size=st.sampled_from([2, 4, 6])
+    )
+    @settings(deadline=None)
+    def test_whole_pairs_without_replacement(self, halves, seed, epoch, batch_size):
+        for num_labels in (None, np.arange(len(halves)) % 7):
+            sampler = PairSampler(halves, seed, num_labels, batch_size)
+            sampler.set_epoch(epoch)
+            rows = list(sampler)
+            assert sorted(rows) == list(range(len(sampler))) == list(range(len(halves)))
+            assert rows == list(sampler)  # the epoch's order, however often it is asked for
+            num_pairs = min((halves == half).sum() for half in (CONFIDENT, UNCONFIDENT))
+            in_order = halves[rows].tolist()
+            assert in_order[: 2 * num_pairs] == [CONFIDENT, UNCONFIDENT] * num_pairs
+            assert len(set(in_order[2 * num_pairs :]) - {NEITHER}) <= 1  # no two of the others could be partners
+
+    @pytest.mark.parametrize("num_labels", [None, np.arange(200) % 13])
+    def test_partners_are_drawn_anew_each_epoch(self, num_labels):
+        sampler = PairSampler(random_halves(200, 0), 0, num_labels, 4)
+        partners = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            rows = list(sampler)
+            partners.append(set(zip(rows[::2], rows[1::2], strict=True)))
+        assert max(len(partners[i] & partners[j]) for i, j in ((0, 1), (0, 2), (1, 2))) < 30
+        other_seed = PairSampler(random_halves(200, 0), 1, num_labels, 4)
+        assert list(other_seed) != list(PairSampler(random_halves(200, 0), 0, num_labels, 4))
+
+    def test_similar_lengths(self):
+        num_labels = np.random.default_rng(0).integers(1, 300, 2000)
+        halves = random_halves(2000, 0)
+
+        def of_partners_and_batches(sampler):
+            lengths = num_labels[list(sampler)]
+            return np.abs(lengths[::2] - lengths[1::2]).mean(), np.ptp(lengths.reshape(-1, 8), axis=1).mean()
+
+        sampler = PairSampler(halves, 0, num_labels, 8)
+        plain, grouped = map(of_partners_and_batches, (PairSampler(halves, 0), sampler))
+        assert grouped[0] < plain[0] / 5 and grouped[1] < plain[1] / 4
+        means = num_labels[list(sampler)].reshape(5, -1).mean(1)
+        assert np.ptp(means) < 40  # lengths do not go down over the epoch
+
+    @pytest.mark.parametrize("batch_size", [2, 4])
+    @pytest.mark.parametrize("num_examples", [16, 24, 22])
+    def test_whole_pairs_on_each_process(self, batch_size, num_examples):
+        halves = random_halves(num_examples, 5)
+        for process in range(3):
+            batches = BatchSampler(PairSampler(halves, 0), batch_size, drop_last=False)
+            for rows in BatchSamplerShard(batches, num_processes=3, process_index=process):
+                assert halves[rows].tolist() == [CONFIDENT, UNCONFIDENT] * (batch_size // 2)
+
+    def test_before_the_split_is_known_all_rows_come_in_random_order(self):
+        rows = list(PairSampler(torch.full((50,), NEITHER, dtype=torch.int8), 0))
+        assert sorted(rows) == list(range(50)) != rows
+
+
+# Inside a micro-batch
+
+ROWS = [
+    {"input_ids": [11, 12, 13, 14], "labels": [-100, 12, 13, 14]},
+    {"input_ids": [21, 22], "labels": [-100, -100]},
+    {"input_ids": [31, 32, 33], "labels": [31, -100, 33]},
+    {"input_ids": [41, 42, 43, 44, 45], "labels": [-100, -100, 43, 44, 45]},
+]
+
+
+def collate(rows, **options):
+    inputs = DataCollatorForLanguageModeling(pad_token_id=0, **options)(rows)
+    numbers = [[number] * len(row["input_ids"]) for number, row in enumerate(rows)]
+    if inputs["input_ids"].size(0) == 1:
+        numbers = [list(chain(*numbers))]
+    inputs["example_number"] = torch.full(inputs["input_ids"].shape, -1)
+    for row, values in enumerate(numbers):
+        inputs["example_number"][row, : len(values)] = torch.tensor(values)
+    return inputs
+
+
+def labels_at(inputs, positions):
+    return inputs["labels"][:, 1:][positions[:, 0], positions[:, 1]].tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"padding_free": True, "pad_to_multiple_of": 8}])
+def test_documents(options):
+    inputs = collate(ROWS, **options)
+    documents = documents_of(inputs, torch.tensor([1, 1, 0, -1], dtype=torch.int8))
+    assert [(document.number, document.half) for document in documents] == [(0, 1), (2, 0), (3, -1)]
+    assert [labels_at(inputs, document.positions) for document in documents] == [[12, 13, 14], [33], [43, 44, 45]]
+    assert all((document.positions[:, 1] < 0).all() for document in documents)  # from the end of the row
+
+
+def test_documents_without_numbers_are_known_by_their_labels():
+    padded, packed = (documents_of(collate(ROWS, **o), None) for o in ({}, {"padding_free": True}))
+    assert [document.half for document in padded] == [CONFIDENT, UNCONFIDENT, CONFIDENT]
+    assert [document.number for document in padded] == [document.number for document in packed]
+    assert len({document.number for document in padded}) == 3
+
+
+def made_up_documents(halves, first_number=0):
+    return [
+        Document(first_number + i, half, torch.tensor([[i, -j] for j in range(i + 1, 0, -1)]))
+        for i, half in enumerate(halves)
+    ]
+
+
+class TestPairs:
+    def test_in_order(self):
+        documents = made_up_documents([1, 1, 0, -1, 1, 0])
+        pairs = draw_pairs(documents, seed=0, step=0, shuffle=False)
+        assert [(first.number, second.number) for first, second in pairs] == [(0, 2), (1, 5)]
+
+    @given(halves=halves_strategy, data=st.data())
+    @settings(max_examples=30, deadline=None)
+    def test_shuffled(self, halves, data):
+        documents = made_up_documents(halves.tolist())
+        pairs = draw_pairs(documents, seed=0, step=7, shuffle=True)
+        assert all((first.half, second.half) == (CONFIDENT, UNCONFIDENT) for first, second in pairs)
+        numbers = [document.number for pair in pairs for document in pair]
+        assert len(set(numbers)) == len(numbers)
+        assert len(pairs) == min((halves == half).sum() for half in (CONFIDENT, UNCONFIDENT))
+        permuted = data.draw(st.permutations(documents))
+        again = draw_pairs(permuted, seed=0, step=7, shuffle=True)
+        assert [(a.number, b.number) for a, b in pairs] == [(a.number, b.number) for a, b in again]
+
+    def test_shuffled_anew_at_each_step(self):
+        documents = made_up_documents([1, 0] * 10)
+        drawn = {
+            tuple((a.number, b.number) for a, b in draw_pairs(documents, 0, step, shuffle=True)) for step in range(9)
+        }
+        assert len(drawn) == 9
+
+    def test_positions_up_to_the_common_length(self):
+        short, long = made_up_documents([1, -1, -1, 0])[0], made_up_documents([1, -1, -1, 0])[3]
+        mixup = mixup_inputs([(short, long), (long, long)], 0.5, 0, 0, torch.device("cpu"))
+        assert mixup["mixup_first"].tolist() == [[0, -1], [3, -4], [3, -3], [3, -2], [3, -1]]
+        assert mixup["mixup_second"].tolist() == [[3, -4], [3, -4], [3, -3], [3, -2], [3, -1]]
+        assert len(set(mixup["mixup_weights"])) == 2 and len(mixup["mixup_weights"]) == 5
+
+    def test_none(self):
+        mixup = mixup_inputs([], 0.5, 0, 0, torch.device("cpu"))
+        assert mixup["mixup_first"].shape == mixup["mixup_second"].shape == (0, 2)
+        assert mixup["mixup_first"].dtype == torch.long and mixup["mixup_weights"] == []
+
+
+class TestLambda:
+    def draw(self, pairs, alpha=0.5, seed=0, step=0):
+        documents = [[Document(number, 0, torch.tensor([[0, -1]])) for number in pair] for pair in pairs]
+        return np.array(mixup_inputs(documents, alpha, seed, step, torch.device("cpu"))["mixup_weights"])
+
+    @pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
+    def test_is_beta_distributed_and_independent(self, alpha):
+        pairs = [(first, second) for first in range(60) for second in range(60)]
+        drawn = self.draw(pairs, alpha).reshape(60, 60)
+        assert drawn.mean() == pytest.approx(0.5, abs=0.02)
+        assert drawn.var() == pytest.approx(1 / (8 * alpha + 4), rel=0.06)
+        for by_number in (drawn, drawn.T):  # neither the first nor the second number makes neighbours alike
+            assert abs(np.corrcoef(by_number[1:].flatten(), by_number[:-1].flatten())[0, 1]) < 0.06
+
+    def test_is_a_function_of_seed_step_and_numbers(self):
+        first, second = self.draw([(3, 5), (5, 3)]), self.draw([(5, 3), (3, 5)])
+        assert first[0] == second[1] != first[1] == second[0]
+        assert self.draw([(3, 5)], step=1) != self.draw([(3, 5)]) != self.draw([(3, 5)], seed=1)
+        assert self.draw([(3, 5)], seed=-1) == self.draw([(3, 5)], seed=-1)
+
+    def test_is_float32(self):
+        drawn = self.draw([(1, 2), (3, 4)])
+        assert (drawn == drawn.astype(np.float32)).all() and ((drawn >= 0) & (drawn <= 1)).all()

@@ -1,0 +1,358 @@
+"""The whole run: reference and mixup, killed anywhere and resumed; and confidence seen in training itself."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import SMALL
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants import ConfidenceTrackingCallback, SFTMixConfig, SFTMixTrainer
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.scoring import EXAMPLE_KEY
+
+
+# Twelve rows: three steps in an epoch, six in a run
+RUN = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 2}
+
+
+class Killed(Exception):
+    """Stands in for the signal."""
+
+
+def kill_at(number, monkeypatch):
+    """Let the process end in this training step, counted over both phases."""
+    calls, training_step = [], SFTTrainer.training_step
+
+    def counted(self, *args, **kwargs):
+        calls.append(type(self))
+        if len(calls) == number:
+            raise Killed
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", counted)
+    return calls
+
+
+def lora():
+    return LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2)
+
+
+# Adapters are changed by the trainer that gets them
+KINDS = {
+    "full": dict,
+    "lora": lambda: {"peft_config": lora()},
+    "packed": lambda: {"packing": True, "max_length": 60},
+}
+
+
+def train(model, tokenizer, rows, folder, resume=None, **options):
+    """A run as a process of its own would do it."""
+    set_seed(len(os.listdir(folder)) if folder.exists() else 99)  # the start must not depend on what was before
+    options = {"save_strategy": "steps", **RUN, **options}
+    trainer = helpers.make_trainer(SFTMixTrainer, SFTMixConfig, model, tokenizer, rows, folder, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def assert_same_weights(first, second):
+    first, second = (x.model.state_dict() if isinstance(x, SFTTrainer) else x.state_dict() for x in (first, second))
+    assert first.keys() == second.keys()
+    for name, weights in first.items():
+        assert torch.equal(weights, second[name]), name
+
+
+class TestTwoPhases:
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_reference_is_the_baseline_and_mixup_starts_anew(
+        self, tiny_model, tokenizer, chat_rows, tmp_path, packing
+    ):
+        arguments = (tiny_model, tokenizer, chat_rows)
+        options = {"packing": packing, "max_length": 60, "save_strategy": "no"}
+        ours = train(*arguments, tmp_path / "ours", **options)
+        plain = helpers.make_trainer(SFTTrainer, SFTConfig, *arguments, tmp_path / "plain", **{**RUN, **options})
+        plain.add_callback(ConfidenceTrackingCallback(plain, tmp_path / "plain" / "confidence.parquet"))
+        plain.train()
+        reference = tmp_path / "ours" / "reference"
+        assert_same_weights(AutoModelForCausalLM.from_pretrained(reference), plain)
+        assert (reference / "tokenizer.json").is_file() and (reference / "trainer_state.json").is_file()
+        by_ours, by_plain = (pq.read_table(f / "confidence.parquet") for f in (reference, tmp_path / "plain"))
+        for name in by_plain.column_names[1:]:
+            same = sorted(by_ours[name].to_pylist(), key=str), sorted(by_plain[name].to_pylist(), key=str)
+            assert same[0] == (pytest.approx(same[1], rel=1e-5) if "half" not in name else same[1])
+        # The same as a run with the file, which knows no reference phase
+        source = {"confidence_source": "file", "confidence_file": str(reference / "confidence.parquet")}
+        from_file = train(*arguments, tmp_path / "file", **options, **source)
+        assert torch.equal(ours.halves, from_file.halves) and ours.halves.sum() == 6
+        assert_same_weights(ours, from_file)
+        assert_same_weights(tiny_model, helpers.make_trainer(SFTTrainer, SFTConfig, *arguments, tmp_path))
+
+    @pytest.mark.parametrize("is_quantized", [False, True])
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_lora(self, tiny_model, tokenizer, chat_rows, tmp_path, by_name, is_quantized):
+        """The reference is the adapter that `SFTTrainer` trains, be the model loaded again or copied."""
+        start = tmp_path / "start"
+        tiny_model.config.update({"hidden_size": 64, "head_dim": 16})  # less, and bitsandbytes can't compute
+        type(tiny_model)(tiny_model.config).save_pretrained(start)
+        tokenizer.save_pretrained(start)
+        quantization = None
+        if is_quantized:
+            pytest.importorskip("bitsandbytes")
+            quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        for trainer_class, config_class in ((SFTMixTrainer, SFTMixConfig), (SFTTrainer, SFTConfig)):
+            folder = tmp_path / trainer_class.__name__
+            model = str(start)
+            if not by_name:
+                model = AutoModelForCausalLM.from_pretrained(start, quantization_config=quantization)
+            trainer = trainer_class(
+                model,
+                config_class(str(folder), **SMALL, **RUN, save_strategy="no"),
+                train_dataset=chat_rows,
+                processing_class=tokenizer,
+                peft_config=lora(),
+                quantization_config=quantization if by_name else None,
+            )
+            if is_quantized and trainer_class is SFTTrainer:
+                # On CPUs with bfloat16 bitsandbytes rounds the scales of a model that is evaluated
+                trainer.add_callback(ConfidenceTrackingCallback(trainer, tmp_path / "confidence.parquet"))
+            trainer.train()
+            trainer.save_model()
+        mixed, reference, plain = (
+            load_file(tmp_path / folder / "adapter_model.safetensors")
+            for folder in ("SFTMixTrainer", "SFTMixTrainer/reference", "SFTTrainer")
+        )
+        assert all(torch.equal(weights, plain[name]) for name, weights in reference.items())
+        assert not all(torch.equal(weights, plain[name]) for name, weights in mixed.items())
+
+    def test_another_reference_model(self, tiny_model, tokenizer, chat_rows, token_rows, tmp_path):
+        from tokenizers_on_the_spot import byte_fallback
+
+        other_tokenizer = byte_fallback()
+        other_tokenizer.pad_token, other_tokenizer.chat_template = "<unk>", tokenizer.chat_template
+        config = GPT2Config(vocab_size=len(other_tokenizer), n_positions=256, n_embd=16, n_layer=1, n_head=2)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "other")
+        other_tokenizer.save_pretrained(tmp_path / "other")
+        options = {"reference_model": str(tmp_path / "other"), "confidence_checkpoints": [2, 5]}
+        rows = chat_rows.map(as_text, remove_columns=chat_rows.column_names)
+        ours = train(tiny_model, tokenizer, rows, tmp_path / "run", **options)
+        table = pq.read_table(tmp_path / "run" / "reference" / "confidence.parquet")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "reference").config.model_type == "gpt2"
+        assert [name for name in table.column_names if name.startswith("nll")] == ["nll_2", "nll_5"]
+        half = dict(zip(table[EXAMPLE_KEY].to_pylist(), table["half"].to_pylist(), strict=True))
+        assert ours.halves.tolist() == [int(half[key] == "confident") for key in ours.example_keys]
+        with pytest.raises(ValueError, match="has another vocabulary than the trained model"):
+            train(tiny_model, tokenizer, token_rows, tmp_path / "tokens", **options)
+
+    def test_a_finished_reference_is_used_again(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch, caplog):
+        first = train(tiny_model, tokenizer, chat_rows, tmp_path)
+        calls = kill_at(None, monkeypatch)
+        second = train(tiny_model, tokenizer, chat_rows, tmp_path)
+        assert set(calls) == {SFTMixTrainer} and "reference/confidence.parquet is used" in caplog.text
+        assert_same_weights(first, second)
+        with pytest.raises(InputError, match="is that of another data set"):
+            train(tiny_model, tokenizer, chat_rows.map(change_question), tmp_path)
+
+    def test_the_reference_is_gone_when_mixup_begins(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
+        alive, training_step = [], SFTTrainer.training_step
+
+        def look(self, *args, **kwargs):
+            if type(self) is SFTTrainer and not alive:
+                alive.extend([weakref.ref(self), weakref.ref(self.model)])
+            elif type(self) is SFTMixTrainer:
+                assert [reference() for reference in alive] == [None, None]
+            return training_step(self, *args, **kwargs)
+
+        monkeypatch.setattr(SFTTrainer, "training_step", look)
+        train(tiny_model, tokenizer, chat_rows, tmp_path, save_strategy="no")
+
+    def test_refusals(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        with pytest.raises(InputError, match="`resume_from_checkpoint=True`, but `output_dir='.*'` has no checkpoint"):
+            train(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
+        args = SFTMixConfig(str(tmp_path), **SMALL)
+        optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.1)
+        with pytest.raises(InputError, match="`optimizers` belong to the model that is trained"):
+            SFTMixTrainer(
+                tiny_model, args, train_dataset=chat_rows, processing_class=tokenizer, optimizers=(optimizer, None)
+            )
+
+
+def as_text(row):
+    return {"text": row["prompt"][0]["content"] + row["completion"][0]["content"] + "<|end|>"}
+
+
+def change_question(row):
+    return {"prompt": [{"role": "user", "content": row["prompt"][0]["content"] + "?"}]}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model_factory, tokenizer, chat_rows, tmp_path_factory):
+    """Runs that nobody stops, one of each kind."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return {
+        kind: train(tiny_model_factory(), tokenizer, chat_rows, folder / kind, **options())
+        for kind, options in KINDS.items()
+    }
+
+
+class TestKilledAndResumed:
+    """Each phase has six steps, with checkpoints after steps 2, 4 and 6."""
+
+    @pytest.mark.parametrize(
+        "kind, step, steps_left",
+        [
+            *[("full", step, left) for step, left in ((2, 12), (4, 10), (6, 8), (7, 6), (10, 4))],
+            *[("lora", 6, 8), ("lora", 7, 6), ("lora", 10, 4), ("packed", 4, 10), ("packed", 9, 4)],
+        ],
+    )
+    def test_same_weights(
+        self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch, unbroken, kind, step, steps_left
+    ):
+        arguments, options = (tiny_model, tokenizer, chat_rows, tmp_path), KINDS[kind]
+        with monkeypatch.context() as patch:
+            kill_at(step, patch)
+            with pytest.raises(Killed):
+                train(*arguments, **options())
+        assert (tmp_path / "reference" / "confidence.parquet").exists() == (step > 6)
+        calls = kill_at(None, monkeypatch)
+        resumed = train(*arguments, resume=True, **options())
+        assert len(calls) == steps_left
+        assert torch.equal(resumed.halves, unbroken[kind].halves)
+        assert_same_weights(resumed, unbroken[kind])
+
+    def test_without_checkpoints_the_reference_begins_again(
+        self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch, unbroken
+    ):
+        arguments = (tiny_model, tokenizer, chat_rows, tmp_path)
+        with monkeypatch.context() as patch:
+            kill_at(5, patch)
+            with pytest.raises(Killed):
+                train(*arguments, save_strategy="no")
+        calls = kill_at(None, monkeypatch)
+        resumed = train(*arguments, resume=True, save_strategy="no")
+        assert calls == 6 * [SFTTrainer] + 6 * [SFTMixTrainer]
+        assert_same_weights(resumed, unbroken["full"])
+
+    def test_an_incomplete_checkpoint_is_passed_over(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
+        arguments = (tiny_model, tokenizer, chat_rows, tmp_path)
+        with monkeypatch.context() as patch:
+            kill_at(6, patch)
+            with pytest.raises(Killed):
+                train(*arguments)
+        (tmp_path / "reference" / "checkpoint-4" / "trainer_state.json").unlink()
+        calls = kill_at(None, monkeypatch)
+        train(*arguments, resume=True)
+        assert calls == 4 * [SFTTrainer] + 6 * [SFTMixTrainer]
+
+    def test_by_signal(self, tiny_model, tokenizer, chat_rows, tmp_path, unbroken):
+        tiny_model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        chat_rows.to_json(tmp_path / "rows.jsonl")
+        script = Path(__file__).with_name("run_that_is_killed.py")
+        finished = subprocess.run(
+            [sys.executable, script, tmp_path, json.dumps({**SMALL, **RUN, "max_length": 64})],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
+            check=False,
+        )
+        assert finished.returncode == -signal.SIGKILL
+        assert (tmp_path / "killed" / "reference" / "checkpoint-4").is_dir()
+        assert_same_weights(
+            train(tiny_model, tokenizer, chat_rows, tmp_path / "killed", resume=True), unbroken["full"]
+        )
+
+
+class HalvesRecorder(TrainerCallback):
+    """Keeps the halves of each step."""
+
+    def __init__(self):
+        self.halves = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.halves.append(self.trainer.halves)
+
+
+class TestOnline:
+    ONLINE = {"confidence_source": "online", "num_train_epochs": 3}
+
+    def run(self, model, tokenizer, rows, folder, resume=None, **options):
+        recorder = HalvesRecorder()
+        options = {"save_strategy": "steps", **RUN, **self.ONLINE, **options}
+        trainer = helpers.make_trainer(
+            SFTMixTrainer, SFTMixConfig, model, tokenizer, rows, folder, callbacks=[recorder], **options
+        )
+        recorder.trainer = trainer
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, recorder.halves
+
+    def test_nothing_is_mixed_in_the_first_epoch(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        trainer, halves = self.run(tiny_model, tokenizer, chat_rows, tmp_path)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert ["sftmix/mixup_loss" in log for log in logs] == 3 * [False] + 6 * [True]
+        for log in logs[:3]:
+            assert log["loss"] == pytest.approx(log["nll"], rel=1e-6)
+        assert all((epoch == -1).all() for epoch in halves[:3])
+        for epoch in halves[3:]:
+            assert (epoch == 1).sum() == (epoch == 0).sum() == 6
+        assert not (tmp_path / "reference").exists()
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_halves_are_those_of_what_was_seen(self, tiny_model, tokenizer, token_rows, tmp_path, packing):
+        """With a learning rate of zero it is the confidence of the start."""
+        from test_sftmix_confidence import slow_nll
+
+        options = {"learning_rate": 0.0, "save_strategy": "no", "packing": packing}
+        trainer, halves = self.run(tiny_model, tokenizer, token_rows, tmp_path, **options)
+        nll = np.array([slow_nll(tiny_model, row) for row in token_rows])
+        assert halves[-1].tolist() == (np.argsort(np.argsort(nll)) < 8).astype(int).tolist()
+        assert trainer._online.sums[1].numpy() / 3 == pytest.approx(nll, rel=1e-5)
+        assert trainer._online.sums[0].numpy() / 3 == pytest.approx(np.exp(nll), rel=1e-4)
+        assert trainer._online.sums[2].tolist() == [3] * 16
+
+    def test_resume(self, tiny_model, tokenizer, token_rows, tmp_path):
+        options = {"save_steps": 1}
+        unbroken, halves = self.run(tiny_model, tokenizer, token_rows, tmp_path, **options)
+        assert not torch.equal(halves[4], halves[8])
+        for step in (2, 4, 6, 8, 9):
+            shutil.copytree(tmp_path / f"checkpoint-{step}", tmp_path / "resumed" / f"checkpoint-{step}")
+            resumed, resumed_halves = self.run(
+                tiny_model, tokenizer, token_rows, tmp_path / "resumed", resume=True, **options, save_strategy="no"
+            )
+            shutil.rmtree(tmp_path / "resumed")
+            assert all(torch.equal(a, b) for a, b in zip(halves[step:], resumed_halves, strict=True))
+            assert_same_weights(unbroken, resumed)
+
+    def test_refusals(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        with pytest.raises(InputError, match="the run of 3 steps ends in the first"):
+            self.run(tiny_model, tokenizer, chat_rows, tmp_path, max_steps=3)
+        other = {"confidence_split": "random", "max_steps": 2}
+        self.run(tiny_model, tokenizer, chat_rows, tmp_path, **other)
+        with pytest.raises(InputError, match=r"checkpoint-2 has no sftmix_online.pt, so it is not one of"):
+            self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=str(tmp_path / "checkpoint-2"))
+        self.run(tiny_model, tokenizer, chat_rows, tmp_path)
+        with pytest.raises(InputError, match="was made with 12 training examples, but there are 10"):
+            self.run(tiny_model, tokenizer, chat_rows.select(range(10)), tmp_path, resume=True)
+        tiny_model.model.norm.weight.data[0] = math.nan
+        with pytest.raises(
+            InputError, match="The perplexity of example 0 of the prepared train dataset is NaN, and 12"
+        ):
+            self.run(tiny_model, tokenizer, chat_rows, tmp_path)

@@ -1,0 +1,407 @@
+"""The trainer: limit cases, losses and gradients against a dense reference, splits of a batch, refusals."""
+
+import copy
+import math
+from functools import partial
+from itertools import pairwise
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import SMALL, GradientRecorder, assert_same_gradients
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants import SFTMixConfig, SFTMixTrainer
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.scoring import EXAMPLE_KEY
+from hf_sft_variants.sftmix.confidence_file import confidence_table, with_example_keys, write_table
+from hf_sft_variants.sftmix.pairing import CONFIDENT, UNCONFIDENT
+
+
+RANDOM = {"confidence_split": "random", "train_sampling_strategy": "random"}
+LAYOUTS = {
+    "8x1": {"per_device_train_batch_size": 8},
+    "2x4": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "4x2": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
+}
+PACKED = {"packing": True, "per_device_train_batch_size": 4}
+
+
+class RecordingTrainer(SFTMixTrainer):
+    """Keeps the micro-batches that reach the loss."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.__dict__.setdefault("batches", []).append(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+make_trainer = partial(helpers.make_trainer, RecordingTrainer, SFTMixConfig)
+one_step = partial(helpers.one_step, SFTMixTrainer, SFTMixConfig)
+one_step_log = partial(helpers.one_step_log, SFTMixTrainer, SFTMixConfig)
+
+
+def recorded_step(*args, **options):
+    """The trainer after one step, what it logged, and the gradients."""
+    recorder = GradientRecorder()
+    trainer = make_trainer(*args, callbacks=[recorder], max_steps=1, save_strategy="no", **options)
+    trainer.train()
+    return trainer, trainer.state.log_history[0], recorder.gradients
+
+
+def confidence_file(path, rows, mean_nll):
+    """A confidence file for pre-tokenized rows."""
+    keyed, _ = with_example_keys(rows.select_columns(["input_ids", "labels"]), None, "text")
+    num_labels = np.array([sum(label != -100 for label in labels[1:]) for labels in rows["labels"]])
+    write_table(
+        confidence_table(keyed[EXAMPLE_KEY][:], num_labels, {1: np.array(mean_nll)}, "mean_nll", "column"), path
+    )
+    return {"confidence_source": "file", "confidence_file": str(path)}
+
+
+# A slow reference: each document alone, mixed hidden states, dense logits, soft labels
+
+
+def spans_of(inputs):
+    """Row, first and last token of each document."""
+    if "cu_seq_lens_q" in inputs:
+        ends = inputs["cu_seq_lens_q"].tolist()
+        return [(0, start, end) for start, end in pairwise(ends)]
+    return [(row, 0, int(mask.sum())) for row, mask in enumerate(inputs["attention_mask"])]
+
+
+def pairs_of(inputs, spans):
+    """Pairs of documents with their λ, read from the positions."""
+    num_predictions = inputs["labels"].size(1) - 1
+    pairs = {}
+    for first, second, weight in zip(
+        inputs["mixup_first"].tolist(), inputs["mixup_second"].tolist(), inputs["mixup_weights"], strict=True
+    ):
+        documents = []
+        for row, column in (first, second):
+            token = column + num_predictions + 1
+            (document,) = [i for i, (r, start, end) in enumerate(spans) if r == row and start <= token < end]
+            documents.append(document)
+        assert pairs.setdefault(tuple(documents), weight) == weight
+    return pairs
+
+
+def drawn_lambda(seed, step, first, second, alpha):
+    """As the package documents it: the pair's numbers in the high words of the counter."""
+    philox = np.random.Philox(
+        key=np.array([seed, step], np.uint64), counter=np.array([0, 0, first, second], np.uint64)
+    )
+    return np.float32(np.random.Generator(philox).beta(alpha, alpha))
+
+
+def slow_loss(model, trainer, batches, halves):
+    """Loss of a step, and what it is made of: NTP loss and mixup loss."""
+    ntp, mixup, num_tokens, num_mixed = 0.0, 0.0, 0, 0
+    base_model = getattr(model, "get_base_model", lambda: model)()
+    args = trainer.args
+    for inputs in batches:
+        spans = spans_of(inputs)
+        hidden, labels, numbers = [], [], []
+        for row, start, end in spans:
+            states = base_model.model(input_ids=inputs["input_ids"][row : row + 1, start:end]).last_hidden_state[0]
+            targets = inputs["labels"][row, start + 1 : end]
+            hidden.append(states[:-1][targets != -100])
+            labels.append(targets[targets != -100])
+            numbers.append(inputs["example_number"][row, start].item())
+        pairs = pairs_of(inputs, spans)
+        with_labels = [halves[number].item() for number, of in zip(numbers, labels, strict=True) if len(of)]
+        assert len(pairs) == min(with_labels.count(CONFIDENT), with_labels.count(UNCONFIDENT))
+        assert len({document for pair in pairs for document in pair}) == 2 * len(pairs)
+        head, vocab = base_model.lm_head, base_model.config.vocab_size
+        for states, targets in zip(hidden, labels, strict=True):
+            ntp = ntp - head(states).double().log_softmax(-1)[range(len(targets)), targets].sum()
+            num_tokens += len(targets)
+        for (i, j), share in pairs.items():
+            assert (halves[numbers[i]], halves[numbers[j]]) == (CONFIDENT, UNCONFIDENT)
+            assert share == drawn_lambda(args.seed, 0, numbers[i], numbers[j], args.mixup_alpha)
+            size = min(len(labels[i]), len(labels[j]))
+            log_p = head(share * hidden[i][:size] + (1 - share) * hidden[j][:size]).double().log_softmax(-1)
+            one_hot = torch.nn.functional.one_hot
+            soft = share * one_hot(labels[i][:size], vocab) + (1 - share) * one_hot(labels[j][:size], vocab)
+            mixup = mixup - (soft * log_p).sum()
+            num_mixed += size
+    ntp, mixup = ntp / num_tokens, mixup / max(num_mixed, 1)
+    return args.ntp_weight * ntp + args.mixup_weight * mixup, ntp, mixup, 2 * num_mixed / num_tokens
+
+
+def assert_like_slow_reference(start, trainer, log, gradients):
+    model = copy.deepcopy(start)
+    loss, ntp, mixup, fraction = slow_loss(model, trainer, trainer.batches, trainer.halves)
+    loss.backward()
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert log["nll"] == pytest.approx(ntp.item(), rel=1e-5)
+    assert log["sftmix/mixup_loss"] == pytest.approx(mixup.item(), rel=1e-5)
+    assert log["sftmix/mixed_fraction"] == pytest.approx(fraction)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(expected, gradients, tolerance=5e-6)
+
+
+class TestLoss:
+    @pytest.mark.parametrize("options", [*LAYOUTS.values(), PACKED, {**PACKED, "gradient_accumulation_steps": 2}])
+    @pytest.mark.parametrize(
+        "method", [{}, {"mixup_weight": 0.7, "mixup_alpha": 2.0, "ntp_weight": 0.3}, {"ntp_weight": 0.0}], ids=str
+    )
+    def test_slow_reference(self, tiny_model, tokenizer, token_rows, tmp_path, options, method):
+        options = {"seed": 5, **method, **options}
+        source = confidence_file(tmp_path / "c.parquet", token_rows, [5, 1, 3, 8, 2, 9, 4, 6, 7, 5, 1, 2, 8, 9, 3, 0])
+        result = recorded_step(tiny_model, tokenizer, token_rows, tmp_path, **source, **options)
+        assert_like_slow_reference(tiny_model, *result)
+
+    @pytest.mark.parametrize("num_rows, batch_size", [(7, 8), (8, 3), (5, 1)])
+    def test_examples_without_a_partner(
+        self, tiny_model, tokenizer, token_rows, tmp_path, caplog, num_rows, batch_size
+    ):
+        rows = token_rows.select(range(num_rows))
+        options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+        trainer, log, gradients = recorded_step(tiny_model, tokenizer, rows, tmp_path, **RANDOM, **options)
+        if batch_size == 1:  # no batch holds a pair
+            assert log["loss"] == pytest.approx(log["nll"], rel=1e-6) and "sftmix/mixup_loss" not in log
+            assert math.isfinite(log["grad_norm"]) and "sftmix/mean_lambda" not in log
+        else:
+            assert_like_slow_reference(tiny_model, trainer, log, gradients)
+        assert (f"{num_rows} examples with labels make no equal halves" in caplog.text) == (num_rows % 2 == 1)
+
+    def test_lora(self, tiny_model, tokenizer, token_rows, tmp_path):
+        peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        options = {"peft_config": peft_config, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+        start = make_trainer(tiny_model, tokenizer, token_rows, tmp_path, **options, **RANDOM).model
+        result = recorded_step(tiny_model, tokenizer, token_rows, tmp_path, **options, **RANDOM)
+        assert all("lora" in name for name in result[2])
+        assert_like_slow_reference(start, *result)
+
+    @pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+    def test_other_splits_of_the_batch(self, tiny_model, tokenizer, token_rows, tmp_path, options):
+        arguments = (tiny_model, tokenizer, token_rows, tmp_path)
+        expected, gradients = one_step_log(*arguments, per_device_train_batch_size=8, **RANDOM)
+        log, other_gradients = one_step_log(*arguments, **options, **RANDOM)
+        names = ["loss", "nll", *(name for name in expected if name.startswith("sftmix/"))]
+        assert len(names) == 7
+        assert {name: log[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-6)
+        assert_same_gradients(gradients, other_gradients, tolerance=1e-6)
+
+    def test_packed_equals_padded(self, tiny_model, tokenizer, token_rows, tmp_path):
+        arguments = (tiny_model, tokenizer, token_rows.select([0, 2]), tmp_path)
+        padded, gradients = one_step_log(*arguments, per_device_train_batch_size=2, **RANDOM)
+        packed, packed_gradients = one_step_log(*arguments, **PACKED, **RANDOM)  # one pair, so the same one
+        assert padded["loss"] == pytest.approx(packed["loss"], rel=1e-6)
+        assert_same_gradients(gradients, packed_gradients, tolerance=2e-6)
+
+
+class TestOracles:
+    def two_rows(self, first, second):
+        return Dataset.from_list([{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in (first, second)])
+
+    def log(self, tiny_model, tokenizer, tmp_path, first, second, **options):
+        arguments = (tiny_model, tokenizer, self.two_rows(first, second), tmp_path)
+        return one_step_log(*arguments, per_device_train_batch_size=2, **RANDOM, **options)
+
+    def test_identical_rows_do_not_depend_on_lambda(self, tiny_model, tokenizer, tmp_path):
+        for seed in range(3):
+            log, _ = self.log(tiny_model, tokenizer, tmp_path, [5, 6, 7, 8], [5, 6, 7, 8], seed=seed)
+            assert log["sftmix/mixup_loss"] == pytest.approx(log["nll"], rel=1e-6)
+            assert log["loss"] == pytest.approx(1.2 * log["nll"], rel=1e-6)
+
+    def test_lambda_of_one_is_the_loss_of_the_confident_row(self, tiny_model, tokenizer, tmp_path):
+        seen = set()
+        for seed in range(8):
+            log, _ = self.log(tiny_model, tokenizer, tmp_path, [5, 6, 7], [9, 10, 11], seed=seed, mixup_alpha=1e-4)
+            share = log["sftmix/mean_lambda"]
+            seen.add(share)
+            name = {1.0: "sftmix/confident_nll", 0.0: "sftmix/unconfident_nll"}[share]
+            assert log["sftmix/mixup_loss"] == pytest.approx(log[name], rel=1e-6)
+        assert seen == {0.0, 1.0}
+
+    def test_tokens_past_the_common_length_change_next_token_loss_only(self, tiny_model, tokenizer, tmp_path):
+        log, _ = self.log(tiny_model, tokenizer, tmp_path, [5, 6, 7], [9, 10, 11, 12, 13])
+        other, _ = self.log(tiny_model, tokenizer, tmp_path, [5, 6, 7], [9, 10, 11, 40, 50])
+        assert log["sftmix/mixup_loss"] == other["sftmix/mixup_loss"] and log["nll"] != other["nll"]
+        assert log["sftmix/mixed_fraction"] == pytest.approx(4 / 6)
+
+    def test_gradient_reaches_both_rows(self, tiny_model, tokenizer, tmp_path):
+        tiny_model.config.tie_word_embeddings = False
+        tiny_model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.detach().clone())
+        _, gradients = self.log(tiny_model, tokenizer, tmp_path, [5, 6, 7], [9, 10, 11], ntp_weight=0.0)
+        has_gradient = gradients["model.embed_tokens.weight"].abs().sum(1) > 0
+        assert has_gradient.nonzero().flatten().tolist() == [5, 6, 9, 10]
+
+
+class TestLimitCaseIsSFTTrainer:
+    @pytest.mark.parametrize("options", [*LAYOUTS.values(), {"packing": True, "per_device_train_batch_size": 2}])
+    def test_weights_after_twenty_steps(self, tiny_model, tokenizer, chat_rows, tmp_path, options):
+        weights, logs = [], []
+        for trainer_class, config_class, method in (
+            (SFTTrainer, SFTConfig, {}),
+            (SFTMixTrainer, SFTMixConfig, {"mixup_weight": 0.0, "pair_sampling": False}),
+        ):
+            trainer = helpers.make_trainer(
+                trainer_class, config_class, tiny_model, tokenizer, chat_rows, tmp_path,
+                max_steps=20, save_strategy="no", learning_rate=1e-3, **options, **method,
+            )  # fmt: skip
+            trainer.train()
+            weights.append(trainer.model.state_dict())
+            logs.append(trainer.state.log_history[:-1])
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        for plain, ours in zip(*logs, strict=True):
+            assert {name: ours[name] for name in plain} == plain and ours.keys() == plain.keys() | {"nll"}
+        assert not (tmp_path / "reference").exists()
+
+    @pytest.mark.parametrize("options", [LAYOUTS["4x2"], LAYOUTS["padding_free"]])
+    def test_no_mixup_in_the_same_batches(self, tiny_model, tokenizer, token_rows, tmp_path, options):
+        options = {**options, "seed": 4}
+        trainer, log, gradients = recorded_step(
+            tiny_model, tokenizer, token_rows, tmp_path, **options, **RANDOM, mixup_weight=0.0
+        )
+        order = [
+            inputs["example_number"][row, start].item()
+            for inputs in trainer.batches
+            for row, start, _ in spans_of(inputs)
+        ]
+        assert trainer.halves[order].tolist() == [1, 0] * 4
+        assert not any(name.startswith("mixup") for inputs in trainer.batches for name in inputs)
+        plain, plain_gradients = helpers.one_step(
+            SFTTrainer, SFTConfig, tiny_model, tokenizer, token_rows.select(order), tmp_path, **options
+        )
+        assert log["loss"] == plain
+        assert_same_gradients(gradients, plain_gradients)
+        # The same batches with mixup
+        other = recorded_step(tiny_model, tokenizer, token_rows, tmp_path, **options, **RANDOM)[0]
+        for inputs, mixed in zip(trainer.batches, other.batches, strict=True):
+            assert torch.equal(inputs["input_ids"], mixed["input_ids"])
+
+
+def test_partners_of_similar_lengths(tiny_model, tokenizer, token_rows, tmp_path):
+    fractions = []
+    for is_similar in (False, True):
+        options = {"pair_similar_lengths": is_similar, "per_device_train_batch_size": 4, "num_train_epochs": 1}
+        trainer = make_trainer(
+            tiny_model, tokenizer, token_rows, tmp_path, **options, **RANDOM, save_strategy="no", logging_steps=4
+        )
+        trainer.train()
+        fractions.append(trainer.state.log_history[0]["sftmix/mixed_fraction"])
+    assert fractions[1] > fractions[0]
+
+
+def test_evaluation_is_next_token_loss(tiny_model, tokenizer, token_rows, tmp_path):
+    options = {"eval_dataset": token_rows, "per_device_eval_batch_size": 3}
+    plain = helpers.make_trainer(SFTTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+    ours = make_trainer(tiny_model, tokenizer, token_rows, tmp_path, ntp_weight=0.5, **options, **RANDOM)
+    result = ours.evaluate()
+    assert result["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert "eval_nll" in result and not any("sftmix" in name for name in result)
+    assert ours.evaluate({"train": token_rows})["eval_train_loss"] == result["eval_loss"]
+    assert len(ours.train_examples) == len(ours.halves) == len(token_rows)
+
+
+def test_a_callers_own_loop(tiny_model, tokenizer, token_rows, tmp_path):
+    """A micro-batch that does not come from `get_batch_samples` has no pairs: it is next-token loss."""
+    trainer = make_trainer(tiny_model, tokenizer, token_rows, tmp_path, **RANDOM)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    plain_inputs = {name: values for name, values in inputs.items() if name != "example_number"}
+    loss = trainer.compute_loss(trainer.model.train(), inputs)
+    assert loss.item() == pytest.approx(tiny_model(**plain_inputs).loss.item(), rel=1e-5)
+
+
+class TestInsideTheMicroBatch:
+    """Data without numbers: streams, `wrapped` and `bfd_split` packing."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"stream": True, "per_device_train_batch_size": 5},
+            {"stream": True, "packing": True, "per_device_train_batch_size": 2},
+            {"packing": True, "packing_strategy": "wrapped", "max_length": 20, "per_device_train_batch_size": 4},
+            {"packing": True, "packing_strategy": "bfd_split", "max_length": 20, "per_device_train_batch_size": 4},
+            {"dataset_kwargs": {"skip_prepare_dataset": True}, "per_device_train_batch_size": 4},
+        ],
+        ids=str,
+    )
+    def test_pairs(self, tiny_model, tokenizer, token_rows, tmp_path, options):
+        options = dict(options)
+        rows = token_rows.to_iterable_dataset() if options.pop("stream", False) else token_rows
+        trainer, log, gradients = recorded_step(tiny_model, tokenizer, rows, tmp_path, **options, **RANDOM)
+        (inputs,) = trainer.batches
+        pairs = pairs_of(inputs, spans_of(inputs))
+        with_labels = [
+            i
+            for i, (r, start, end) in enumerate(spans_of(inputs))
+            if (inputs["labels"][r, start + 1 : end] != -100).any()
+        ]
+        assert list(pairs) == list(zip(with_labels[::2], with_labels[1::2], strict=False)) and pairs
+        assert len(set(pairs.values())) == len(pairs)
+        assert log["loss"] == pytest.approx(log["nll"] + 0.2 * log["sftmix/mixup_loss"], rel=1e-6)
+        again = recorded_step(tiny_model, tokenizer, rows, tmp_path, **options, **RANDOM)
+        assert again[1]["loss"] == log["loss"]
+        assert_same_gradients(gradients, again[2])
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"mixup_weight": -0.1}, "`mixup_weight` must be a number of 0 or more, got -0.1"),
+            ({"mixup_weight": math.nan}, "`mixup_weight` must be a number of 0 or more"),
+            ({"ntp_weight": math.inf}, "`ntp_weight` must be a number of 0 or more"),
+            ({"mixup_weight": 0.0, "ntp_weight": 0.0}, "are both 0, which leaves no loss"),
+            ({"mixup_alpha": 0.0}, "`mixup_alpha` must be a number above 0, got 0.0"),
+            ({"confidence_split": "median"}, "`confidence_split='median'` is unknown"),
+            ({"confidence_source": "reward"}, "`confidence_source='reward'` is unknown"),
+            ({"confidence_measure": "nll"}, "`confidence_measure='nll'` is unknown"),
+            ({"pair_sampling": False}, "`pair_sampling=False` leaves no pairs for `mixup_weight=0.2`"),
+            ({"pair_similar_lengths": True, "packing": True}, "has no effect with `packing=True`"),
+            (
+                {"pair_similar_lengths": True, "pair_sampling": False, "mixup_weight": 0.0},
+                "has no effect with `pair_sampling=False`",
+            ),
+            ({"confidence_file": "c"}, "`confidence_file='c'` is used with `confidence_source='file'` only"),
+            ({"confidence_source": "file"}, "needs `confidence_file`"),
+            ({"confidence_source": "online", "reference_model": "m"}, "`confidence_source` is 'online'. Remove it"),
+            ({"confidence_split": "random", "reference_model": "m"}, "no confidence is needed here"),
+            ({"confidence_split": "random", "confidence_checkpoints": [1]}, "no confidence is needed here"),
+            ({"confidence_checkpoints": []}, r"`confidence_checkpoints=\[\]` must be one or more steps"),
+            ({"confidence_checkpoints": [0, 5]}, "must be one or more steps, counted from 1"),
+            ({"confidence_source": "online", "num_train_epochs": 1}, "mixes from the second epoch on"),
+            ({"train_sampling_strategy": "group_by_length"}, "`pair_similar_lengths=True` groups by length"),
+            ({"per_device_train_batch_size": 3}, "gives a process 3 rows, which are no whole pairs"),
+            ({"auto_find_batch_size": True}, "may choose a batch that holds no whole pairs"),
+            ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy='wrapped'` cuts examples"),
+            ({"packing": True, "packing_strategy": "bfd_split"}, "`packing_strategy='bfd_split'` cuts examples"),
+            ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "leaves the examples without the numbers"),
+        ],
+    )
+    def test_configuration(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            SFTMixConfig(str(tmp_path), **SMALL, **options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"per_device_train_batch_size": 3, "confidence_split": "random"},
+            {"per_device_train_batch_size": 3, "packing": True},
+            {"per_device_train_batch_size": 3, "pair_sampling": False, "mixup_weight": 0.0},
+            {"packing": True, "train_sampling_strategy": "sequential"},
+            {"packing": True, "packing_strategy": "wrapped", "confidence_split": "random"},
+        ],
+    )
+    def test_accepted(self, tmp_path, options):
+        SFTMixConfig(str(tmp_path), **SMALL, **options)
+
+    def test_too_few_examples(self, tiny_model, tokenizer, token_rows, tmp_path):
+        for method in ({}, RANDOM):
+            with pytest.raises(InputError, match="1 example of the train dataset has labels, but a pair takes two"):
+                make_trainer(tiny_model, tokenizer, token_rows.select([0]), tmp_path, **method)
+
+    def test_streams(self, tiny_model, tokenizer, token_rows, tmp_path):
+        for method, name in (
+            ({}, "confidence_split='confidence'"),
+            ({**RANDOM, "pair_similar_lengths": True}, "pair_s"),
+        ):
+            with pytest.raises(InputError, match=f"`{name}.* needs all examples before training"):
+                make_trainer(tiny_model, tokenizer, token_rows.to_iterable_dataset(), tmp_path, max_steps=1, **method)
