@@ -305,6 +305,7 @@ def test_chat_templates_of_recipes_are_there():
         ("sft_go.yaml", {"group_by", "important_fraction", "worst_group_weight"}),
         ("poft.yaml", {"reference_models", "beta", "gamma"}),
         ("poft_uniform.yaml", {"preference_weighting"}),
+        ("sftmix.yaml", {"mixup_weight", "mixup_alpha", "confidence_source"}),
     ],
 )
 def test_quickstart_recipes_differ_in_the_method_alone(recipe_name, own_keys):

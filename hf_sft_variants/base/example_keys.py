@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 
@@ -41,5 +42,12 @@ def add_example_keys(dataset: Dataset, columns: Sequence[str], num_proc: int | N
 
 
 def _hash_content(example: dict, columns: list[str]) -> dict[str, str]:
-    content = json.dumps([example[column] for column in columns], ensure_ascii=False, sort_keys=True)
+    # A field that only other rows have is null in this one
+    content = json.dumps([_without_nulls(example[column]) for column in columns], ensure_ascii=False, sort_keys=True)
     return {EXAMPLE_KEY: hashlib.sha256(content.encode()).hexdigest()[:32]}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

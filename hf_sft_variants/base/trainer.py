@@ -44,7 +44,6 @@ class AnnotatedSFTTrainer(SFTTrainer):
     `nll`, the plain mean negative log-likelihood per token, is logged beside every loss.
 
     Class attributes to set in a subclass:
-
     - **config_class** (`type`): the [`~trl.SFTConfig`] subclass that is used without `args`, and that a plain
       `SFTConfig` or `TrainingArguments` is turned into.
     - **annotation_columns** (`dict[str, int | float]`): the columns [`annotate`] adds, and what stands on padding.
@@ -166,8 +165,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
     ) -> Dataset | IterableDataset:
         """
         As [`annotate`], but before truncation, for what has to be found in whole samples: per-token columns named in
-        [`user_token_columns`] are truncated with the tokens. `has_text` says whether the rows came as text or
-        messages, which are still there, rather than as tokens.
+        [`user_token_columns`] are truncated with the tokens. `has_text`: the rows came as text or messages.
         """
         return dataset
 
@@ -182,8 +180,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
 
     def score(self, dataset: Dataset, dataset_name: str) -> Dataset:
         """
-        Run models over the data set before [`annotate`], called by all processes at once, which may share the work.
-        The other hooks are called by one process before the others, which then find its result in the cache.
+        Run models over the data set before [`annotate`]: called by all processes at once, which may share the work.
+        The other hooks are called by one process first; the others find its result in the cache.
         """
         return dataset
 
@@ -209,7 +207,10 @@ class AnnotatedSFTTrainer(SFTTrainer):
             raise ValueError("When packing is enabled, `max_length` can't be `None`.")
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
-        has_text = "input_ids" not in get_dataset_column_names(dataset)
+        columns = set(get_dataset_column_names(dataset))
+        if {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
+            return dataset  # packing it again would lose where its documents end
+        has_text = "input_ids" not in columns
         if has_text:
             with global_then_local_main_first():
                 dataset = self.prepare_rows(dataset, dataset_name)
@@ -217,9 +218,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
         tokenize_args = copy(args)
         tokenize_args.max_length = None
         tokenize_args.shuffle_dataset = False
-        dataset = super()._prepare_dataset(
-            dataset, processing_class, tokenize_args, False, formatting_func, dataset_name
-        )
+        arguments = (dataset, processing_class, tokenize_args, False, formatting_func, dataset_name)
+        dataset = super()._prepare_dataset(*arguments)
         with global_then_local_main_first():
             if self.needs_example_keys:
                 dataset = with_example_keys(dataset, args, dataset_name)

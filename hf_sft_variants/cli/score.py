@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
 
     if (args.keep_top is None) != (args.kept is None):
         raise InputError(f"`--keep-top` is {args.keep_top} and `--kept` {args.kept}: give both, or neither.")
+    if args.output is not None and not args.output.endswith(".parquet"):
+        raise InputError(f"`--output` is {args.output!r}: give a name that ends in .parquet.")
     recipe = load_recipe(args.config, args.recipe_flags)
     has_eval = recipe.training_args.eval_strategy != "no"
     trainer = prepare(recipe)
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if not PartialState().is_main_process:
         return
     scoring = getattr(trainer, "reference_scoring", None)
-    if scoring is None:
+    if scoring is None or not scoring.scores:
         _require_nothing_to_write(args, recipe)
         print(f"prepared {args.config}: {len(trainer.train_dataset)} training rows")
         return

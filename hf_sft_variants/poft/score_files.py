@@ -133,7 +133,7 @@ def join_by_key(
     score_of_key = {}
     for score in scores.filter(pc.equal(scores["model"], model)).select([*SCHEMA.names[2:5], EXAMPLE_KEY]).to_pylist():
         key = score.pop(EXAMPLE_KEY)
-        if score_of_key.setdefault(key, score) != score:
+        if not _same_score(score_of_key.setdefault(key, score), score):
             raise ValueError(
                 f"The example with the key {key} has two different scores of {model!r}: {score_of_key[key]} and "
                 f"{score}. Remove one of them from the score files."
@@ -149,6 +149,15 @@ def join_by_key(
             )
         results.append(_mean_log_prob(score_of_key[key], num_tokens, length_normalizer, f"{where}, model {model!r}"))
     return results
+
+
+def _same_score(first: dict, second: dict) -> bool:
+    """Up to rounding: a row that stands in two data sets is scored in two batches."""
+    return first is second or all(
+        value == second[name]
+        or (None not in (value, second[name]) and math.isclose(value, second[name], rel_tol=1e-4))
+        for name, value in first.items()
+    )
 
 
 def _mean_log_prob(score: dict, num_target_tokens: int, length_normalizer: str, where: str) -> float | None:

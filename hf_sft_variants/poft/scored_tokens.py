@@ -8,7 +8,7 @@ from ..base.assistant_turns import RenderedExample, render_example
 
 
 # Columns of raw rows that are an example's content, in any of the forms that `SFTTrainer` reads
-CONTENT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools")
+CONTENT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs")
 
 
 def has_responses(columns: list[str]) -> bool:
@@ -41,7 +41,7 @@ def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: s
     if len(turns) != len(words):
         raise ValueError(f"the text shows {len(turns)} turns of the assistant, the row has {len(words)}")
     mask = [0] * len(rendered.token_ids)
-    for turn, content in zip(turns, words, strict=True):
+    for turn, (content, has_calls) in zip(turns, words, strict=True):
         tokens = rendered.tokens_in(turn.content)
         if not tokens:
             raise ValueError(f"no token stands for the assistant's words {_shortened(content)}")
@@ -54,19 +54,19 @@ def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: s
                 f"the scored tokens say {_shortened(text)}, but the assistant said {_shortened(content)}. Use a chat "
                 "template that shows its words as they are"
             )
-        for i in [*tokens, *range(last + 1, turn.end_token if end_of_turn else 0)]:
+        for i in [*tokens, *range(last + 1, turn.end_token if end_of_turn and not has_calls else 0)]:
             mask[i] = 1
     return mask
 
 
-def _assistant_words(example: dict[str, Any], eos_token: str) -> list[str]:
-    """The assistant's turns that have words."""
+def _assistant_words(example: dict[str, Any], eos_token: str) -> list[tuple[str, bool]]:
+    """Of the assistant's turns that have words these, and whether tool calls follow them, which are not scored."""
     spoken = example["completion"] if "prompt" in example else example["messages"]
     if isinstance(spoken, str):
-        contents = [spoken.removesuffix(eos_token)]
+        contents = [(spoken.removesuffix(eos_token), False)]
     else:
-        contents = [message.get("content") for message in spoken if message["role"] == "assistant"]
-    return [content for content in contents if isinstance(content, str) and content.strip()]
+        contents = [(m.get("content"), bool(m.get("tool_calls"))) for m in spoken if m["role"] == "assistant"]
+    return [(content, has_calls) for content, has_calls in contents if isinstance(content, str) and content.strip()]
 
 
 def _shortened(text: str) -> str:

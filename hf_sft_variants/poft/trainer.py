@@ -129,7 +129,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     @property
     def _num_references(self):
-        if self._reference_names is None and self._skip_prepare_dataset and self.args.needs_references:
+        if self._reference_names is None and self.args.needs_references and hasattr(self, "train_dataset"):
             self._reference_names = names_of_prepared(get_dataset_column_names(self.train_dataset))
         return len(self._reference_names or [])
 

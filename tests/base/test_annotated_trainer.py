@@ -344,6 +344,14 @@ class TestConfiguration:
         with pytest.raises(ValueError, match="The eval dataset has no supervised token"):
             make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, eval_dataset=masked)
 
+    def test_packed_data_is_not_packed_again(self, tiny_model, tokenizer, token_rows, tmp_path):
+        options = {"packing": True, "max_length": 40, "eval_dataset": token_rows}
+        trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+        assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.eval_dataset)["eval_loss"]
+        packed = trainer.train_dataset
+        again = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, packed, tmp_path, **options)
+        assert again.train_dataset["seq_lengths"] == packed["seq_lengths"]
+
     def test_dropped_examples_are_counted(self, tiny_model, tokenizer, token_rows, tmp_path, caplog):
         rows = token_rows.map(lambda row: {"labels": [-100] * 5 + row["labels"][5:]})
         trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, max_length=10)

@@ -10,6 +10,7 @@ from datasets import Dataset, load_from_disk
 from helpers import make_trainer, padded_document_log_probs
 from peft import LoraConfig, get_peft_model
 from poft_references import FAMILIES, save_reference, slow_score
+from templates_on_the_spot import TOOLS
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_sft_variants import PoFTConfig, PoFTTrainer, ReferenceScoringCallback
@@ -187,6 +188,17 @@ class TestSameTextOnBothSides:
         assert [read(turn)[0].strip() for turn in turns] == [content.strip() for content in contents]
         if family == "chatml":
             assert [read(turn)[0] for turn in turns] == contents
+
+    def test_tool_calls_are_no_words(self, folders):
+        """A template may write calls behind the words: neither they nor what ends their turn is scored."""
+        tokenizer = AutoTokenizer.from_pretrained(folders["chatml"])
+        tokenizer.chat_template = TOOLS
+        call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+        messages = [{"role": "user", "content": "12 plus 30?"}, {"role": "assistant", "content": "Let me see"}]
+        row = {"messages": [messages[0], {**messages[1], "tool_calls": [call]}], "example_row": 0}
+        rendered = render_for_reference(row, tokenizer, "", True, "m", "train")
+        assert "add" in tokenizer.decode(rendered["input_ids"])
+        assert [TokenOffsets(tokenizer)(turn)[0].strip() for turn in runs(rendered["labels"])] == ["Let me see"]
 
     def test_there_is_no_second_beginning(self, folders):
         tokenizer = AutoTokenizer.from_pretrained(folders["llama_3"])

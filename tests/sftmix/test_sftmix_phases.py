@@ -173,6 +173,14 @@ class TestTwoPhases:
         with pytest.raises(InputError, match="is that of another data set"):
             train(tiny_model, tokenizer, chat_rows.map(change_question), tmp_path)
 
+    def test_a_copied_start_has_a_forward_of_its_own(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """The fused LM head's keeps the forward of the model it was put on."""
+        trainer = helpers.make_trainer(SFTMixTrainer, SFTMixConfig, tiny_model, tokenizer, chat_rows, tmp_path)
+        model = trainer._reference_phase._start(trainer)["model"]
+        model.model.embed_tokens.weight.data.mul_(2)
+        tokens = torch.tensor([[4, 5, 6]])
+        assert not torch.equal(model(input_ids=tokens).logits, trainer.model(input_ids=tokens).logits)
+
     def test_the_reference_is_gone_when_mixup_begins(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
         alive, training_step = [], SFTTrainer.training_step
 
