@@ -97,7 +97,8 @@ def _equal_formulas(gold: str, predicted: str) -> bool:
         return False
     try:
         return bool(verify(parse(_in_dollars(gold)), parse(_in_dollars(predicted))))
-    except (Exception, TimeoutException):  # TimeoutException is a BaseException
+    # A model's text can make sympy raise anything, and is then no right answer; a timeout is no Exception
+    except (Exception, TimeoutException):
         return False
 
 

@@ -95,6 +95,18 @@ def render_example(
     return render_text(tokenizer, "", example[text_field])
 
 
+def require_same_tokens(rendered: RenderedExample, input_ids: list[int]) -> None:
+    """
+    Raises:
+        `ValueError`: If the tokens of a rendered row are not those that the trainer has.
+    """
+    if rendered.token_ids != input_ids:
+        raise ValueError(
+            "the tokens of the text are not those that SFTTrainer made of it, so the assistant's words can't be found "
+            "among them: give the data set as `input_ids` and `labels`"
+        )
+
+
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], first: int = 0, **template_options: Any
 ) -> RenderedExample:

@@ -34,6 +34,19 @@ def resolve_args(
     )
 
 
+def require_choices(config: SFTConfig) -> None:
+    """
+    Check the fields with choices that a subclass of [`~trl.SFTConfig`] has added.
+
+    Raises:
+        `ValueError`: If a value is none of them.
+    """
+    for field in fields(config):
+        name, choices = field.name, field.metadata.get("choices")
+        if choices is not None and name not in SFTConfig.__dataclass_fields__ and getattr(config, name) not in choices:
+            raise ValueError(f"`{name}={getattr(config, name)!r}` is unknown; choose one of {choices}.")
+
+
 def keep_streams_whole(args: SFTConfig) -> None:
     """
     For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too. SFTTrainer

@@ -4,6 +4,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from ..base.refusals import require_choices
+
 
 @dataclass
 class PoFTConfig(SFTConfig):
@@ -113,10 +115,7 @@ class PoFTConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("length_normalizer", "preference_weighting"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {choices}.")
+        require_choices(self)
         for name in ("beta", "gamma"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or (name == "beta" and value <= 0):

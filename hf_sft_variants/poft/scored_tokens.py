@@ -4,7 +4,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..base.assistant_turns import RenderedExample, render_example
+from ..base.assistant_turns import (
+    RenderedExample,
+    render_example,
+    require_same_tokens,
+)
 
 
 # Columns of raw rows that are an example's content, in any of the forms that `SFTTrainer` reads
@@ -97,7 +101,7 @@ def add_scored_mask(
                 mask = example["scored_mask"]
             elif has_responses:
                 rendered = render_example(example, tokenizer, chat_template, text_field="")
-                _require_same_tokens(rendered.token_ids, example["input_ids"])
+                require_same_tokens(rendered, example["input_ids"])
                 mask = scored_mask(example, rendered, tokenizer.eos_token or "", end_of_turn)
             else:
                 mask = _supervised_mask(example["labels"], end_of_turn)
@@ -115,14 +119,6 @@ def _supervised_mask(labels: list[int], end_of_turn: bool) -> list[int]:
             "tokens are scored. Set the labels of the end-of-turn tokens to -100 instead"
         )
     return [int(label != -100) for label in labels]
-
-
-def _require_same_tokens(token_ids: list[int], input_ids: list[int]) -> None:
-    if token_ids != input_ids:
-        raise ValueError(
-            "the tokens of the text are not those that SFTTrainer made of it, so the assistant's can't be found among "
-            "them: give the data set as `input_ids` and `labels`"
-        )
 
 
 def _require_labels(mask: list[int], labels: list[int]) -> None:

@@ -3,6 +3,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from ..base.refusals import require_choices
+
 
 @dataclass
 class SFTGOConfig(SFTConfig):
@@ -158,8 +160,7 @@ class SFTGOConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("group_by", "worst_group_schedule", "group_scope", "sample_weighting"):
-            self._check_choice(name)
+        require_choices(self)
         for name in ("important_fraction", "worst_group_weight", "worst_group_weight_end"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -176,11 +177,6 @@ class SFTGOConfig(SFTConfig):
         if self.group_by == "rho1" and self.reference_model is None:
             raise ValueError("`group_by='rho1'` needs `reference_model`: the id or path of a causal language model.")
         self._check_columns()
-
-    def _check_choice(self, name: str) -> None:
-        choices = self.__dataclass_fields__[name].metadata["choices"]
-        if getattr(self, name) not in choices:
-            raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {choices}.")
 
     def _check_columns(self) -> None:
         columns = [name for name in ("importance_column", "group_column") if getattr(self, name) is not None]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import regex
 from trl import SFTConfig
 
+from ..base.refusals import require_choices
 from ..tagged_answers import check_tags
 
 
@@ -163,10 +164,7 @@ class SFTKeyConfig(SFTConfig):
         super().__post_init__()
         self._check_stages()
         self._check_key_source()
-        for name in ("key_turns", "missing_key"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {choices}.")
+        require_choices(self)
         for name in ("full_loss_weight", "key_loss_weight"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

@@ -6,7 +6,14 @@ from typing import Any
 import regex
 from transformers import PreTrainedTokenizerBase
 
-from ..base.assistant_turns import RenderedExample, Turn, render_example, render_tokens, special_token_ids
+from ..base.assistant_turns import (
+    RenderedExample,
+    Turn,
+    render_example,
+    render_tokens,
+    require_same_tokens,
+    special_token_ids,
+)
 from ..base.token_offsets import Span, TokenOffsets
 from ..tagged_answers import tagged_response
 
@@ -166,7 +173,7 @@ def add_key_mask(
                 mask = _own_mask(example["key_mask"], example["labels"])
             elif has_text:
                 rendered = render_example(example, tokenizer, chat_template, text_field)
-                _require_same_tokens(rendered.token_ids, example["input_ids"])
+                require_same_tokens(rendered, example["input_ids"])
                 mask = key_mask(rendered, example["labels"], find_key)
             else:
                 mask = _key_mask_of_tokens(example, token_offsets, special, find_key)
@@ -202,14 +209,6 @@ def _key_mask_of_tokens(
         token_ids, labels = (example[column][len(mask) : len(mask) + length] for column in ("input_ids", "labels"))
         mask += key_mask(render_tokens(token_offsets, special, token_ids, labels), labels, find_key)
     return mask
-
-
-def _require_same_tokens(token_ids: list[int], input_ids: list[int]) -> None:
-    if token_ids != input_ids:
-        raise ValueError(
-            "the tokens of the text are not those that SFTTrainer made of it, so its key can't be placed: give the "
-            "data set as `input_ids` and `labels`"
-        )
 
 
 def _missing_key_message(row: int, dataset_name: str, problem: ValueError) -> str:

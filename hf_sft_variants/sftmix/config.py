@@ -3,6 +3,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from ..base.refusals import require_choices
+
 
 @dataclass
 class SFTMixConfig(SFTConfig):
@@ -115,10 +117,7 @@ class SFTMixConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("confidence_split", "confidence_source", "confidence_measure"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {choices}.")
+        require_choices(self)
         self._check_weights()
         self._check_source()
         if self.pair_sampling:
