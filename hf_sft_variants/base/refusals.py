@@ -66,8 +66,8 @@ def refuse_unsupported(
     Refuse what another loss than `SFTTrainer`'s own would have to come from, and data it can't annotate.
 
     Raises:
-        `ValueError`: For `loss_type` other than `"nll"`, label smoothing, `compute_loss_func`, an empty data set and
-            vision data sets.
+        `ValueError`: For `loss_type` other than `"nll"`, label smoothing, `compute_loss_func`, `eval_packing` alone,
+            an empty data set and vision data sets.
     """
     if args.loss_type != "nll":
         raise ValueError(
@@ -83,6 +83,12 @@ def refuse_unsupported(
         raise ValueError(
             f"`compute_loss_func` is not supported: {trainer_name} has its own loss. Override "
             "`compute_annotated_loss` in a subclass instead."
+        )
+    if args.eval_packing and not (args.packing or args.padding_free) and args.packing_strategy != "wrapped":
+        raise ValueError(
+            "`eval_packing=True` without `packing=True` is not supported: SFTTrainer keeps the documents of a packed "
+            "row apart only where training is packed or padding-free. Leave `eval_packing` unset, or set "
+            "`padding_free=True`."
         )
     if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
         raise ValueError("`train_dataset` is empty. Check the split and the filters that made it.")

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         return
     for line in scoring.summary():
         print(line)
-    _write(args, recipe, scoring.scores)
+    _write(args, recipe, scoring)
 
 
 def _require_nothing_to_write(args, recipe) -> None:
@@ -80,23 +80,21 @@ def _require_nothing_to_write(args, recipe) -> None:
             )
 
 
-def _write(args, recipe, scores) -> None:
+def _write(args, recipe, scoring) -> None:
     import pyarrow as pa
 
-    from ..poft.score_files import add_content_keys, keys_of_best, write_score_file
+    from ..poft.score_files import keys_of_best, write_score_file
     from ..recipe import load_splits, pick_split
-    from ..scoring import EXAMPLE_KEY
 
     if args.output:
-        write_score_file(pa.concat_tables(scores.values()), args.output)
+        write_score_file(pa.concat_tables(scoring.scores.values()), args.output)
         print(f"wrote {args.output}: for `reference_score_file`, see docs/score_file.md")
     if args.kept:
         rows = pick_split(
             load_splits(recipe.script_args, recipe.dataset_args), "dataset_train_split", recipe.script_args
         )
-        best = keys_of_best(scores["train"], args.keep_top)
-        keys = add_content_keys(rows)[EXAMPLE_KEY]
-        kept = rows.select([row for row, key in enumerate(keys) if key in best])
+        row_of_key = scoring.row_of_key["train"]
+        kept = rows.select(sorted(row_of_key[key] for key in keys_of_best(scoring.scores["train"], args.keep_top)))
         Path(args.kept).parent.mkdir(parents=True, exist_ok=True)
         kept.to_json(args.kept)
         print(f"wrote {args.kept}: the best {len(kept)} of {len(rows)} rows")

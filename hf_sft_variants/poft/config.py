@@ -128,9 +128,15 @@ class PoFTConfig(SFTConfig):
                 setattr(self, name, [getattr(self, name)])
         if self.reference_models is not None and len(set(self.reference_models)) < len(self.reference_models):
             raise ValueError(f"`reference_models={self.reference_models}` has a model twice; give each once.")
-        self._check_packing()
+        self._check_cuts()
 
-    def _check_packing(self) -> None:
+    def _check_cuts(self) -> None:
+        if self.truncation_mode == "keep_end" and self.needs_references:
+            raise ValueError(
+                "`truncation_mode='keep_end'` cuts prompts, which the reference models read whole. Use "
+                "`truncation_mode='keep_start'`, which drops examples whose response is cut, or the control "
+                "`preference_weighting='uniform'`."
+            )
         packs = self.packing or self.eval_packing
         if packs and self.needs_references and self.packing_strategy != "bfd":
             raise ValueError(

@@ -13,9 +13,9 @@ _EXTREMES = {"poft/tau_min": torch.amin, "poft/tau_max": torch.amax}
 
 
 def preference_metrics(result: PreferenceLoss, reference_names: list[str]) -> dict[str, Ratio]:
-    """The metrics of a micro-batch as sums and numbers of examples; without references, r_θ alone."""
+    """The metrics of a micro-batch as sums and numbers of examples; without references, loss and r_θ alone."""
     number = result.is_scored.sum()
-    metrics = {"poft/r_theta": (result.log_prob.sum(), number)}
+    metrics = {"poft/loss": (result.loss_sum.detach(), number), "poft/r_theta": (result.log_prob.sum(), number)}
     if not reference_names:
         return metrics
     reference_mean = result.reference_log_probs.mean(dim=0)

@@ -65,6 +65,8 @@ class ReferenceScoringCallback(TrainerCallback):
     Attributes:
         scores (`dict[str, pa.Table]`):
             Name of each data set that was scored to its scores, as in a score file (`docs/score_file.md`).
+        row_of_key (`dict[str, dict[str, int]]`):
+            Name of each data set to its examples' keys and the numbers of their rows.
 
     Raises:
         `ValueError`: If there is no model, or one is given twice.
@@ -84,6 +86,7 @@ class ReferenceScoringCallback(TrainerCallback):
         self.score_cache_dir = score_cache_dir
         self.batch_tokens = batch_tokens
         self.scores: dict[str, pa.Table] = {}
+        self.row_of_key: dict[str, dict[str, int]] = {}
         self._loaded = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -158,6 +161,7 @@ class ReferenceScoringCallback(TrainerCallback):
                 rendered = self._map(dataset, label_scored_tokens, {}, dataset_name, model, args)
             template = own_tokenizer.chat_template if has_responses else None
             tables.append(self._score(rendered, template, dataset_name, model, args))
+        self.row_of_key[dataset_name] = dict(zip(dataset[EXAMPLE_KEY], dataset["example_row"], strict=True))
         self.scores[dataset_name] = pa.concat_tables(tables)
         return self.scores[dataset_name]
 

@@ -60,19 +60,22 @@ def spread_over_tokens(
     For `Dataset.map`: make a column of each reference model's value, the same on every token.
 
     Raises:
-        `ValueError`: If the values are not `num_references` finite numbers, naming the row.
+        `ValueError`: If the values are not `num_references` finite numbers of at most 0, naming the row.
     """
     values = example[column]
-    is_list = isinstance(values, list | tuple) and all(
-        isinstance(value, int | float) and math.isfinite(value) for value in values
-    )
+    is_list = isinstance(values, list | tuple) and all(map(is_log_prob, values))
     if not is_list or len(values) != num_references:
         raise ValueError(
             f"Row {example['example_row']} of the {dataset_name} dataset: column `{column}` has {values!r}. Give a "
-            f"list of {num_references} finite numbers, one mean log-probability for each reference model."
+            f"list of {num_references} finite numbers, one mean log-probability (0 or less) for each reference model."
         )
     num_tokens = len(example["input_ids"])
     return {COLUMN.format(j): np.full(num_tokens, value, dtype=np.float32) for j, value in enumerate(values)}
+
+
+def is_log_prob(value: Any) -> bool:
+    """Whether a value is a finite number and at most 0, up to rounding: a positive one is no log-probability."""
+    return isinstance(value, int | float) and math.isfinite(value) and value < 1e-3
 
 
 def drop_unscored(
@@ -94,11 +97,21 @@ def drop_unscored(
         f"max_length={args.max_length} cuts"
     )
     if len(kept) == 0:
-        raise ValueError(f"No example of the {dataset_name} dataset can be used: {reasons}. Raise `max_length`.")
+        fix = "Raise `max_length`." if unscored < len(dataset) else _where_words_are(dataset)
+        raise ValueError(f"No example of the {dataset_name} dataset can be used: {reasons}. {fix}")
     logger.warning(
         f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: {reasons}."
     )
     return kept
+
+
+def _where_words_are(dataset: Dataset) -> str:
+    first = dataset[0]
+    turns = first.get("completion") or first.get("messages")
+    if not isinstance(turns, list):
+        return "Give labels, or messages."
+    roles = sorted({str(turn.get("role")) for turn in turns})
+    return f"Scored are turns of the role 'assistant' whose content is a text; row 0 has the roles {roles}."
 
 
 def _is_scored(example: dict[str, Any], needs_whole: bool) -> bool:

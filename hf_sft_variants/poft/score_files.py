@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from ..scoring import EXAMPLE_KEY, add_example_keys
 from ..scoring.shards import write_parquet
+from .references import is_log_prob
 from .scored_tokens import CONTENT_COLUMNS
 
 
@@ -85,7 +86,7 @@ def _read_score_file(path: str, score_end_of_turn: bool) -> pa.Table:
         raise ValueError(f"{where} is neither .parquet nor .jsonl: give one of these. {_ON_FILES}")
     try:
         table = pq.read_table(path) if path.endswith(".parquet") else pyarrow.json.read_json(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where} can't be read: {error} {_ON_FILES}") from error
     missing = [column for column in _REQUIRED if column not in table.column_names]
     if not {"sum_log_prob", "num_tokens"} <= set(table.column_names) and "mean_log_prob" not in table.column_names:
@@ -105,8 +106,12 @@ def _read_score_file(path: str, score_end_of_turn: bool) -> pa.Table:
             else pa.nulls(len(table), field.type)
             for field in SCHEMA
         ]
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise ValueError(f"{where} has a value of the wrong type: {error} {_ON_FILES}") from error
+    for name in (EXAMPLE_KEY, "model"):
+        if table[name].null_count:
+            row = pc.index(table[name].is_null(), True).as_py()
+            raise ValueError(f"{where} has no `{name}` in row {row}. {_ON_FILES}")
     return pa.table(columns, schema=SCHEMA)
 
 
@@ -128,7 +133,7 @@ def join_by_key(
             the trained model's tokens.
 
     Raises:
-        `ValueError`: If an example has no score, or two different ones, or a score is no finite number.
+        `ValueError`: If an example has no score, or two different ones, or a score is no finite number of at most 0.
     """
     score_of_key = {}
     for score in scores.filter(pc.equal(scores["model"], model)).select([*SCHEMA.names[2:5], EXAMPLE_KEY]).to_pylist():
@@ -173,8 +178,11 @@ def _mean_log_prob(score: dict, num_target_tokens: int, length_normalizer: str, 
         mean = total / num_target_tokens
     elif total is not None and num_tokens:
         mean = total / num_tokens
-    if mean is None or not math.isfinite(mean):
-        raise ValueError(f"{where}: the score {score} gives no finite mean. Correct it in the score files.")
+    if not is_log_prob(mean):
+        raise ValueError(
+            f"{where}: the score {score} gives no finite mean log-probability of 0 or less. Correct it in the score "
+            "files."
+        )
     return mean
 
 

@@ -105,7 +105,7 @@ def add_scored_mask(
                 mask = scored_mask(example, rendered, tokenizer.eos_token or "", end_of_turn)
             else:
                 mask = _supervised_mask(example["labels"], end_of_turn)
-            _require_labels(mask, example["labels"])
+            _require_labels(mask, example)
         except ValueError as problem:
             raise ValueError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
         masks.append(mask)
@@ -121,13 +121,24 @@ def _supervised_mask(labels: list[int], end_of_turn: bool) -> list[int]:
     return [int(label != -100) for label in labels]
 
 
-def _require_labels(mask: list[int], labels: list[int]) -> None:
+def _require_labels(mask: list[int], example: dict[str, Any]) -> None:
     # A mask of another length is refused where it is truncated
-    unlabelled = sum(is_scored == 1 and label == -100 for is_scored, label in zip(mask, labels, strict=False))
-    if unlabelled:
-        raise ValueError(
-            f"{unlabelled} of the {sum(mask)} scored tokens have no label, so the trained model can't score them. "
+    pairs = zip(mask, example["labels"], strict=False)
+    unlabelled = sum(is_scored == 1 and label == -100 for is_scored, label in pairs)
+    if not unlabelled:
+        return
+    if "prompt" in example:
+        fix = (
+            "`completion_only_loss` does this where the chat template's generation prompt is longer than what stands "
+            "in front of the same words in a whole conversation, as `<think>` may be: set it to False, or give "
+            "`messages` (PoFT trains on the responses alone in any case)"
+        )
+    else:
+        fix = (
             "`assistant_only_loss` does this where the chat template leaves the end of turn out of its generation "
             "marks: remove it (PoFT trains on the assistant's turns alone in any case), or set "
             "`score_end_of_turn=False`"
         )
+    raise ValueError(
+        f"{unlabelled} of the {sum(mask)} scored tokens have no label, so the trained model can't score them. {fix}"
+    )

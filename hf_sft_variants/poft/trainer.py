@@ -2,6 +2,7 @@ import textwrap
 from functools import cached_property
 
 import torch
+from accelerate.logging import get_logger
 from datasets import IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
@@ -25,6 +26,8 @@ from .score_files import add_content_keys, join_by_key, read_score_files
 from .scored_tokens import add_scored_mask, has_responses
 
 
+logger = get_logger(__name__)
+
 # Column with the reference models' values of an example, of scores that did not come with the data
 _JOINED_COLUMN = "reference_log_probs"
 
@@ -43,7 +46,8 @@ class PoFTTrainer(AnnotatedSFTTrainer):
     those of the completion; of rows that come as tokens, the labels. Examples whose words `max_length` cuts, or that
     are too long for a reference model, are dropped and counted.
 
-    Logs beside SFTTrainer's metrics and `nll` (of all labels) means over examples, in nats per token:
+    Logs beside SFTTrainer's metrics and `nll` (of all labels) means over examples: `poft/loss` (the loss, also in
+    evaluation on packed rows, where `eval_loss` is a mean over batches); in nats per token
     `poft/r_theta` (log-probability of the model), `poft/reference_mean`, `poft/reference_<name>` of each reference
     model, `poft/margin` (the model's minus the references' mean); of the weights τ `poft/tau_mean`, `poft/tau_min`,
     `poft/tau_max` and `poft/effective_sample_size` (share of the examples that would weigh as much if all weighed the
@@ -185,6 +189,11 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         column = _JOINED_COLUMN
         if self.args.reference_score_column in columns:
             column = self.args.reference_score_column
+            if self.args.reference_score_file:
+                logger.warning(
+                    f"The {dataset_name} dataset has the column `{column}`, so "
+                    f"`reference_score_file={self.args.reference_score_file}` is not read for it."
+                )
             number = number_in_column(dataset, self.args, dataset_name)
             self._set_references(self.args.reference_models or [str(j) for j in range(number)], dataset_name)
         fn_kwargs = {"column": column, "num_references": self._num_references, "dataset_name": dataset_name}

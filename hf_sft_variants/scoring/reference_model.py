@@ -30,7 +30,8 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
             Model id or folder; a PEFT adapter is loaded on the base model it names.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained`. `dtype` defaults to bfloat16 on an accelerator, float32 on the CPU;
-            with `quantization_config` the model is put where it says.
+            with `quantization_config` the model is put where it says. `revision` is that of an adapter, not of its
+            base model.
 
     Raises:
         `ValueError`: If the model can't be loaded or lacks weights, or under DeepSpeed ZeRO-3.
@@ -44,7 +45,8 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
     try:
         adapter = _adapter_config(model, options)
         name = adapter.base_model_name_or_path if adapter else model
-        loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        base_options = _without_revision(options) if adapter else options
+        loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **base_options)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"The reference model {model!r} can't be loaded: {error} Give the id or the folder of a causal language "
@@ -59,7 +61,7 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
     if "quantization_config" not in options:
         loaded = loaded.to(PartialState().device)
     if adapter:
-        loaded = PeftModel.from_pretrained(loaded, model)
+        loaded = PeftModel.from_pretrained(loaded, model, revision=options.get("revision"))
     return loaded.eval().requires_grad_(False)
 
 
@@ -150,6 +152,10 @@ def _base_model(model: str, options: dict) -> str:
     return adapter.base_model_name_or_path if adapter else model
 
 
+def _without_revision(options: dict) -> dict:
+    return {name: value for name, value in options.items() if name != "revision"}
+
+
 def _config_options(options: dict) -> dict:
     return {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
 
@@ -168,7 +174,7 @@ def identify_model(model: str | PreTrainedModel, model_init_kwargs: dict | None 
         return {"model": type(model).__name__, "version": _hash_of_parameters(model), **described}
     adapter = _adapter_config(model, options)
     if adapter:
-        base = identify_model(adapter.base_model_name_or_path, model_init_kwargs)
+        base = identify_model(adapter.base_model_name_or_path, _without_revision(options))
         described["base"] = f"{base['model']} {base['version']}"
     return {"model": _location(model), "version": _version(model, options, adapter), **described}
 

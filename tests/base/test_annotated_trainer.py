@@ -309,6 +309,7 @@ class TestConfiguration:
         [
             ({"loss_type": "dft"}, "`loss_type='dft'` is not supported: EchoTrainer has its own loss"),
             ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),
+            ({"eval_packing": True}, "`eval_packing=True` without `packing=True` is not supported"),
             ({"packing": True, "max_length": None}, "`max_length` can't be `None`"),
             ({"truncation_mode": "middle"}, "Unsupported truncation mode: middle"),
         ],

@@ -74,6 +74,23 @@ def test_fills_the_cache_and_writes_files(folder, tiny_model, tokenizer, capsys,
     assert len(table) == 2 * 15 and keys_of_best(table, 1.0) == set(add_content_keys(rows)["example_key"])
 
 
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_keeps_rows_of_tokens(packing, folder, token_rows, tiny_model, tokenizer, capsys):
+    """Without labels, too, of which the trainer makes its own."""
+    tiny_model.save_pretrained("reference")
+    tokenizer.save_pretrained("reference")
+    for split in ("train", "test"):
+        token_rows.remove_columns("labels").add_column("row", range(16)).to_json(f"data/{split}.jsonl")
+    keep = ["--keep-top", "0.25", "--kept", "kept.jsonl", "--packing", packing]
+    assert main(["score", "--config", "recipe.yaml", "--reference_models", "reference", *keep]) == 0
+    assert "wrote kept.jsonl: the best 4 of 16 rows" in capsys.readouterr().out
+
+    common = (PoFTTrainer, PoFTConfig, tiny_model, tokenizer, load_dataset("data", split="train"), folder / "run")
+    prepared = make_trainer(*common, reference_models="reference", score_cache_dir="scores").train_dataset
+    best = sorted(range(16), key=lambda row: -prepared["reference_log_prob_0"][row][0])[:4]
+    assert load_dataset("json", data_files="kept.jsonl", split="train")["row"] == sorted(best)
+
+
 def test_help_fits_a_screen(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):

@@ -127,7 +127,7 @@ class TestJoin:
         with pytest.raises(ValueError, match=r"has `score_end_of_turn` \[False, True\]"):
             make(mixed)
 
-    @pytest.mark.parametrize("wrong", [float("nan"), -float("inf")])
+    @pytest.mark.parametrize("wrong", [float("nan"), -float("inf"), 30.0])
     def test_scores_that_are_no_numbers(self, wrong, make, scores, keys):
         scores[6] = {**scores[6], "sum_log_prob": wrong}
         with pytest.raises(
@@ -148,6 +148,21 @@ class TestJoin:
     def test_wrong_type(self, make, scores):
         with pytest.raises(ValueError, match="has a value of the wrong type"):
             make([{**score, "num_tokens": "many"} for score in scores])
+
+    @pytest.mark.parametrize("column", ["example_key", "model"])
+    def test_missing_names(self, column, make, scores):
+        scores[3] = {**scores[3], column: None}
+        with pytest.raises(ValueError, match=f"has no `{column}` in row 3"):
+            make(scores)
+
+    def test_nested_values(self, make, scores):
+        with pytest.raises(ValueError, match="has a value of the wrong type"):
+            make([{**score, "model": {"name": "a"}} for score in scores])
+
+    def test_a_column_comes_before_the_file(self, make, scores, chat_rows, caplog):
+        trainer = make(scores, data=chat_rows.add_column("ref_logps", [[-3.0, -4.0]] * len(chat_rows)))
+        assert values(trainer) == [[-3.0, -4.0]] * len(chat_rows)
+        assert "The train dataset has the column `ref_logps`, so `reference_score_file=[" in caplog.text
 
     def test_files_that_can_not_be_read(self, make, tmp_path):
         (tmp_path / "broken.parquet").write_bytes(b"PAR1")

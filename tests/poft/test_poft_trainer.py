@@ -88,6 +88,7 @@ class TestLoss:
         examples = [(-loss.item(), reference) for loss, reference in expected_examples(tiny_model, scored_rows)]
         taus = [1 / (1 + math.exp(2 * (r - reference) + 0.5)) for r, reference in examples]
         expected = {
+            "poft/loss": loss,
             "poft/r_theta": sum(r for r, _ in examples) / 8,
             "poft/reference_0": sum(-5 - row / 4 for row in range(8)) / 8,
             "poft/reference_1": sum(-6 + row % 3 for row in range(8)) / 8,
@@ -101,13 +102,14 @@ class TestLoss:
         }
         assert {name: log[name] for name in log if name.startswith("poft/")} == pytest.approx(expected, rel=1e-5)
 
-    @pytest.mark.parametrize("reference", [1e4, -1e4])
+    @pytest.mark.parametrize("reference", [0.0, -1e4])
     def test_finite_at_large_margins(self, reference, tiny_model, tokenizer, token_rows, tmp_path):
         rows = token_rows.select(range(4)).add_column("ref_logps", [[reference]] * 4)
-        log, gradients = one_step_log(*CLASSES, tiny_model, tokenizer, rows, tmp_path)
+        log, gradients = one_step_log(*CLASSES, tiny_model, tokenizer, rows, tmp_path, beta=1e4)
+        assert abs(1e4 * log["poft/margin"]) > 1e4
         assert all(math.isfinite(value) for value in log.values())
         assert all(gradient.isfinite().all() for gradient in gradients.values())
-        assert log["loss"] == pytest.approx(max(reference - log["poft/r_theta"], 0), rel=1e-4)
+        assert log["loss"] == pytest.approx(max(-1e4 * log["poft/margin"], 0), rel=1e-4)
 
     def test_evaluation_reports_loss_nll_and_margins(self, tiny_model, tokenizer, scored_rows, tmp_path):
         trainer = make_trainer(
@@ -122,6 +124,18 @@ class TestLoss:
         again = trainer.evaluate(trainer.eval_dataset["first"])  # which is prepared already
         assert again["eval_loss"] == metrics["eval_first_loss"]
         assert {"eval_nll", "eval_poft/margin", "eval_poft/r_theta"} <= again.keys()
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 8])
+    def test_evaluation_loss_is_the_mean_over_examples_when_packed(
+        self, batch_size, tiny_model, tokenizer, scored_rows, tmp_path
+    ):
+        trainer = make_trainer(
+            *CLASSES, tiny_model, tokenizer, scored_rows, tmp_path,
+            eval_dataset=scored_rows, packing=True, per_device_eval_batch_size=batch_size,
+        )  # fmt: skip
+        assert len(trainer.eval_dataset) < len(scored_rows)
+        loss, _ = expected_loss_and_gradients(tiny_model, scored_rows)
+        assert trainer.evaluate()["eval_poft/loss"] == pytest.approx(loss, rel=1e-5)
 
     def test_learns_with_lora(self, tiny_model, tokenizer, scored_rows, tmp_path):
         lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules="all-linear")
@@ -196,7 +210,7 @@ class TestControls:
         log, our_gradients = one_step_log(*CLASSES, tiny_model, tokenizer, rows, tmp_path, **options)
         assert log["loss"] == pytest.approx(loss) == pytest.approx(log["nll"])
         assert_same_gradients(our_gradients, gradients, tolerance=1e-6)
-        assert {name for name in log if name.startswith("poft/")} == {"poft/r_theta"}
+        assert {name for name in log if name.startswith("poft/")} == {"poft/loss", "poft/r_theta"}
 
     def test_uniform_ignores_references_and_truncates(self, train_set, token_rows):
         rows = train_set(token_rows, preference_weighting="uniform", reference_models=["nowhere"], max_length=12)
@@ -253,11 +267,10 @@ class TestScoredTokens:
         )
 
     @pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
-    def test_examples_whose_prompt_is_cut_are_kept(self, train_set, scored_rows):
-        kept = train_set(scored_rows, max_length=20, truncation_mode="keep_end")
-        # The first token that is left is predicted by nothing
-        whole = [sum(label != -100 for label in labels) < 20 or len(labels) <= 20 for labels in scored_rows["labels"]]
-        assert len(kept) == sum(whole) > sum(len(ids) <= 20 for ids in scored_rows["input_ids"])
+    def test_prompts_are_cut_in_the_control_only(self, train_set, scored_rows):
+        options = {"max_length": 20, "truncation_mode": "keep_end"}
+        kept = train_set(scored_rows, preference_weighting="uniform", **options)
+        assert list(kept["input_ids"]) == [ids[-20:] for ids in scored_rows["input_ids"]]
 
     def test_examples_without_a_word_are_dropped_and_counted(self, train_set, caplog):
         silent = [*CONVERSATION[:2], {"role": "assistant", "content": " \n"}]
@@ -267,6 +280,7 @@ class TestScoredTokens:
 
 
 class TestBadInput:
+    @pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -281,6 +295,7 @@ class TestBadInput:
             ({"preference_weighting": "dpo"}, "`preference_weighting='dpo'` is unknown"),
             ({"reference_batch_tokens": 0}, "`reference_batch_tokens` must be 1 or more, got 0"),
             ({"reference_models": ["a", "a"]}, r"`reference_models=\['a', 'a'\]` has a model twice"),
+            ({"truncation_mode": "keep_end"}, "`truncation_mode='keep_end'` cuts prompts"),
             ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy='wrapped'` cuts examples"),
             ({"eval_packing": True, "packing_strategy": "bfd_split"}, "Use `packing_strategy='bfd'`, or the control"),
         ],
@@ -298,6 +313,7 @@ class TestBadInput:
             ),
             ([-1.0, float("nan")], r"Row 3 .* has \[-1.0, nan\]"),
             ([-1.0, -float("inf")], r"Row 3 .* has \[-1.0, -inf\]"),
+            ([-1.0, 2.0], r"Row 3 .* has \[-1.0, 2.0\]. Give .* mean log-probability \(0 or less\) for each"),
             ([-1.0], r"Row 3 .* has \[-1.0\]. Give a list of 2"),
             (None, r"Row 3 .* has None"),
         ],
@@ -356,6 +372,32 @@ class TestBadInput:
             assert len(train_set(rows, score_end_of_turn=False, **options)) == 1
         finally:
             tokenizer.chat_template = before
+
+    def test_a_generation_prompt_that_reaches_into_the_response(self, train_set, tokenizer):
+        """As of templates that open `<think>` for the model."""
+        template = (
+            "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nAdd the ones{% endif %}"
+        )
+        rows = Dataset.from_dict(
+            {"prompt": [CONVERSATION[1:2]], "completion": [CONVERSATION[2:3]], "ref_logps": [[-1.0]]}
+        )
+        options = {"chat_template_path": None, "max_length": None}
+        before, tokenizer.chat_template = tokenizer.chat_template, template
+        try:
+            with pytest.raises(ValueError, match="Row 0 .* have no label.* `completion_only_loss` does this where"):
+                train_set(rows, **options)
+            row = train_set(rows, completion_only_loss=False, **options)[0]
+            messages = Dataset.from_dict({"messages": [CONVERSATION[1:3]], "ref_logps": [[-1.0]]})
+            assert row["scored_mask"] == train_set(messages, **options)[0]["scored_mask"]
+        finally:
+            tokenizer.chat_template = before
+
+    def test_nobody_speaks(self, train_set):
+        turns = [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]
+        rows = Dataset.from_dict({"messages": [turns], "ref_logps": [[-1.0]]})
+        with pytest.raises(ValueError, match=r"role 'assistant' whose .* row 0 has the roles \['gpt', 'human'\]"):
+            train_set(rows, max_length=None)
 
     def test_everything_cut(self, train_set, scored_rows):
         with pytest.raises(ValueError, match="No example of the train dataset can be used: 0 without a word"):

@@ -17,7 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from hf_sft_variants.scoring import (
     EXAMPLE_KEY,
@@ -297,6 +303,20 @@ class TestReferenceModels:
         loaded = load_reference_model(str(tmp_path / "adapter"))
         first, second = (LogProbScorer(model)(list(token_rows))[0]["sum_log_prob"] for model in (adapted, loaded))
         assert first == pytest.approx(second)
+
+    def test_revision_is_that_of_the_adapter(self, tiny_model, tmp_path, monkeypatch):
+        tiny_model.save_pretrained(tmp_path / "base")
+        base = load_reference_model(str(tmp_path / "base"))
+        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+        asked, load = [], AutoModelForCausalLM.from_pretrained
+        monkeypatch.setattr(
+            AutoModelForCausalLM,
+            "from_pretrained",
+            lambda *args, **options: asked.append(options) or load(*args, **options),
+        )
+        load_reference_model(str(tmp_path / "adapter"), {"revision": "v1"})
+        load_reference_model(str(tmp_path / "base"), {"revision": "v1"})
+        assert [options.get("revision") for options in asked] == [None, "v1"]
 
     def test_identity_of_an_adapter_has_its_base(self, tiny_model, tmp_path):
         tiny_model.save_pretrained(tmp_path / "base")
