@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 from functools import partial
@@ -30,6 +31,14 @@ CORPUS = [
 def no_progress_bars():
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Each run collects garbage several times: a third of a second each, among all the objects of the imports."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,39 @@
+"""
+Draws `poft_tau.svg`: how much PoFT's examples weigh over training, the clean and the corrupted ones apart.
+
+    python docs/images/poft_tau.py benchmarks/results/poft_corrupted_answers.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+
+
+# Readable on white and on black
+COLORS = {"clean": "#2a9d8f", "corrupted": "#e76f51"}
+INK = "#808080"
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """Mean over the seeds, and the range from the lowest to the highest seed behind it."""
+    plt.rcParams.update({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.family": "sans-serif"})
+    for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
+        plt.rcParams[name] = INK
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    for kind, color in COLORS.items():
+        steps = [step for step, _ in runs[0]["tau"][kind]]
+        seeds = list(zip(*([tau for _, tau in run["tau"][kind]] for run in runs), strict=True))
+        axes.fill_between(steps, list(map(min, seeds)), list(map(max, seeds)), color=color, alpha=0.25, linewidth=0)
+        axes.plot(steps, [sum(values) / len(values) for values in seeds], color=color, marker="o", label=kind)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("mean weight τ of the examples")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, labelcolor=INK)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    results = json.loads(Path(sys.argv[1]).read_text())
+    draw([run for run in results["runs"] if run["arm"] == "poft"], Path(__file__).with_suffix(".svg"))

@@ -1,0 +1,58 @@
+"""The trainers of the matrix: each as it is used, and as the control that is `SFTTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants import (
+    AnnotatedSFTTrainer,
+    PoFTConfig,
+    PoFTTrainer,
+    SFTGOConfig,
+    SFTGOTrainer,
+    SFTKeyConfig,
+    SFTKeyTrainer,
+    SFTMixConfig,
+    SFTMixTrainer,
+)
+
+
+SFT = (SFTTrainer, SFTConfig)
+
+
+@dataclass
+class Method:
+    """A trainer, what its configuration is given, and what makes it `SFTTrainer` again."""
+
+    trainer_class: type[SFTTrainer]
+    config_class: type[SFTConfig]
+    options: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> tuple[type[SFTTrainer], type[SFTConfig]]:
+        return self.trainer_class, self.config_class
+
+
+METHODS = {
+    "base": Method(AnnotatedSFTTrainer, SFTConfig),
+    "sft_go": Method(SFTGOTrainer, SFTGOConfig, {"min_grouped_tokens": 2}, {"worst_group_weight": 0.0}),
+    "sftkey": Method(
+        SFTKeyTrainer, SFTKeyConfig, {"stages": ["key"], "key_pattern": r"(?P<key>\w+)\s*$"}, {"stages": ["full"]}
+    ),
+    # Equal to SFTTrainer on rows with as many labels each
+    "poft": Method(PoFTTrainer, PoFTConfig, {"beta": 2.0}, {"preference_weighting": "uniform"}),
+    "sftmix": Method(
+        SFTMixTrainer,
+        SFTMixConfig,
+        {"confidence_split": "random"},
+        {"confidence_split": "random", "mixup_weight": 0.0, "pair_sampling": False},
+    ),
+}
+
+
+def with_references(rows: Dataset) -> Dataset:
+    """The rows with what two reference models think of them, which PoFT needs."""
+    return rows.add_column("ref_logps", [[-2.0 - row / 4, -3.0 + row % 3] for row in range(len(rows))])
