@@ -87,6 +87,11 @@ def align_with_labels(values: torch.Tensor, num_predictions: int, padding_value:
     return values[:, -missing:]
 
 
+def at_least_float32(log_probs: torch.Tensor) -> torch.Tensor:
+    """Undo what FSDP2 does to a model's outputs: mixed precision rounds them, and a sum in bfloat16 stops growing."""
+    return log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+
+
 def sample_ids_of(inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """
     Number the samples of a collated batch: one a row, or one a document of a padding-free row.
@@ -153,7 +158,7 @@ def make_annotated_batch(
     num_predictions = outputs.log_probs.size(1)
     sample_ids, num_samples = sample_ids_of(inputs)
     return AnnotatedBatch(
-        log_probs=outputs.log_probs,
+        log_probs=at_least_float32(outputs.log_probs),
         label_mask=outputs.label_mask,
         sample_ids=align_with_labels(sample_ids, num_predictions, 0),
         num_samples=num_samples,

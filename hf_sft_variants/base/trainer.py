@@ -243,9 +243,11 @@ class AnnotatedSFTTrainer(SFTTrainer):
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
 
     def _prepare_inputs(self, inputs):
-        # DeepSpeed casts every floating-point input to the model's dtype; annotations keep theirs
-        annotations = {name: inputs[name].to(self.args.device) for name in self.annotation_columns if name in inputs}
-        return {**super()._prepare_inputs(inputs), **annotations}
+        # DeepSpeed casts every floating-point input to the model's dtype; annotations and counts keep theirs
+        kept = {name: inputs[name].to(self.args.device) for name in self.annotation_columns if name in inputs}
+        if _NUM_ITEMS in inputs:
+            kept[_NUM_ITEMS] = inputs[_NUM_ITEMS]
+        return {**super()._prepare_inputs(inputs), **kept}
 
     # Loss
 

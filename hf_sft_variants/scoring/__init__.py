@@ -6,6 +6,7 @@ from .reference_model import (
     load_reference_model,
     load_reference_tokenizer,
     max_positions,
+    refuse_zero3,
     require_same_vocabulary,
 )
 from .shards import find_scores, join_scores, read_scores, score_in_shards, scores_path
@@ -23,6 +24,7 @@ __all__ = [
     "load_reference_tokenizer",
     "max_positions",
     "read_scores",
+    "refuse_zero3",
     "require_same_vocabulary",
     "score_in_shards",
     "score_log_probs",

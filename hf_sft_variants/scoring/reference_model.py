@@ -36,11 +36,7 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
     Raises:
         `ValueError`: If the model can't be loaded or lacks weights, or under DeepSpeed ZeRO-3.
     """
-    if is_deepspeed_zero3_enabled():  # it would take the weights apart, and put them together only in training
-        raise ValueError(
-            f"The reference model {model!r} has to score, but can't be loaded under DeepSpeed ZeRO-3. Run "
-            "`hf-sft-variants score --config RECIPE` first, without DeepSpeed; training then finds the scores."
-        )
+    refuse_zero3(model)
     options = with_default_dtype(model_init_kwargs)
     try:
         adapter = _adapter_config(model, options)
@@ -63,6 +59,21 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
     if adapter:
         loaded = PeftModel.from_pretrained(loaded, model, revision=options.get("revision"))
     return loaded.eval().requires_grad_(False)
+
+
+def refuse_zero3(model: str) -> None:
+    """
+    Refuse to load a model that scores under DeepSpeed ZeRO-3, which would take its weights apart and put them together
+    only in training.
+
+    Raises:
+        `ValueError`: Under ZeRO-3.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"The model {model!r} has to score, but can't be loaded under DeepSpeed ZeRO-3. Run `hf-sft-variants "
+            "score --config RECIPE` first, without DeepSpeed; training then finds the scores."
+        )
 
 
 def load_reference_tokenizer(model: str, model_init_kwargs: dict | None = None) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..scoring import identify_model
+from ..scoring import identify_model, refuse_zero3
 
 
 # Most sub-words of a window, special tokens included: what LLMLingua-2 was trained with
@@ -47,8 +47,9 @@ def load_importance_model(model: str) -> tuple[PreTrainedModel, PreTrainedTokeni
 
     Raises:
         `ValueError`: If the model can't be loaded, is no token classifier with two labels, or its tokenizer gives no
-            offsets.
+            offsets; under DeepSpeed ZeRO-3.
     """
+    refuse_zero3(model)
     with _loading(model):
         config = AutoConfig.from_pretrained(model)
     architectures = config.architectures or []

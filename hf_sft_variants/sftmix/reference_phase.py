@@ -98,7 +98,11 @@ class ReferencePhase:
     def _train(self, trainer, path, resume) -> None:
         rows = self._keyed_rows(trainer)
         own = {"args": _reference_args(trainer.args), "train_dataset": rows, "callbacks": None}
-        reference = SFTTrainer(**{**self.arguments, **self._start(trainer), **own})
+        arguments = {**self.arguments, **self._start(trainer), **own}
+        if isinstance(arguments["model"], str) and trainer.args.world_size > 1:
+            # `SFTTrainer` sees to it, but not beside a trainer that has set up FSDP: it would spread over all devices
+            own["args"].model_init_kwargs = {**(trainer.args.model_init_kwargs or {}), "device_map": None}
+        reference = _ReferenceTrainer(**arguments)
         reference.add_callback(_SaveModelCallback(reference))
         tracking = ConfidenceTrackingCallback(
             reference,
@@ -134,6 +138,14 @@ class ReferencePhase:
         args.truncation_mode = "keep_start"  # as packing does
         formatting_func = self.arguments.get("formatting_func")
         return reference._prepare_dataset(rows, reference.processing_class, args, False, formatting_func, "train")
+
+
+class _ReferenceTrainer(SFTTrainer):
+    """A plain `SFTTrainer` beside another trainer that has set up DeepSpeed."""
+
+    def _build_accelerator_args(self, **kwargs):
+        # Accelerate takes DeepSpeed's plugin from the trainer that waits, and refuses to be given it again
+        return {**super()._build_accelerator_args(**kwargs), "deepspeed_plugin": None}
 
 
 class _SaveModelCallback(TrainerCallback):

@@ -12,6 +12,7 @@ from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
+from ..base.batch import at_least_float32
 from ..base.preparation import map_description
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY
@@ -216,7 +217,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         mixed_log_probs = getattr(batch.outputs, "mixed_log_probs", None)
         if mixed_log_probs is None:
             return loss
-        mixup_loss = -mixed_log_probs.sum()
+        mixup_loss = -at_least_float32(mixed_log_probs).sum()
         batch.metrics["sftmix/mixup_loss"] = (mixup_loss.detach(), len(mixed_log_probs))
         batch.metrics["sftmix/mixed_fraction"] = (2 * len(mixed_log_probs), batch.label_mask.sum())
         return loss + self.args.mixup_weight * mixup_loss / batch.num_items["mixed_positions"]

@@ -1,0 +1,314 @@
+"""
+DDP, FSDP2 and DeepSpeed's ZeRO-2 and ZeRO-3: two processes train what one does, or what `SFTTrainer` does on two.
+
+Each strategy is launched once, by `trl sft` with its accelerate configuration; all cases share the launch.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import is_deepspeed_available
+from helpers import SMALL, make_trainer
+from methods import METHODS
+from process_cases import (
+    AS_USED,
+    RECIPE_METHODS,
+    STEPS,
+    cases_in_bfloat16,
+    cases_like_one_process,
+    control_rows,
+    make_trainer_of,
+    result_of,
+    scoring_cases,
+    write_rows,
+)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PhiConfig, PhiForCausalLM, set_seed
+
+from hf_sft_variants import SFTKeyConfig, SFTKeyTrainer
+from hf_sft_variants.base.batch import NumItems, make_annotated_batch
+
+
+REPOSITORY = Path(__file__).parents[2]
+STRATEGIES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
+NEEDS_DEEPSPEED = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+
+
+def on_each_strategy(cell=None, strategies=STRATEGIES, **options):
+    """Parametrizes `strategy`; `cell` says in the table what is shown, behind the strategy's name."""
+    parameters = []
+    for strategy in strategies:
+        # One worker of pytest-xdist has all of a strategy, and launches it once
+        marks = [pytest.mark.distributed, pytest.mark.xdist_group(strategy)]
+        if strategy.startswith("zero"):
+            marks.append(NEEDS_DEEPSPEED)
+        if cell is not None:
+            marks.append(pytest.mark.cell("Processes", f"{STRATEGIES[strategy]}{cell}", **options))
+        parameters.append(pytest.param(strategy, marks=marks))
+    return pytest.mark.parametrize("strategy", parameters)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model_factory, tokenizer, token_rows):
+    """Holds all models and rows, and for each strategy a recipe."""
+    folder = tmp_path_factory.mktemp("processes")
+    for name, model in make_models(tiny_model_factory(), tokenizer).items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_rows(folder, token_rows)
+    for strategy, method in RECIPE_METHODS.items():
+        (folder / strategy).mkdir()
+        keys = {
+            "module": "steps_of_processes",
+            **AS_USED[method],
+            "model_name_or_path": str(folder / "untied"),
+            "dataset_name": str(folder / "data"),
+            "output_dir": str(folder / strategy / "recipe"),
+            "max_length": 64,
+            **SMALL,
+            **STEPS,
+        }
+        (folder / strategy / "recipe.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    return folder
+
+
+def make_models(tied, tokenizer):
+    """That of the other tests, another one to be a reference, one with an LM head of its own, and one with a bias."""
+    tied.config.max_position_embeddings = 512
+    reference, config = copy.deepcopy(tied), copy.deepcopy(tied.config)
+    reference.model.embed_tokens.weight.data.mul_(1.1)
+    config.tie_word_embeddings = False
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    tokens = {"bos_token_id": None, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    phi_config = PhiConfig(**{name: getattr(config, name) for name in shape}, initializer_range=0.2, **tokens)
+    set_seed(0)
+    return {
+        "tied": tied,
+        "reference": reference,
+        "untied": LlamaForCausalLM(config),
+        "biased": PhiForCausalLM(phi_config),
+    }
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """Runs a case on this process alone, in float32."""
+
+    @cache
+    def run(name):
+        cases = cases_like_one_process(folder) | cases_in_bfloat16() | scoring_cases(folder, "one")
+        accumulation = {"gradient_accumulation_steps": 2 * STEPS["gradient_accumulation_steps"], "bf16": False}
+        trainer = make_trainer_of(cases[name], folder, folder / "one" / name, **accumulation)
+        trainer.train()
+        return result_of(trainer)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def launch(folder, one_process):
+    @cache
+    def run(strategy):
+        for name in scoring_cases(folder, "one"):
+            one_process(name)  # leaves scores to be found
+        finished = subprocess.run(
+            [
+                *(Path(sys.executable).with_name("trl"), "sft", "--config", folder / strategy / "recipe.yaml"),
+                *("--accelerate_config", REPOSITORY / "recipes" / "accelerate" / f"{strategy}.yaml"),
+            ],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HOME": str(folder / "cache"),
+                "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)]),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stdout[-10_000:]
+        return torch.load(folder / strategy / "results.pt", weights_only=True)
+
+    return run
+
+
+@pytest.fixture
+def results(launch, strategy):
+    return launch(strategy)
+
+
+def assert_same(result, expected):
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-4, abs=1e-6)
+    assert_same_weights(result["weights"], expected["weights"], tolerance=1e-5)
+
+
+def assert_same_weights(weights, expected, tolerance=0.0):
+    assert weights.keys() == expected.keys() and weights
+    for name, values in weights.items():
+        torch.testing.assert_close(values, expected[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_each_strategy(": loss and weights of one process")
+def test_equal_to_one_process(strategy, method, results, one_process):
+    """Four optimizer steps with clipped gradients, of global batches that divide evenly."""
+    assert_same(results[method], one_process(method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_each_strategy(", a smaller last batch: SFTTrainer's loss and weights")
+def test_controls_on_uneven_data(strategy, method, results):
+    assert_control_is_sft_trainer(results, "uneven", method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_each_strategy(", `average_tokens_across_devices: false`: SFTTrainer's loss and weights")
+def test_controls_with_counts_of_each_process(strategy, method, results):
+    assert_control_is_sft_trainer(results, "separate", method)
+
+
+def assert_control_is_sft_trainer(results, name, method):
+    ours, plain = results[f"{name}_{method}"], results[f"{name}_sft_{control_rows(method)}"]
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-6 if method == "poft" else 0)
+    assert_same_weights(ours["weights"], plain["weights"], tolerance=1e-6 if method == "poft" else 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_each_strategy(": resumed from a checkpoint")
+def test_resumed(strategy, method, results):
+    """SFTKey between its stages, the others in the middle."""
+    assert results[f"{method}_resumed"]["losses"] == results[method]["losses"]
+    assert_same_weights(results[f"{method}_resumed"]["weights"], results[method]["weights"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_each_strategy(": a checkpoint is a whole model")
+def test_checkpoints_are_whole(strategy, method, results, folder):
+    assert_holds_model(folder / strategy / method / "checkpoint-4", results[method]["weights"])
+
+
+def assert_holds_model(path, weights, tolerance=0.0):
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same_weights(model.state_dict(), weights, tolerance)
+
+
+@on_each_strategy()
+def test_recipe(strategy, launch, folder, one_process):
+    """What the command itself trained, after all cases."""
+    launch(strategy)
+    weights = one_process(RECIPE_METHODS[strategy])["weights"]
+    assert_holds_model(folder / strategy / "recipe", weights, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sft_go", "sftmix"])
+@on_each_strategy(", LoRA: loss and weights of one process")
+def test_lora(strategy, method, results, one_process):
+    assert_same(results[f"{method}_lora"], one_process(f"{method}_lora"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_each_strategy(", bfloat16, 300 tokens: loss and metrics near those of float32")
+def test_bfloat16(strategy, method, results, one_process):
+    """FSDP2 rounds what the model returns; sums and counts are in float32 all the same."""
+    result, expected = results[f"{method}_bf16"], one_process(f"{method}_bf16")
+    assert result["losses"] == pytest.approx(expected["losses"], rel=0.01)
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("case", ["sftmix_tied", "sftmix_biased", "sftmix_packed"])
+@on_each_strategy()
+def test_paired_lm_head(case, strategy, results, one_process):
+    """A head that shares its weights, one with a bias, and rows of which some have no pair."""
+    assert_same(results[case], one_process(case))
+
+
+@pytest.mark.parametrize("method", ["sftmix"])
+@on_each_strategy(": the reference is trained and ranks the data as on one process")
+def test_reference_phase(method, strategy, results, one_process):
+    expected = one_process("sftmix_reference")
+    assert_same(results["sftmix_reference"], expected)
+    assert torch.equal(results["sftmix_reference"]["halves"], expected["halves"])
+
+
+@pytest.mark.parametrize("method", ["sftkey"])
+@on_each_strategy(": generated answers are those of one process")
+def test_answers(method, strategy, results, one_process):
+    expected = one_process("sftkey_answers")
+    assert results["sftkey_answers"]["answers"] == expected["answers"] and len(set(expected["answers"][0])) > 1
+    assert_same(results["sftkey_answers"], expected)
+
+
+@pytest.mark.parametrize("method", ["poft", "sft_go"])
+@on_each_strategy(": the processes share the scoring", strategies=["ddp", "fsdp2", "zero2"])
+def test_scoring(method, strategy, results, one_process, folder):
+    """Scores are equal to the last bit: the file of each data set has the same bytes."""
+    assert_same(results[f"{method}_scored"], one_process(f"{method}_scored"))
+    by_one, by_two = (scores_of(folder, processes) for processes in ("one", strategy))
+    assert by_one == by_two and len(by_one) == 2
+
+
+def scores_of(folder, processes):
+    return {path.name: path.read_bytes() for path in (folder / f"scores_of_{processes}").glob("*.parquet")}
+
+
+@pytest.mark.parametrize("method", ["poft", "sft_go"])
+@on_each_strategy(": scores", strategies=["zero3"], refused=True)
+def test_scoring_is_refused(method, strategy, results):
+    assert (
+        "can't be loaded under DeepSpeed ZeRO-3. Run `hf-sft-variants score" in results[f"{method}_scored"]["refused"]
+    )
+
+
+@pytest.mark.parametrize("method", ["poft", "sft_go"])
+@on_each_strategy(": trains with scores made before")
+def test_found_scores(method, strategy, results, one_process):
+    assert_same(results[f"{method}_scored_found"], one_process(f"{method}_scored"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_each_strategy(" with `cp_size: 2` (context parallelism)", strategies=["fsdp2"], refused=True)
+def test_context_parallelism_is_refused(method, strategy, results):
+    assert "does not support `cp_size=2`: the tokens of a sample" in results[f"{method}_sharded"]["refused"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@on_each_strategy(" with `sp_size: 2` (sequence parallelism)", strategies=["zero3"], refused=True)
+def test_sequence_parallelism_is_refused(method, strategy, results):
+    assert "does not support `sp_size=2`: the tokens of a sample" in results[f"{method}_sharded"]["refused"]
+
+
+# What the launches rely on
+
+
+def test_accelerate_configurations_are_those_of_the_tests():
+    assert {path.stem for path in (REPOSITORY / "recipes" / "accelerate").glob("*.yaml")} == set(STRATEGIES)
+
+
+def test_sums_of_rounded_log_probs_are_in_float32():
+    """In bfloat16 a sum of ones ends at 256."""
+    outputs = SimpleNamespace(log_probs=torch.ones(1, 4, dtype=torch.bfloat16), label_mask=torch.ones(1, 4).bool())
+    batch = make_annotated_batch({"labels": torch.ones(1, 5)}, outputs, {}, {}, NumItems())
+    assert batch.log_probs.dtype == torch.float32
+
+
+def test_deepspeed_rounds_no_counts(tiny_model, tokenizer, token_rows, tmp_path, monkeypatch):
+    """It casts what goes into a model: 1003 would be 1004."""
+    trainer = make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, token_rows, tmp_path, stages=["full"])
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)
+    trainer.is_deepspeed_enabled = True
+    batch = {"labels": torch.ones(1, 2), "num_items_in_step": {"weighted_tokens": torch.tensor(1003.0)}}
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["num_items_in_step"]["weighted_tokens"] == 1003 and prepared["labels"].dtype == torch.bfloat16
