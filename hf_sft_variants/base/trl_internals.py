@@ -1,6 +1,8 @@
 """
-The only module that imports names TRL does not export. Read off trl 1.16.0; any release may move them, so
-`tests/base/test_trl_internals.py` checks each of them and what we rely on.
+What we use of TRL, and of the `Trainer` under it, beyond their documented names. Read off trl 1.16.0 and transformers
+5.23.0; any release may move it, so `tests/base/test_trl_internals.py` checks each name and says which is gone.
+
+No other module imports names that TRL does not export.
 """
 
 import inspect
@@ -18,7 +20,58 @@ from trl.trainer.utils import (
 )
 
 
+# Methods of `SFTTrainer`, its own or inherited, that trainers here override or call, and the parameters they rely on
+METHODS = {
+    "_build_accelerator_args": ["kwargs"],
+    "_get_num_items_in_batch": ["batch_samples", "device"],
+    "_get_output_dir": ["trial"],
+    "_get_train_sampler": ["train_dataset"],
+    "_move_model_to_device": ["model", "device"],
+    "_prepare_dataset": ["dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
+    "_prepare_inputs": ["inputs"],
+    "_reject_skip_prepare_without_labels": ["datasets", "data_collator"],
+    "_save_checkpoint": ["model", "trial"],
+    "_set_signature_columns_if_needed": [],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "create_scheduler": ["num_training_steps", "optimizer"],
+    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    "get_tp_size": [],
+    "log": ["logs", "start_time"],
+    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+}
+
+# Attributes that an `SFTTrainer` has
+ATTRIBUTES = [
+    "_created_lr_scheduler",
+    "_metrics",
+    "_name",
+    "_paper",
+    "_signature_columns",
+    "_tag_names",
+    "_tokenizer",
+    "_train_batch_size",
+    "accelerator",
+    "aux_loss_enabled",
+    "callback_handler",
+    "chat_template",
+    "completion_only_loss",
+    "current_gradient_accumulation_steps",
+    "data_collator",
+    "is_deepspeed_enabled",
+    "lr_scheduler",
+    "model_wrapped",
+    "optimizer",
+    "place_model_on_device",
+    "processing_class",
+    "router_aux_loss_coef",
+    "state",
+    "train_dataset",
+]
+
 __all__ = [
+    "ATTRIBUTES",
+    "METHODS",
     "DataCollatorForLanguageModeling",
     "FusedCausalLMOutput",
     "add_fused_lm_head",

@@ -117,7 +117,7 @@ def load_rows(folder: Path, name: str) -> Dataset:
 
 
 def result_of(trainer) -> dict[str, Any]:
-    """What is compared; to be called by all processes. A sample's flips are counted by the process that saw it last."""
+    """What is compared, all but flips of a sample since this process saw it last; to be called by all processes."""
     logs = [log for log in trainer.state.log_history if "loss" in log]
     names = [name for name in logs[-1] if name == "nll" or ("/" in name and name != "sft_go/flip_rate")]
     return {
