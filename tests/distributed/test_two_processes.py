@@ -22,6 +22,9 @@ from hf_sft_variants import (
 )
 
 
+# All share one launch, so one worker of pytest-xdist has them all
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("two_processes")]
+
 # Eight rows in one optimizer step each; packed to four rows of at most 40 tokens
 PADDED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 PACKED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_length": 40}

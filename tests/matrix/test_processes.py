@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PhiConfig, PhiF
 
 from hf_sft_variants import SFTKeyConfig, SFTKeyTrainer
 from hf_sft_variants.base.batch import NumItems, make_annotated_batch
+from hf_sft_variants.sft_go.importance_model import load_importance_model
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -230,7 +231,7 @@ def test_bfloat16(strategy, method, results, one_process):
 @pytest.mark.parametrize("case", ["sftmix_tied", "sftmix_biased", "sftmix_packed"])
 @on_each_strategy()
 def test_paired_lm_head(case, strategy, results, one_process):
-    """A head that shares its weights, one with a bias, and rows of which some have no pair."""
+    """A head that shares its weights, one with a bias, and one where the first process has no pair to mix."""
     assert_same(results[case], one_process(case))
 
 
@@ -301,6 +302,13 @@ def test_sums_of_rounded_log_probs_are_in_float32():
     outputs = SimpleNamespace(log_probs=torch.ones(1, 4, dtype=torch.bfloat16), label_mask=torch.ones(1, 4).bool())
     batch = make_annotated_batch({"labels": torch.ones(1, 5)}, outputs, {}, {}, NumItems())
     assert batch.log_probs.dtype == torch.float32
+
+
+def test_importance_models_are_refused_under_zero3(tmp_path, monkeypatch):
+    """As reference models are, which the launch shows."""
+    monkeypatch.setattr("hf_sft_variants.scoring.reference_model.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="can't be loaded under DeepSpeed ZeRO-3. Run `hf-sft-variants score"):
+        load_importance_model(str(tmp_path))
 
 
 def test_deepspeed_rounds_no_counts(tiny_model, tokenizer, token_rows, tmp_path, monkeypatch):
