@@ -97,12 +97,9 @@ class ReferencePhase:
 
     def _train(self, trainer, path, resume) -> None:
         rows = self._keyed_rows(trainer)
-        own = {"args": _reference_args(trainer.args), "train_dataset": rows, "callbacks": None}
-        arguments = {**self.arguments, **self._start(trainer), **own}
-        if isinstance(arguments["model"], str) and trainer.args.world_size > 1:
-            # `SFTTrainer` sees to it, but not beside a trainer that has set up FSDP: it would spread over all devices
-            own["args"].model_init_kwargs = {**(trainer.args.model_init_kwargs or {}), "device_map": None}
-        reference = _ReferenceTrainer(**arguments)
+        arguments = {**self.arguments, **self._start(trainer), "train_dataset": rows, "callbacks": None}
+        args = _reference_args(trainer.args, loads_model=isinstance(arguments["model"], str))
+        reference = ReferenceTrainer(**{**arguments, "args": args})
         reference.add_callback(_SaveModelCallback(reference))
         tracking = ConfidenceTrackingCallback(
             reference,
@@ -140,7 +137,7 @@ class ReferencePhase:
         return reference._prepare_dataset(rows, reference.processing_class, args, False, formatting_func, "train")
 
 
-class _ReferenceTrainer(SFTTrainer):
+class ReferenceTrainer(SFTTrainer):
     """A plain `SFTTrainer` beside another trainer that has set up DeepSpeed."""
 
     def _build_accelerator_args(self, **kwargs):
@@ -189,12 +186,15 @@ def checkpoint_to_resume(args: SFTConfig, resume_from_checkpoint: str | bool | N
     return checkpoint
 
 
-def _reference_args(args: SFTConfig) -> SFTConfig:
+def _reference_args(args: SFTConfig, loads_model: bool) -> SFTConfig:
     args = copy.copy(args)  # not made anew, which would replace the global configuration of DeepSpeed
     args.output_dir = str(reference_folder(args))
     args.push_to_hub = False
     args.hub_model_id = None
     args.report_to = []
+    if loads_model and args.world_size > 1:
+        # Beside a trainer that has set up FSDP, `SFTTrainer` would let each process spread its model over all devices
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "device_map": None}
     return args
 
 

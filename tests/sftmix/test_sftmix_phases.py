@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_sft_variants import ConfidenceTrackingCallback, SFTMixConfig, SFTMixTrainer
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.scoring import EXAMPLE_KEY
+from hf_sft_variants.sftmix.reference_phase import ReferenceTrainer
 
 
 # Twelve rows: three steps in an epoch, six in a run
@@ -185,7 +186,7 @@ class TestTwoPhases:
         alive, training_step = [], SFTTrainer.training_step
 
         def look(self, *args, **kwargs):
-            if type(self) is SFTTrainer and not alive:
+            if isinstance(self, ReferenceTrainer) and not alive:
                 alive.extend([weakref.ref(self), weakref.ref(self.model)])
             elif type(self) is SFTMixTrainer:
                 assert [reference() for reference in alive] == [None, None]
@@ -258,7 +259,7 @@ class TestKilledAndResumed:
                 train(*arguments, save_strategy="no")
         calls = kill_at(None, monkeypatch)
         resumed = train(*arguments, resume=True, save_strategy="no")
-        assert calls == 6 * [SFTTrainer] + 6 * [SFTMixTrainer]
+        assert calls == 6 * [ReferenceTrainer] + 6 * [SFTMixTrainer]
         assert_same_weights(resumed, unbroken["full"])
 
     def test_an_incomplete_checkpoint_is_passed_over(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
@@ -270,7 +271,7 @@ class TestKilledAndResumed:
         (tmp_path / "reference" / "checkpoint-4" / "trainer_state.json").unlink()
         calls = kill_at(None, monkeypatch)
         train(*arguments, resume=True)
-        assert calls == 4 * [SFTTrainer] + 6 * [SFTMixTrainer]
+        assert calls == 4 * [ReferenceTrainer] + 6 * [SFTMixTrainer]
 
     def test_by_signal(self, tiny_model, tokenizer, chat_rows, tmp_path, unbroken):
         tiny_model.save_pretrained(tmp_path / "model")
