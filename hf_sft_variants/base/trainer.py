@@ -3,6 +3,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -235,8 +236,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        new_columns = [name for name in self.annotation_columns if name not in self._signature_columns]
-        self._signature_columns = self._signature_columns + new_columns
+        self._signature_columns += [name for name in self.annotation_columns if name not in self._signature_columns]
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator):
         # TRL looks at the collator's type, which `evaluate` finds wrapped
@@ -244,10 +244,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed casts every floating-point input to the model's dtype; annotations and counts keep theirs
-        kept = {name: inputs[name].to(self.args.device) for name in self.annotation_columns if name in inputs}
-        if _NUM_ITEMS in inputs:
-            kept[_NUM_ITEMS] = inputs[_NUM_ITEMS]
-        return {**super()._prepare_inputs(inputs), **kept}
+        kept = {name: inputs[name] for name in (*self.annotation_columns, _NUM_ITEMS) if name in inputs}
+        return {**super()._prepare_inputs(inputs), **send_to_device(kept, self.args.device)}
 
     # Loss
 

@@ -265,7 +265,7 @@ def scores_of(folder, processes):
 
 
 @pytest.mark.parametrize("method", ["poft", "sft_go"])
-@on_each_strategy(": scores", strategies=["zero3"], refused=True)
+@on_each_strategy(": the processes share the scoring", strategies=["zero3"], refused=True)
 def test_scoring_is_refused(method, strategy, results):
     assert (
         "can't be loaded under DeepSpeed ZeRO-3. Run `hf-sft-variants score" in results[f"{method}_scored"]["refused"]
