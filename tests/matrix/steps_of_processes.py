@@ -4,6 +4,7 @@ at last trains by the recipe that it was started with.
 """
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import DistributedType, ParallelismConfig, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_deepspeed_available
 from methods import METHODS
 from process_cases import (
     RECIPE_METHODS,
@@ -149,9 +149,9 @@ def main(path: Path):
     shards.BATCHES_PER_SHARD = 1  # so that the few rows are shards for both processes
     allow_fsdp_on_the_cpu()
     watch_device_maps()
-    if is_deepspeed_available():
-        do_not_compile_deepspeed()
     folder, strategy = path.parent.parent, path.parent.name
+    if strategy.startswith("zero"):
+        do_not_compile_deepspeed()
     cases = cases_like_one_process(folder) | resumed_cases() | cases_in_bfloat16() | control_cases()
     cases |= scoring_cases(folder, strategy)
     results = {name: run(case, folder, path.parent / name) for name, case in cases.items()}
@@ -164,3 +164,6 @@ def main(path: Path):
 
 if __name__ == "__main__":
     main(Path(sys.argv[sys.argv.index("--config") + 1]))
+    # All is done and written; a process that ends by itself is now and then aborted by a thread that still runs
+    sys.stdout.flush()
+    os._exit(0)
