@@ -76,6 +76,15 @@ def do_not_compile_deepspeed():
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def keep_no_weights_together(trainer):
+    """By default ZeRO-3 takes weights apart after use only where they are more than a billion numbers."""
+    trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+    }
+
+
 def is_ddp(wrapped, head) -> bool:
     return isinstance(wrapped, DistributedDataParallel) and head.dim() == 2
 
@@ -114,7 +123,10 @@ def run(case, folder, output_dir, **options):
         trainer = make_trainer_of(case, folder, output_dir, **options)
     except ValueError as error:
         return {"refused": str(error)}
-    trainer.add_callback(AssertStrategy(output_dir.parent.name, trainer))
+    strategy = output_dir.parent.name
+    if strategy == "zero3":
+        keep_no_weights_together(trainer)
+    trainer.add_callback(AssertStrategy(strategy, trainer))
     trainer.train(str(output_dir.with_name(case.resumes) / "checkpoint-2") if case.resumes else None)
     return result_of(trainer)
 

@@ -319,4 +319,5 @@ def test_deepspeed_rounds_no_counts(tiny_model, tokenizer, token_rows, tmp_path,
     trainer.is_deepspeed_enabled = True
     batch = {"labels": torch.ones(1, 2), "num_items_in_step": {"weighted_tokens": torch.tensor(1003.0)}}
     prepared = trainer._prepare_inputs(batch)
-    assert prepared["num_items_in_step"]["weighted_tokens"] == 1003 and prepared["labels"].dtype == torch.bfloat16
+    assert prepared["num_items_in_step"]["weighted_tokens"].item() == 1003
+    assert prepared["labels"].dtype == torch.bfloat16
