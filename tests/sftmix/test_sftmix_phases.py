@@ -270,7 +270,7 @@ class TestKilledAndResumed:
     @pytest.mark.parametrize(
         "kind, step, steps_left",
         [
-            *[("full", step, left) for step, left in ((2, 12), (4, 10), (6, 8), (7, 6), (10, 4))],
+            *[("full", step, left) for step, left in ((2, 12), (4, 10), (6, 8), (7, 6), (10, 4), (11, 2))],
             *[("lora", 6, 8), ("lora", 7, 6), ("lora", 10, 4), ("packed", 4, 10), ("packed", 9, 4)],
         ],
     )
@@ -313,18 +313,23 @@ class TestKilledAndResumed:
         train(*arguments, resume=True)
         assert calls == 4 * [SFTTrainer] + 6 * [SFTMixTrainer]
 
-    def test_by_signal(self, tiny_model, tokenizer, chat_rows, tmp_path, unbroken):
+    @pytest.mark.parametrize(
+        ("step", "checkpoint"), [(6, "reference/checkpoint-4"), (7, "reference"), (11, "checkpoint-4")]
+    )
+    def test_by_signal(self, step, checkpoint, tiny_model, tokenizer, chat_rows, tmp_path, unbroken):
+        """In the reference phase, between the two, and in mixup."""
         tiny_model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         chat_rows.to_json(tmp_path / "rows.jsonl")
         script = Path(__file__).with_name("run_that_is_killed.py")
         finished = subprocess.run(
-            [sys.executable, script, tmp_path, json.dumps({**SMALL, **RUN, "max_length": 64})],
+            [sys.executable, script, tmp_path, json.dumps(RUN), str(step)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
             check=False,
         )
         assert finished.returncode == -signal.SIGKILL
-        assert (tmp_path / "killed" / "reference" / "checkpoint-4").is_dir()
+        assert (tmp_path / "killed" / checkpoint).is_dir()
+        assert (tmp_path / "killed" / "reference" / "confidence.parquet").exists() == (step > 6)
         assert_same_weights(
             train(tiny_model, tokenizer, chat_rows, tmp_path / "killed", resume=True), unbroken["full"]
         )
