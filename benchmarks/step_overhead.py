@@ -137,7 +137,8 @@ def main() -> None:
         print(peak_memory(options.only_memory_of, options))
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    results = {"device": device, "machine": platform.machine(), "torch": torch.__version__, "options": vars(options)}
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "only_memory_of")}
+    results = {"device": device, "machine": platform.machine(), "torch": torch.__version__, "options": settings}
     plain_memory = peak_memory_of_a_process("sft", sys.argv[1:])
     for method in options.methods:
         memory = peak_memory_of_a_process(method, sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _TEXT_COLUMNS = ("prompt", "completion", "messages", "tools")
 _HALF_NAMES = {CONFIDENT: "confident", UNCONFIDENT: "unconfident", NEITHER: None}
 
 
-def with_example_keys(dataset: Dataset, eos_token: str | None, text_field: str) -> tuple[Dataset, str]:
+def with_content_keys(dataset: Dataset, eos_token: str | None, text_field: str) -> tuple[Dataset, str]:
     """
     Add the column `example_key` to a prepared data set, unless it has one: the same whatever model it is prepared for.
 
@@ -127,14 +128,6 @@ def confidence_table(
     return table.replace_schema_metadata({_METADATA_KEY: json.dumps(description)})
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
-
-
 def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_missing: bool = False) -> torch.Tensor:
     """
     Split the examples of a data set by a confidence file, which may stand in another order and have more examples.
@@ -158,7 +151,7 @@ def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_mis
     """
     table, keys_of = _read(path)
     if keys_of == "tokens":
-        tokens, _ = with_example_keys(examples.select_columns(["input_ids", "labels"]), None, "")
+        tokens, _ = with_content_keys(examples.select_columns(["input_ids", "labels"]), None, "")
         keys = tokens[EXAMPLE_KEY]
     else:
         keys = examples[EXAMPLE_KEY]
@@ -196,6 +189,20 @@ def _read(path: str | Path) -> tuple[pa.Table, str]:
         raise InputError(
             f"`confidence_file={str(path)!r}` has no column `{min(missing)}`, only {table.column_names}. Give a file "
             "that `ConfidenceTrackingCallback` wrote."
+        )
+    for name in ("mean_nll", "mean_perplexity"):
+        if not (
+            pa.types.is_floating(table.schema.field(name).type) or pa.types.is_integer(table.schema.field(name).type)
+        ):
+            raise InputError(
+                f"`confidence_file={str(path)!r}` has no numbers in the column `{name}`, but "
+                f"{table.schema.field(name).type}. Give a file that `ConfidenceTrackingCallback` wrote."
+            )
+    twice = [key for key, times in Counter(table[EXAMPLE_KEY].to_pylist()).items() if times > 1]
+    if twice:
+        raise InputError(
+            f"`confidence_file={str(path)!r}` has {len(twice)} examples more than once, the first with the key "
+            f"{twice[0]}. Remove the rows that are too many."
         )
     description = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}"))
     return table, description.get("keys", "column")

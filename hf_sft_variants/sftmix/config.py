@@ -155,7 +155,7 @@ class SFTMixConfig(SFTConfig):
                     f"{reason}. Remove it."
                 )
         checkpoints = self.confidence_checkpoints
-        if checkpoints is not None and (not checkpoints or min(checkpoints) < 1):
+        if checkpoints is not None and not (checkpoints and all(isinstance(c, int) and c > 0 for c in checkpoints)):
             raise ValueError(f"`confidence_checkpoints={checkpoints}` must be one or more steps, counted from 1.")
         if source == "file" and self.confidence_file is None:
             raise ValueError("`confidence_source='file'` needs `confidence_file`, the path of a Parquet file.")
@@ -182,6 +182,11 @@ class SFTMixConfig(SFTConfig):
             raise ValueError(
                 f"`per_device_train_batch_size={self.per_device_train_batch_size}` gives a process {num_rows} rows, "
                 "which are no whole pairs: make it even, or set `confidence_split='random'`."
+            )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config={'dispatch_batches': True}` may cut pairs apart where the last batch is shared "
+                "out: remove it, or set `confidence_split='random'`."
             )
         if self.auto_find_batch_size:
             raise ValueError(

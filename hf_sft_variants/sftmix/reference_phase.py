@@ -1,9 +1,13 @@
 """The first phase of SFTMix: a reference model is trained, and asked about the training data as it learns."""
 
 import copy
+import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +32,20 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+# Settings that make another reference
+_SETTINGS = [
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing",
+    "seed",
+    "confidence_checkpoints",
+]
+
 
 class ReferencePhase:
     """
@@ -36,7 +54,8 @@ class ReferencePhase:
     A plain [`~trl.SFTTrainer`] gets the trainer's own arguments: the same start (the model is loaded again by its
     name, or copied if it was passed as an object), data, seed and adapter; or another model, `reference_model`. It
     reports to no tracker, pushes nothing, and has none of the user's callbacks. The trained model is kept in
-    `<output_dir>/reference` with its checkpoints, then comes `confidence.parquet`: where that is, the phase is over.
+    `<output_dir>/reference`, its checkpoints as long as it is trained; then comes `confidence.parquet`: where that is,
+    the phase is over. With `push_to_hub` the folder goes to the Hub with the rest of `output_dir`.
 
     Meanwhile the model that waits for its turn stands on the CPU, unless it is quantized or split over devices.
 
@@ -84,11 +103,20 @@ class ReferencePhase:
 
         Returns:
             `Path`: The confidence file.
+
+        Raises:
+            `InputError`: If it was done before with other settings, and the run is not resumed.
         """
         path = reference_folder(trainer.args) / "confidence.parquet"
+        settings_path, settings = path.with_name("settings.json"), self._settings(trainer)
         if all(gather_object([path.is_file()])):
+            if not resume:
+                _require_same_settings(settings_path, settings)
             logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
             return path
+        if trainer.is_world_process_zero():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            settings_path.write_text(json.dumps(settings))
         logger.info(f"SFTMix, first phase: the reference model is trained, {path.parent}.")
         with _on_the_cpu(trainer):
             self._train(trainer, path, resume)
@@ -97,9 +125,15 @@ class ReferencePhase:
 
     def _train(self, trainer, path, resume) -> None:
         rows = self._keyed_rows(trainer)
-        arguments = {**self.arguments, **self._start(trainer), "train_dataset": rows, "callbacks": None}
-        args = _reference_args(trainer.args, loads_model=isinstance(arguments["model"], str))
-        reference = ReferenceTrainer(**{**arguments, "args": args})
+        arguments = {
+            **self.arguments,
+            **self._start(trainer),
+            "train_dataset": rows,
+            "callbacks": None,
+            "formatting_func": self._formatting_func(),
+        }
+        arguments["args"] = _reference_args(trainer.args, loads_model=isinstance(arguments["model"], str))
+        reference = ReferenceTrainer(**arguments)
         reference.add_callback(_SaveModelCallback(reference))
         tracking = ConfidenceTrackingCallback(
             reference,
@@ -110,6 +144,9 @@ class ReferencePhase:
         )
         reference.add_callback(tracking)
         reference.train(resume_from_checkpoint=last_checkpoint(path.parent) if resume else None)
+        if trainer.is_world_process_zero():
+            for checkpoint in sort_checkpoints(str(path.parent)):
+                shutil.rmtree(checkpoint)
 
     def _start(self, trainer) -> dict[str, Any]:
         """The model to begin with, and the arguments that go with it."""
@@ -133,8 +170,41 @@ class ReferencePhase:
     def _unpacked_examples(self, reference, rows) -> Dataset:
         args = copy.copy(reference.args)
         args.truncation_mode = "keep_start"  # as packing does
-        formatting_func = self.arguments.get("formatting_func")
-        return reference._prepare_dataset(rows, reference.processing_class, args, False, formatting_func, "train")
+        tokenizer, formatting_func = reference.processing_class, self._formatting_func()
+        return reference._prepare_dataset(rows, tokenizer, args, False, formatting_func, "train")
+
+    def _formatting_func(self) -> Callable[[dict], str] | None:
+        """The user's function, which must not see the keys that [`_keyed_rows`] has added."""
+        function = self.arguments.get("formatting_func")
+        if function is None or EXAMPLE_KEY in self.arguments["train_dataset"].column_names:
+            return function
+        return partial(_format_without_key, function)
+
+    def _settings(self, trainer) -> dict[str, Any]:
+        """What tells this reference from another one in the same folder."""
+        args, model = trainer.args, self.arguments["model"]
+        start = args.reference_model or (model if isinstance(model, str) else model.config._name_or_path)
+        return {"start": start, **{name: getattr(args, name) for name in _SETTINGS}}
+
+
+def _format_without_key(function: Callable[[dict], str], row: dict) -> str:
+    return function({name: value for name, value in row.items() if name != EXAMPLE_KEY})
+
+
+def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        `InputError`: If a finished reference was trained otherwise.
+    """
+    recorded = json.loads(path.read_text()) if path.is_file() else settings
+    different = [name for name in settings if settings[name] != recorded.get(name)]
+    if different:
+        name = different[0]
+        raise InputError(
+            f"{path.parent} has a reference that was trained with `{name}={recorded.get(name)!r}`, but now it is "
+            f"{settings[name]!r}. Remove the folder to train it again, choose another `output_dir`, or use this one "
+            f"with `confidence_source='file'` and `confidence_file={str(path.parent / 'confidence.parquet')!r}`."
+        )
 
 
 class ReferenceTrainer(SFTTrainer):
@@ -177,6 +247,13 @@ def checkpoint_to_resume(args: SFTConfig, resume_from_checkpoint: str | bool | N
         `InputError`: If there is nothing to go on from.
     """
     if resume_from_checkpoint is not True:
+        if resume_from_checkpoint and Path(resume_from_checkpoint).resolve().is_relative_to(
+            reference_folder(args).resolve()
+        ):
+            raise InputError(
+                f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is a checkpoint of the reference, which is "
+                "not the model that is trained now. Set it to True to go on in the phase that was stopped."
+            )
         return resume_from_checkpoint or None
     checkpoint = last_checkpoint(args.output_dir)
     if checkpoint is None and not (args.needs_reference and reference_folder(args).is_dir()):
@@ -195,6 +272,8 @@ def _reference_args(args: SFTConfig, loads_model: bool) -> SFTConfig:
     if loads_model and args.world_size > 1:
         # Beside a trainer that has set up FSDP, `SFTTrainer` would let each process spread its model over all devices
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "device_map": None}
+    if args.metric_for_best_model is not None:  # `SFTTrainer` knows the next-token loss as its loss alone
+        args.metric_for_best_model = re.sub("nll$", "loss", args.metric_for_best_model)
     return args
 
 

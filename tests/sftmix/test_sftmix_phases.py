@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from helpers import SMALL
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -174,6 +175,46 @@ class TestTwoPhases:
         with pytest.raises(InputError, match="is that of another data set"):
             train(tiny_model, tokenizer, chat_rows.map(change_question), tmp_path)
 
+    @pytest.mark.parametrize(
+        ("changed", "name"),
+        [({"learning_rate": 0.5}, "learning_rate"), ({"confidence_checkpoints": [1]}, "confidence_c")],
+    )
+    def test_a_reference_of_other_settings_is_not_used(
+        self, changed, name, tiny_model, tokenizer, chat_rows, tmp_path
+    ):
+        arguments = (tiny_model, tokenizer, chat_rows, tmp_path)
+        train(*arguments, max_steps=2)
+        with pytest.raises(InputError, match=f"was trained with `{name}.*Remove the folder to train it again"):
+            train(*arguments, max_steps=2, **changed)
+
+    def test_its_checkpoints_go_when_it_is_trained(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """So no optimizer's state goes to the Hub: what is left out there are checkpoints of the first level alone."""
+        train(tiny_model, tokenizer, chat_rows, tmp_path)
+        assert (tmp_path / "checkpoint-6").is_dir() and (tmp_path / "reference" / "model.safetensors").is_file()
+        assert not list((tmp_path / "reference").glob("checkpoint-*"))
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_a_formatting_function_sees_the_rows_alone(self, packing, tiny_model, tokenizer, tmp_path):
+        rows = Dataset.from_dict({"a": [f"What is {i}?" for i in range(8)], "b": ["The sum"] * 8})
+        seen = []
+        args = SFTMixConfig(str(tmp_path), **SMALL, max_length=64, max_steps=1, save_strategy="no", packing=packing)
+        trainer = SFTMixTrainer(
+            tiny_model, args, train_dataset=rows, processing_class=tokenizer,
+            formatting_func=lambda row: seen.append(sorted(row)) or " ".join(row.values()),
+        )  # fmt: skip
+        num_before = len(seen)
+        trainer.train()
+        assert len(seen) > num_before and all(names == ["a", "b"] for names in seen)
+
+    def test_best_model_by_nll(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """The reference, a plain `SFTTrainer`, logs it as its loss."""
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "nll", "greater_is_better": False}
+        evaluation = {"eval_dataset": chat_rows, "eval_strategy": "steps", "eval_steps": 2}
+        trainer = train(tiny_model, tokenizer, chat_rows, tmp_path, **best, **evaluation)
+        assert trainer.state.best_metric == min(
+            log["eval_nll"] for log in trainer.state.log_history if "eval_nll" in log
+        )
+
     def test_a_copied_start_has_a_forward_of_its_own(self, tiny_model, tokenizer, chat_rows, tmp_path):
         """The fused LM head's keeps the forward of the model it was put on."""
         trainer = helpers.make_trainer(SFTMixTrainer, SFTMixConfig, tiny_model, tokenizer, chat_rows, tmp_path)
@@ -230,7 +271,7 @@ class TestKilledAndResumed:
     @pytest.mark.parametrize(
         "kind, step, steps_left",
         [
-            *[("full", step, left) for step, left in ((2, 12), (4, 10), (6, 8), (7, 6), (10, 4))],
+            *[("full", step, left) for step, left in ((2, 12), (4, 10), (6, 8), (7, 6), (10, 4), (11, 2))],
             *[("lora", 6, 8), ("lora", 7, 6), ("lora", 10, 4), ("packed", 4, 10), ("packed", 9, 4)],
         ],
     )
@@ -273,18 +314,23 @@ class TestKilledAndResumed:
         train(*arguments, resume=True)
         assert calls == 4 * [ReferenceTrainer] + 6 * [SFTMixTrainer]
 
-    def test_by_signal(self, tiny_model, tokenizer, chat_rows, tmp_path, unbroken):
+    @pytest.mark.parametrize(
+        ("step", "checkpoint"), [(6, "reference/checkpoint-4"), (7, "reference"), (11, "checkpoint-4")]
+    )
+    def test_by_signal(self, step, checkpoint, tiny_model, tokenizer, chat_rows, tmp_path, unbroken):
+        """In the reference phase, between the two, and in mixup."""
         tiny_model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         chat_rows.to_json(tmp_path / "rows.jsonl")
         script = Path(__file__).with_name("run_that_is_killed.py")
         finished = subprocess.run(
-            [sys.executable, script, tmp_path, json.dumps({**SMALL, **RUN, "max_length": 64})],
+            [sys.executable, script, tmp_path, json.dumps(RUN), str(step)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
             check=False,
         )
         assert finished.returncode == -signal.SIGKILL
-        assert (tmp_path / "killed" / "reference" / "checkpoint-4").is_dir()
+        assert (tmp_path / "killed" / checkpoint).is_dir()
+        assert (tmp_path / "killed" / "reference" / "confidence.parquet").exists() == (step > 6)
         assert_same_weights(
             train(tiny_model, tokenizer, chat_rows, tmp_path / "killed", resume=True), unbroken["full"]
         )
