@@ -8,7 +8,7 @@ from datasets import Dataset
 from helpers import make_trainer
 from methods import METHODS, SFT, with_references
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sft_variants.sftkey.answer_accuracy import AnswerAccuracyCallback
 
@@ -42,6 +42,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     rows: str = "texts"
     model: str = "untied"
+    is_loaded: bool = False  # the trainer gets the model itself, not its folder
     lora: bool = False
     eval_rows: str | None = None
     resumes: str | None = None  # from another case's checkpoint after two steps
@@ -49,24 +50,29 @@ class Case:
 
 def cases_like_one_process(folder: Path) -> dict[str, Case]:
     """These are equal on any number of processes."""
-    cases = {name: Case(name, {**options, **SAVING}) for name, options in AS_USED.items()}
+    cases = {name: Case(name, {**options, **SAVING}, eval_rows="texts") for name, options in AS_USED.items()}
     cases |= {f"{name}_lora": Case(name, AS_USED[name], lora=True) for name in ("sft_go", "sftmix")}
     # An LM head that shares its weights, one with a bias, one process without a pair; and a reference to train
     cases |= {f"sftmix_{model}": Case("sftmix", AS_USED["sftmix"], model=model) for model in ("tied", "biased")}
     packed = {"packing": True, "max_length": 40, "per_device_train_batch_size": 1, "max_steps": 1, "seed": 5}
     cases["sftmix_packed"] = Case("sftmix", {**AS_USED["sftmix"], **packed}, rows="eight_tokens")
     cases["sftmix_reference"] = Case("sftmix")
+    cases["sftmix_copied"] = Case("sftmix", is_loaded=True)
+    cases["sftmix_online"] = Case("sftmix", {"confidence_source": "online", "max_steps": 6})
     answers = {**AS_USED["sftkey"], "answer_eval_steps": 2, "answer_eval_max_new_tokens": 6}
     cases["sftkey_answers"] = Case("sftkey", answers, eval_rows="texts")
     return cases | {f"{name}_found": case for name, case in scoring_cases(folder, "one").items()}
 
 
 def scoring_cases(folder: Path, scores_of: str) -> dict[str, Case]:
-    """A reference model scores the data first, unless its scores are there."""
+    """Another model scores the data first, unless its scores are there."""
     reference, scores = str(folder / "reference"), {"score_cache_dir": str(folder / f"scores_of_{scores_of}")}
+    rho1 = {"group_by": "rho1", "reference_model": reference}
+    llmlingua2 = {"group_by": "llmlingua2", "importance_model": str(folder / "importance")}
     return {
         "poft_scored": Case("poft", {"reference_models": [reference], **scores}, rows="unscored_texts"),
-        "sft_go_scored": Case("sft_go", {"group_by": "rho1", "reference_model": reference, **scores}),
+        "sft_go_rho1": Case("sft_go", {**AS_USED["sft_go"], **rho1, **scores}),
+        "sft_go_llmlingua2": Case("sft_go", {**AS_USED["sft_go"], **llmlingua2, **scores}),
     }
 
 
@@ -99,10 +105,11 @@ def resumed_cases() -> dict[str, Case]:
 
 
 def make_trainer_of(case: Case, folder: Path, output_dir: Path, **options):
-    """The model is loaded from a folder, as `trl sft` does: where weights are sharded, that is part of it."""
+    """The trainer loads the model, as in `trl sft`: where weights are sharded, that is part of it."""
+    model = str(folder / case.model)
     return make_trainer(
         *(SFT if case.method == "sft" else METHODS[case.method].classes),
-        str(folder / case.model),
+        AutoModelForCausalLM.from_pretrained(model) if case.is_loaded else model,
         AutoTokenizer.from_pretrained(folder / case.model),
         load_rows(folder, case.rows),
         output_dir,
@@ -119,10 +126,14 @@ def load_rows(folder: Path, name: str) -> Dataset:
 def result_of(trainer) -> dict[str, Any]:
     """What is compared, all but flips of a sample since this process saw it last; to be called by all processes."""
     logs = [log for log in trainer.state.log_history if "loss" in log]
+    evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
     names = [name for name in logs[-1] if name == "nll" or ("/" in name and name != "sft_go/flip_rate")]
     return {
         "losses": [log["loss"] for log in logs],
         "metrics": {name: logs[-1][name] for name in names},
+        "evaluation": {
+            name: value for name, value in evaluation.items() if name.endswith(("loss", "nll"))
+        },
         "weights": trainer.accelerator.get_state_dict(trainer.model_wrapped),
         "halves": getattr(trainer, "halves", None),
         "answers": [
