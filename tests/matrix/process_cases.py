@@ -67,12 +67,14 @@ def cases_like_one_process(folder: Path) -> dict[str, Case]:
 def scoring_cases(folder: Path, scores_of: str) -> dict[str, Case]:
     """Another model scores the data first, unless its scores are there."""
     reference, scores = str(folder / "reference"), {"score_cache_dir": str(folder / f"scores_of_{scores_of}")}
-    rho1 = {"group_by": "rho1", "reference_model": reference}
+    # Few tokens in a batch, so that there are several for each process
+    poft = {**scores, "reference_models": [reference], "reference_batch_tokens": 100}
+    sft_go = {**scores, **AS_USED["sft_go"], "score_batch_tokens": 100}
     llmlingua2 = {"group_by": "llmlingua2", "importance_model": str(folder / "importance")}
     return {
-        "poft_scored": Case("poft", {"reference_models": [reference], **scores}, rows="unscored_texts"),
-        "sft_go_rho1": Case("sft_go", {**AS_USED["sft_go"], **rho1, **scores}),
-        "sft_go_llmlingua2": Case("sft_go", {**AS_USED["sft_go"], **llmlingua2, **scores}),
+        "poft_scored": Case("poft", poft, rows="unscored_texts"),
+        "sft_go_rho1": Case("sft_go", {**sft_go, "group_by": "rho1", "reference_model": reference}),
+        "sft_go_llmlingua2": Case("sft_go", {**sft_go, **llmlingua2}),
     }
 
 
@@ -131,9 +133,7 @@ def result_of(trainer) -> dict[str, Any]:
     return {
         "losses": [log["loss"] for log in logs],
         "metrics": {name: logs[-1][name] for name in names},
-        "evaluation": {
-            name: value for name, value in evaluation.items() if name.endswith(("loss", "nll"))
-        },
+        "evaluation": {name: value for name, value in evaluation.items() if name.endswith(("loss", "nll"))},
         "weights": trainer.accelerator.get_state_dict(trainer.model_wrapped),
         "halves": getattr(trainer, "halves", None),
         "answers": [

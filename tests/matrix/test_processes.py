@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -265,14 +266,16 @@ def test_paired_lm_head(case, strategy, results, one_process):
 
 @pytest.mark.parametrize("method", ["sftmix"])
 @on_each_strategy(": the reference is trained and ranks the data as on one process")
-def test_reference_phase(method, strategy, results, one_process):
+def test_reference_phase(method, strategy, results, one_process, folder):
     assert_same_halves(results["sftmix_reference"], one_process("sftmix_reference"))
+    assert_same_confidence(folder, f"{strategy}/sftmix_reference")
 
 
 @pytest.mark.parametrize("method", ["sftmix"])
 @on_each_strategy(", a model object: the reference is a copy", strategies=["ddp", "fsdp2", "zero2"])
-def test_copied_reference(method, strategy, results, one_process):
+def test_copied_reference(method, strategy, results, one_process, folder):
     assert_same_halves(results["sftmix_copied"], one_process("sftmix_reference"))
+    assert_same_confidence(folder, f"{strategy}/sftmix_copied")
 
 
 @pytest.mark.parametrize("method", ["sftmix"])
@@ -290,6 +293,14 @@ def test_online_confidence(method, strategy, results, one_process):
 def assert_same_halves(result, expected):
     assert_same(result, expected)
     assert torch.equal(result["halves"], expected["halves"]) and len(result["halves"].unique()) > 1
+
+
+def assert_same_confidence(folder, run):
+    """How likely each example was at each checkpoint: halves may be equal by chance."""
+    ours, expected = (
+        pd.read_parquet(folder / path / "reference" / "confidence.parquet") for path in (run, "one/sftmix_reference")
+    )
+    pd.testing.assert_frame_equal(ours, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["sftkey"])
