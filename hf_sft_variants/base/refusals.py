@@ -3,11 +3,15 @@
 from dataclasses import fields
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig
 
 from .trl_internals import get_config_model_id, get_dataset_column_names
+
+
+logger = get_logger(__name__)
 
 
 def resolve_args(
@@ -89,6 +93,12 @@ def refuse_unsupported(
             "`eval_packing=True` without `packing=True` is not supported: SFTTrainer keeps the documents of a packed "
             "row apart only where training is packed or padding-free. Leave `eval_packing` unset, or set "
             "`padding_free=True`."
+        )
+    metric = args.metric_for_best_model or ""
+    if metric.endswith("nll") and args.greater_is_better:  # transformers' default of names that don't end in "loss"
+        logger.warning(
+            f"`metric_for_best_model={metric!r}` with `greater_is_better=True` calls the model with the highest loss "
+            "the best. Set `greater_is_better=False`."
         )
     if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
         raise ValueError("`train_dataset` is empty. Check the split and the filters that made it.")

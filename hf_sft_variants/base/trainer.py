@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from . import batch as batches
 from .batch import AnnotatedBatch, NumItems, RememberOutputs, make_annotated_batch
+from .checkpoints import SameRunMixin
 from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _NUM_ITEMS = "num_items_in_step"
 
 
-class AnnotatedSFTTrainer(SFTTrainer):
+class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss may use what is known about each token.
 
@@ -229,6 +230,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
         dataset = self.score(dataset, dataset_name)
         with global_then_local_main_first():
             dataset = self.annotate(dataset, dataset_name)
+            self.remember_examples(dataset, dataset_name)
             if packing:
                 dataset = pack(dataset, list(self.annotation_columns), args, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset

@@ -56,6 +56,7 @@ class PoFTConfig(SFTConfig):
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+    _MAY_CHANGE_ON_RESUME = ["reference_model_init_kwargs", "score_cache_dir", "reference_batch_tokens"]
 
     beta: float = field(
         default=1.0,

@@ -78,6 +78,13 @@ class SFTKeyConfig(SFTConfig):
             Prompts that a process answers at once.
     """
 
+    _MAY_CHANGE_ON_RESUME = [
+        "answer_eval_steps",
+        "answer_eval_samples",
+        "answer_eval_max_new_tokens",
+        "answer_eval_batch_size",
+    ]
+
     stages: list[str] = field(
         default_factory=lambda: [FULL, KEY],
         metadata={"help": "What is in the loss of each stage: 'full' or 'key'."},

@@ -1,7 +1,6 @@
 """The first phase of SFTMix: a reference model is trained, and asked about the training data as it learns."""
 
 import copy
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +12,9 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from ..base.checkpoints import RUN_FILE, last_checkpoint, require_same_run, write_run
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY, require_same_vocabulary
 from .confidence import ConfidenceTrackingCallback
@@ -84,16 +82,29 @@ class ReferencePhase:
 
         Returns:
             `Path`: The confidence file.
+
+        Raises:
+            `InputError`: If it is of another reference.
         """
         path = reference_folder(trainer.args) / "confidence.parquet"
+        description = self._describe(trainer.args)
+        if (path.is_file() or resume) and (path.parent / RUN_FILE).is_file():
+            require_same_run(path.parent, description, "or remove the folder to train the reference again.")
         if all(gather_object([path.is_file()])):
             logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
             return path
         logger.info(f"SFTMix, first phase: the reference model is trained, {path.parent}.")
+        if trainer.is_world_process_zero():
+            write_run(path.parent, description)
         with _on_the_cpu(trainer):
             self._train(trainer, path, resume)
             release_memory()
         return path
+
+    @staticmethod
+    def _describe(args) -> dict[str, Any]:
+        settings = {"reference_model": args.reference_model, "confidence_checkpoints": args.confidence_checkpoints}
+        return {"trainer": "SFTMixTrainer", "settings": settings, "examples": None}
 
     def _train(self, trainer, path, resume) -> None:
         rows = self._keyed_rows(trainer)
@@ -152,36 +163,12 @@ def reference_folder(args: SFTConfig) -> Path:
     return Path(args.output_dir) / "reference"
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint of a folder that is complete: its state is written last."""
-    complete = [
-        path for path in sort_checkpoints(str(folder)) if os.path.isfile(os.path.join(path, TRAINER_STATE_NAME))
-    ]
-    return complete[-1] if complete else None
-
-
-def checkpoint_to_resume(args: SFTConfig, resume_from_checkpoint: str | bool | None) -> str | None:
-    """
-    The checkpoint of mixup to go on from; none for a run that was stopped in its first phase or between the two.
-
-    Raises:
-        `InputError`: If there is nothing to go on from.
-    """
-    if resume_from_checkpoint is not True:
-        return resume_from_checkpoint or None
-    checkpoint = last_checkpoint(args.output_dir)
-    if checkpoint is None and not (args.needs_reference and reference_folder(args).is_dir()):
-        raise InputError(
-            f"`resume_from_checkpoint=True`, but `output_dir={args.output_dir!r}` has no checkpoint. Start without it."
-        )
-    return checkpoint
-
-
 def _reference_args(args: SFTConfig) -> SFTConfig:
     args = copy.copy(args)  # not made anew, which would replace the global configuration of DeepSpeed
     args.output_dir = str(reference_folder(args))
     args.push_to_hub = False
     args.hub_model_id = None
+    args.load_best_model_at_end, args.metric_for_best_model = False, None  # which may be a metric of the method
     args.report_to = []
     return args
 

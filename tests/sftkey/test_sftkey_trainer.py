@@ -477,15 +477,22 @@ class TestResume:
             assert log["loss"] == steps[log["step"]]["loss"]
             assert log["learning_rate"] == steps[log["step"]]["learning_rate"]
 
-    @pytest.mark.parametrize("changed", [{"max_steps": 8}, {"stage_fractions": [0.25, 0.75]}, {"stages": ["key"] * 2}])
-    def test_other_stages_are_refused(self, tiny_model, tokenizer, tagged_rows, tmp_path, changed):
+    @pytest.mark.parametrize(
+        "changed, message",
+        [
+            ({"max_steps": 8}, r"stages begin at the optimizer steps \[0, 6\], but those of this run at \[0, 4\]"),
+            ({"stage_fractions": [0.25, 0.75]}, r"`stage_fractions` was \[0.5, 0.5\], is \[0.25, 0.75\]"),
+            ({"stages": ["key"] * 2}, r"`stages` was \['full', 'key'\], is \['key', 'key'\]"),
+        ],
+    )
+    def test_other_stages_are_refused(self, tiny_model, tokenizer, tagged_rows, tmp_path, changed, message):
         options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12}
         staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
         resumed = make_trainer(
             SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
             per_device_train_batch_size=4, **{**options, **changed},
         )  # fmt: skip
-        with pytest.raises(InputError, match=r"stages \['full', 'key'\] begin at the optimizer steps \[0, 6\], but"):
+        with pytest.raises(InputError, match=message):
             resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 

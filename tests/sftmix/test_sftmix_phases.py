@@ -354,11 +354,15 @@ class TestOnline:
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, max_steps=3)
         other = {"confidence_split": "random", "max_steps": 2}
         self.run(tiny_model, tokenizer, chat_rows, tmp_path, **other)
-        with pytest.raises(InputError, match=r"checkpoint-2 has no sftmix_online.pt, so it is not one of"):
+        with pytest.raises(InputError, match="`confidence_split` was 'random', is 'confidence'"):
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=str(tmp_path / "checkpoint-2"))
         self.run(tiny_model, tokenizer, chat_rows, tmp_path)
+        options = {"resume": True, "ignore_data_skip": True}
         with pytest.raises(InputError, match="was made with 12 training examples, but there are 10"):
-            self.run(tiny_model, tokenizer, chat_rows.select(range(10)), tmp_path, resume=True)
+            self.run(tiny_model, tokenizer, chat_rows.select(range(10)), tmp_path, **options)
+        (tmp_path / "checkpoint-9" / "sftmix_online.pt").unlink()
+        with pytest.raises(InputError, match=r"checkpoint-9 has no sftmix_online.pt, so it is not one of"):
+            self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
         tiny_model.model.norm.weight.data[0] = math.nan
         with pytest.raises(
             InputError, match="The perplexity of example 0 of the prepared train dataset is NaN, and 12"
