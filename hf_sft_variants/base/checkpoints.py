@@ -57,8 +57,8 @@ class SameRunMixin:
         require_same_run(checkpoint, {**run, "examples": None} if self.args.ignore_data_skip else run)
         if not list(Path(checkpoint).glob("rng_state*.pth")):
             logger.warning(
-                f"{checkpoint} has the weights alone (`save_only_model=True`): the optimizer and the learning rate begin "
-                "anew, so the run does not end as an unbroken one."
+                f"{checkpoint} has the weights alone (`save_only_model=True`): the optimizer and the learning rate "
+                "begin anew, so the run does not end as an unbroken one."
             )
         return checkpoint
 
@@ -172,8 +172,8 @@ def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str:
     checkpoint = os.fspath(resume_from_checkpoint)
     if not _is_complete(checkpoint):
         raise InputError(
-            f"`resume_from_checkpoint={checkpoint!r}` is no whole checkpoint: it has no readable {TRAINER_STATE_NAME}. "
-            "Give the folder of a checkpoint, or True for the last one in `output_dir`."
+            f"`resume_from_checkpoint={checkpoint!r}` is no whole checkpoint: it has no readable "
+            f"{TRAINER_STATE_NAME}. Give the folder of a checkpoint, or True for the last one in `output_dir`."
         )
     return checkpoint
 

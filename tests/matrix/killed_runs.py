@@ -10,15 +10,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from helpers import SMALL
+from methods import METHODS
 from peft import LoraConfig
 from transformers import Trainer
 from trl import SFTTrainer
-
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from helpers import SMALL
-from methods import METHODS
 
 from hf_sft_variants.scoring import LogProbScorer
 
@@ -142,4 +138,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     disable_progress_bars()
     for line in sys.stdin:
-        print(killed_run(*json.loads(line), Path(sys.argv[1])), flush=True)
+        sys.stdout.write(f"{killed_run(*json.loads(line), Path(sys.argv[1]))}\n")
+        sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A run that is killed goes on from its last checkpoint as if nothing had been; another run's checkpoint is refused."""
+"""A killed run goes on from its last checkpoint as if nothing had been; another run's checkpoint is refused."""
 
 import json
 import os
@@ -56,7 +56,8 @@ def folder(tiny_model_factory, tokenizer, chat_rows, tmp_path_factory):
 def killer(folder):
     """The process that starts runs and lets them be killed, each in a process of its own."""
     script = Path(killed_runs.__file__)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    paths = map(str, (script.parent, script.parents[1], script.parents[2]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, script, folder]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
