@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from ..base.refusals import require_choices
+from ..base.field_checks import require_valid_fields
 
 
 @dataclass
@@ -117,7 +117,7 @@ class SFTMixConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_choices(self)
+        require_valid_fields(self)
         self._check_weights()
         self._check_source()
         if self.pair_sampling:

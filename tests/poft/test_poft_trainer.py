@@ -285,7 +285,7 @@ class TestBadInput:
         ("options", "message"),
         [
             ({"beta": 0.0}, "`beta` must be a positive number, got 0.0"),
-            ({"beta": "1"}, "`beta` must be a positive number, got '1'"),
+            ({"beta": "1"}, "`beta` must be float, got '1'"),
             ({"beta": float("inf")}, "got inf"),
             ({"gamma": float("nan")}, "`gamma` must be a finite number, got nan"),
             (

@@ -57,18 +57,6 @@ class TestLimitCaseIsSFTTrainer:
         assert our_loss == loss
         assert_same_gradients(our_gradients, gradients)
 
-    def test_twenty_steps_give_the_same_weights(self, tiny_model, tokenizer, chat_rows, tmp_path):
-        options = {"max_steps": 20, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
-        plain = make_trainer(SFTTrainer, SFTConfig, tiny_model, tokenizer, chat_rows, tmp_path, **options)
-        ours = make_trainer(
-            SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, chat_rows, tmp_path, worst_group_weight=0, **options
-        )
-        plain.train(), ours.train()
-        for name, parameter in plain.model.named_parameters():
-            assert torch.equal(parameter, ours.model.get_parameter(name)), name
-        plain_log, our_log = plain.state.log_history[-2], ours.state.log_history[-2]
-        assert {key: our_log[key] for key in plain_log} == plain_log
-
     def test_mixture_of_experts_with_accumulation(self, moe_model, tokenizer, token_rows, tmp_path):
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
         common = (moe_model, tokenizer, token_rows, tmp_path)
@@ -384,7 +372,7 @@ class TestBadInput:
         [
             ({"important_fraction": 0.0}, "`important_fraction` must lie between 0 and 1, both excluded, got 0.0"),
             ({"important_fraction": 1.0}, "got 1.0"),
-            ({"important_fraction": "0.5"}, "`important_fraction` must be a number between 0 and 1, got '0.5'"),
+            ({"important_fraction": "0.5"}, "`important_fraction` must be float, got '0.5'"),
             ({"important_fraction": float("nan")}, "got nan"),
             ({"worst_group_weight": -0.1}, "`worst_group_weight` must be a number between 0 and 1, got -0.1"),
             ({"worst_group_weight": 1.5}, "got 1.5"),
