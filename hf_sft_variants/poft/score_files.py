@@ -183,6 +183,12 @@ def _mean_log_prob(score: dict, num_target_tokens: int, length_normalizer: str, 
             f"{where}: the score {score} gives no finite mean log-probability of 0 or less. Correct it in the score "
             "files."
         )
+    given = score["mean_log_prob"]
+    if length_normalizer == "own" and given is not None and not math.isclose(mean, given, rel_tol=1e-3, abs_tol=1e-6):
+        raise ValueError(
+            f"{where}: the score {score} contradicts itself, `mean_log_prob` is not `sum_log_prob` over `num_tokens`. "
+            "Correct it in the score files."
+        )
     return mean
 
 

@@ -163,7 +163,7 @@ def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_mis
     else:
         keys = examples[EXAMPLE_KEY]
     values = np.full((2, len(examples)), np.nan)
-    row_of_key = {key: row for row, key in enumerate(table[EXAMPLE_KEY].to_pylist())}
+    row_of_key = _rows_by_key(table, path)
     has_labels = np.array(examples["num_labels"]) > 0
     rows = np.array([row_of_key.get(key, -1) for key in keys])
     missing = np.flatnonzero((rows < 0) & has_labels)
@@ -184,21 +184,56 @@ def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_mis
 
 
 def _read(path: str | Path) -> tuple[pa.Table, str]:
+    where, fix = f"`confidence_file={str(path)!r}`", "Give a file that `ConfidenceTrackingCallback` wrote."
+    if not Path(path).is_file():
+        raise InputError(f"{where} can't be read: there is no such file. {fix}")
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        description = dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}")))
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        raise InputError(f"{where} can't be read: {error} {fix}") from error
+    for name, are_right in _COLUMNS.items():
+        if name not in table.column_names:
+            raise InputError(f"{where} has no column `{name}`, only {table.column_names}. {fix}")
+        if not are_right(table.schema.field(name).type):
+            raise InputError(f"{where} has values of the type {table.schema.field(name).type} as `{name}`. {fix}")
+    if description.get("version", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(
-            f"`confidence_file={str(path)!r}` can't be read: {error} Give a Parquet file that "
-            "`ConfidenceTrackingCallback` wrote."
-        ) from error
-    missing = {EXAMPLE_KEY, "mean_nll", "mean_perplexity"} - set(table.column_names)
-    if missing:
-        raise InputError(
-            f"`confidence_file={str(path)!r}` has no column `{min(missing)}`, only {table.column_names}. Give a file "
-            "that `ConfidenceTrackingCallback` wrote."
+            f"{where} has the format {description['version']!r}, but this version of hf_sft_variants reads "
+            f"{FORMAT_VERSION}. Write the file again."
         )
-    description = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}"))
     return table, description.get("keys", "column")
+
+
+def _are_numbers(values: pa.DataType) -> bool:
+    return pa.types.is_floating(values) or pa.types.is_integer(values)
+
+
+def _are_texts(values: pa.DataType) -> bool:
+    return pa.types.is_string(values) or pa.types.is_large_string(values)
+
+
+# Those that are read, of those that `ConfidenceTrackingCallback` writes
+_COLUMNS = {EXAMPLE_KEY: _are_texts, "mean_nll": _are_numbers, "mean_perplexity": _are_numbers}
+
+
+def _rows_by_key(table: pa.Table, path: str | Path) -> dict[str, int]:
+    """Row of each key; the same example may be there twice, but not with two values."""
+    row_of_key = {}
+    keys, nll = table[EXAMPLE_KEY].to_pylist(), table["mean_nll"].to_pylist()
+    for row, key in enumerate(keys):
+        first = row_of_key.setdefault(key, row)
+        if first != row and nll[first] != nll[row]:
+            raise InputError(
+                f"{path} has the example with the key {key} twice, with the `mean_nll` {nll[first]} and {nll[row]}. "
+                "Remove one of them."
+            )
+        if nll[row] is not None and nll[row] < -1e-3:
+            raise InputError(
+                f"{path} has the `mean_nll` {nll[row]} in row {row}, but it is never negative: a log-probability has "
+                "the other sign. Write the file again."
+            )
+    return row_of_key
 
 
 def _refuse_missing(path, row: int, key: str, num_missing: int, num_examples: int):
