@@ -209,7 +209,8 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         columns = set(get_dataset_column_names(dataset))
         if {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
-            return dataset  # packing it again would lose where its documents end
+            # Packing it again would lose where its documents end
+            return check_rows(dataset, args, self._tokenizer, dataset_name)
         has_text = "input_ids" not in columns
         with global_then_local_main_first():
             if has_text:

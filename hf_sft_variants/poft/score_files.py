@@ -84,6 +84,8 @@ def _read_score_file(path: str, score_end_of_turn: bool) -> pa.Table:
     where = f"`reference_score_file` {path!r}"
     if Path(path).suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"{where} is neither .parquet nor .jsonl: give one of these. {_ON_FILES}")
+    if not Path(path).is_file():
+        raise ValueError(f"{where} can't be read: there is no such file. {_ON_FILES}")
     try:
         table = pq.read_table(path) if path.endswith(".parquet") else pyarrow.json.read_json(path)
     except (pa.ArrowException, OSError) as error:

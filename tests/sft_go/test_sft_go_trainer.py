@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from helpers import SMALL, assert_same_gradients, make_trainer, one_step, padded_document_log_probs
+from helpers import assert_same_gradients, make_trainer, one_step, padded_document_log_probs
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -367,34 +367,6 @@ class TestSchedulesAndMetrics:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"important_fraction": 0.0}, "`important_fraction` must lie between 0 and 1, both excluded, got 0.0"),
-            ({"important_fraction": 1.0}, "got 1.0"),
-            ({"important_fraction": "0.5"}, "`important_fraction` must be float, got '0.5'"),
-            ({"important_fraction": float("nan")}, "got nan"),
-            ({"worst_group_weight": -0.1}, "`worst_group_weight` must be a number between 0 and 1, got -0.1"),
-            ({"worst_group_weight": 1.5}, "got 1.5"),
-            ({"worst_group_weight_end": 2}, "`worst_group_weight_end` must be a number between 0 and 1, got 2"),
-            (
-                {"group_by": "tf-idf"},
-                r"`group_by='tf-idf'` is unknown; choose one of \['tfidf', 'llmlingua2', 'rho1', 'column'\]",
-            ),
-            ({"group_scope": "batch"}, "`group_scope='batch'` is unknown"),
-            ({"sample_weighting": "equal"}, "`sample_weighting='equal'` is unknown"),
-            ({"worst_group_schedule": "step"}, "`worst_group_schedule='step'` is unknown"),
-            ({"min_grouped_tokens": -1}, "`min_grouped_tokens` must be 0 or more, got -1"),
-            ({"group_by": "column"}, "one of them; got neither"),
-            ({"group_by": "column", "importance_column": "a", "group_column": "b"}, "one of them; got both"),
-            ({"group_column": "b"}, "`group_column='b'` is used with `group_by='column'` only"),
-            ({"group_by": "column", "group_column": "b", "tfidf_file": "f"}, "`tfidf_file='f'` is used with"),
-        ],
-    )
-    def test_configuration(self, options, message, tmp_path):
-        with pytest.raises(ValueError, match=message):
-            SFTGOConfig(str(tmp_path), **SMALL, **options)
-
     def trainer(self, tiny_model, tokenizer, rows, tmp_path, **options):
         return make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, **options)
 

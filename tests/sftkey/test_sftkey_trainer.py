@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 from functools import partial
 
 import helpers
@@ -561,39 +560,6 @@ class TestBadInput:
         short = key_rows.map(lambda row: {"key_mask": row["key_mask"][:-1]})
         with pytest.raises(ValueError, match="Row 0 of the train dataset: column `key_mask` has 29 values"):
             self.prepare(tiny_model, tokenizer, short, tmp_path)
-
-    @pytest.mark.parametrize(
-        "options, message",
-        [
-            ({"stages": ["full", "answer"]}, "`stages` has 'answer'"),
-            ({"stages": []}, "`stages` has no stage"),
-            ({"stage_fractions": [0.5, 0.6]}, "must be positive and sum to 1, not 1.1"),
-            ({"stage_fractions": [1.5, -0.5]}, "must be positive and sum to 1"),
-            ({"stage_fractions": [1.0]}, "must have one number for each stage"),
-            ({"stages": ["full"] * 3}, "must have one number for each stage"),
-            ({"stage_learning_rates": [1e-5]}, "must have one learning rate, 0 or more, for each stage"),
-            ({"stage_learning_rates": [1e-5, -1e-5]}, "must have one learning rate, 0 or more, for each stage"),
-            ({"stage_learning_rates": [1e-5, 1e-5], "learning_rate": 0.0}, "`learning_rate=0.0` must be positive"),
-            ({"key_pattern": r"\d+"}, "has no group named `key`"),
-            ({"key_pattern": r"(?P<key>\d+"}, "is no regular expression"),
-            ({"key_delimiter": " "}, "is blank"),
-            ({"key_delimiter": "#", "key_pattern": "(?P<key>.)"}, "`key_delimiter` and `key_pattern` both say"),
-            ({"answer_column": "a"}, "belong together"),
-            ({"answer_tags": ["<a>"]}, "`answer_tags` is .* pass an opening and a closing tag"),
-            ({"answer_tags": ["<Thinking", "b"]}, "of which none holds another"),
-            ({"stages": "full"}, r"`stages` must be list\[str\], got 'full'"),
-            ({"missing_key": "skip"}, "`missing_key='skip'` is unknown"),
-            ({"key_turns": "first"}, "`key_turns='first'` is unknown"),
-            ({"full_loss_weight": -1.0}, "`full_loss_weight` must be a number of 0 or more"),
-            ({"full_loss_weight": 0.1, "stages": ["full"]}, "has an effect in a 'key' stage only"),
-            ({"key_loss_weight": math.nan}, "`key_loss_weight` must be a number of 0 or more"),
-            ({"key_loss_weight": 2.0, "stages": ["key"]}, "has an effect in a 'full' stage only"),
-            ({"answer_eval_steps": 0}, "`answer_eval_steps` must be 1 or more"),
-        ],
-    )
-    def test_configuration(self, tmp_path, options, message):
-        with pytest.raises(ValueError, match=message):
-            SFTKeyConfig(str(tmp_path), **SMALL, **options)
 
     def test_a_single_stage_has_all_steps(self, tmp_path):
         assert SFTKeyConfig(str(tmp_path), **SMALL, stages=["key"]).stage_fractions == [1.0]
