@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers import make_trainer
-from methods import METHODS, SFT
+from methods import METHODS, SFT, rows_with_equal_labels
 from peft import LoraConfig
 
 
@@ -21,14 +20,7 @@ TOLERANCE = {"poft": 1e-6}
 
 @pytest.fixture(scope="module")
 def equal_rows():
-    """Sixteen rows of different lengths, with nine labels each."""
-    generator = torch.Generator().manual_seed(3)
-    rows = {"input_ids": [], "labels": []}
-    for length in (30, 12, 17, 11, 25, 18, 21, 14, 29, 15, 13, 19, 24, 23, 16, 27):
-        input_ids = torch.randint(3, 300, (length,), generator=generator).tolist()
-        rows["input_ids"].append(input_ids)
-        rows["labels"].append([-100] * (length - 9) + input_ids[-9:])
-    return Dataset.from_dict(rows)
+    return rows_with_equal_labels()
 
 
 def run(classes, layout, model, tokenizer, rows, folder, **options):

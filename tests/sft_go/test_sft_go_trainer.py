@@ -358,13 +358,6 @@ class TestSchedulesAndMetrics:
             loss == one_step(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, grouped_rows, tmp_path, **prepared)[0]
         )
 
-    def test_model_card_names_the_method(self, tiny_model, tokenizer, token_rows, tmp_path):
-        options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-        trainer = make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
-        trainer.train()
-        card = (tmp_path / "README.md").read_text()
-        assert "SFT-GO" in card and "2506.15021" in card and "- sft-go" in card
-
 
 class TestBadInput:
     def trainer(self, tiny_model, tokenizer, rows, tmp_path, **options):
