@@ -143,7 +143,8 @@ def _require_dataset(name: str, dataset: Any) -> None:
 
 
 def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDataset) -> None:
-    if next(iter(train_dataset), None) is None:
+    is_stream = isinstance(train_dataset, IterableDataset)
+    if (is_stream and next(iter(train_dataset), None) is None) or (not is_stream and len(train_dataset) == 0):
         raise ValueError("`train_dataset` is empty. Check the split and the filters that made it.")
     vision_columns = {"image", "images"} & set(get_dataset_column_names(train_dataset))
     if vision_columns:

@@ -1,14 +1,9 @@
 """The whole run: reference and mixup, killed anywhere and resumed; and confidence seen in training itself."""
 
-import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import helpers
 import numpy as np
@@ -271,22 +266,6 @@ class TestKilledAndResumed:
         calls = kill_at(None, monkeypatch)
         train(*arguments, resume=True)
         assert calls == 4 * [SFTTrainer] + 6 * [SFTMixTrainer]
-
-    def test_by_signal(self, tiny_model, tokenizer, chat_rows, tmp_path, unbroken):
-        tiny_model.save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
-        chat_rows.to_json(tmp_path / "rows.jsonl")
-        script = Path(__file__).with_name("run_that_is_killed.py")
-        finished = subprocess.run(
-            [sys.executable, script, tmp_path, json.dumps({**SMALL, **RUN, "max_length": 64})],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
-            check=False,
-        )
-        assert finished.returncode == -signal.SIGKILL
-        assert (tmp_path / "killed" / "reference" / "checkpoint-4").is_dir()
-        assert_same_weights(
-            train(tiny_model, tokenizer, chat_rows, tmp_path / "killed", resume=True), unbroken["full"]
-        )
 
 
 class HalvesRecorder(TrainerCallback):
