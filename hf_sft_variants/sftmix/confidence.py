@@ -18,8 +18,8 @@ from ..base.trl_internals import DataCollatorForLanguageModeling, global_then_lo
 from ..errors import InputError
 from ..generation import evaluation_mode
 from ..scoring import EXAMPLE_KEY
-from ..scoring.shards import plan_shards
-from .confidence_file import confidence_table, with_example_keys, write_table
+from ..scoring.shards import plan_shards, write_parquet
+from .confidence_file import confidence_table, with_content_keys
 
 
 logger = get_logger(__name__)
@@ -42,7 +42,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
 
     The file has a row for each example, in the order of the training data:
 
-    - **example_key** (string): names the example by its content; see `with_example_keys`.
+    - **example_key** (string): names the example by its content; see `with_content_keys`.
     - **num_labels** (int64): its labels. One without a label has null in all that follows.
     - **nll_<step>**, **perplexity_<step>** (double) for each checkpoint: after that optimizer step; NLL in nats.
     - **mean_nll**, **mean_perplexity** (double): over the checkpoints.
@@ -112,9 +112,13 @@ class ConfidenceTrackingCallback(TrainerCallback):
                 )
         with global_then_local_main_first():
             examples = trained_examples(self.trainer) if self.dataset is None else self.dataset
+            examples = examples.with_format(None)  # values as lists, whatever the user looks at them with
             tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
-            examples, self._keys_of = with_example_keys(examples, tokenizer.eos_token, args.dataset_text_field)
+            examples, self._keys_of = with_content_keys(examples, tokenizer.eos_token, args.dataset_text_field)
         self._examples = examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"])
+        for step in self._steps:
+            if step <= state.global_step:
+                self._require_same_examples(self._part(step))
         self._num_labels = np.array([sum(label != -100 for label in row[1:]) for row in self._examples["labels"]])
         lengths = [len(ids) for ids in self._examples["input_ids"]]
         batch_tokens = args.per_device_eval_batch_size * max(lengths)
@@ -125,7 +129,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
             nll = self._evaluate(state.global_step)
             if state.is_world_process_zero:
                 table = pa.table({EXAMPLE_KEY: self._examples[EXAMPLE_KEY][:], "nll": nll})
-                write_table(table, self._part(state.global_step))
+                write_parquet(table, self._part(state.global_step))
 
     def on_train_end(self, args, state, control, **kwargs):
         steps = [step for step in self._steps if step <= state.global_step]
@@ -134,11 +138,18 @@ class ConfidenceTrackingCallback(TrainerCallback):
         elif state.is_world_process_zero:
             nll = {step: pq.read_table(self._part(step))["nll"].to_numpy() for step in steps}
             keys = self._examples[EXAMPLE_KEY][:]
-            write_table(confidence_table(keys, self._num_labels, nll, self.measure, self._keys_of), self.output_file)
+            write_parquet(confidence_table(keys, self._num_labels, nll, self.measure, self._keys_of), self.output_file)
         self.trainer.accelerator.wait_for_everyone()
 
     def _part(self, step: int) -> Path:
         return self.output_file.with_name(f"{self.output_file.name}.checkpoints") / f"step-{step}.parquet"
+
+    def _require_same_examples(self, part: Path) -> None:
+        if pq.read_table(part)[EXAMPLE_KEY].to_pylist() != self._examples[EXAMPLE_KEY][:]:
+            raise InputError(
+                f"{part} was written for other examples than those of the run that is resumed, or in another order. "
+                "Resume with the same data set, or start from the beginning."
+            )
 
     def _forget_what_comes_later(self, global_step: int) -> None:
         """Of an earlier run in this folder, or of the steps that a killed one lost."""
@@ -160,11 +171,10 @@ class ConfidenceTrackingCallback(TrainerCallback):
                 range(num_rounds), desc=f"Confidence at step {step}", leave=False, disable=not show_progress
             ):
                 rows = self._batches[(number * num_processes + accelerator.process_index) % len(self._batches)]
-                found += zip(rows, _sum_nll(model, [self._examples[row] for row in rows], accelerator), strict=True)
-        sum_nll = np.full(len(self._examples), np.nan)
+                found += zip(rows, _mean_nll(model, [self._examples[row] for row in rows], accelerator), strict=True)
+        nll = np.full(len(self._examples), np.nan)
         for row, value in gather_object(found):
-            sum_nll[row] = value
-        nll = np.divide(sum_nll, self._num_labels, out=np.full(len(sum_nll), np.nan), where=self._num_labels > 0)
+            nll[row] = value
         wrong = np.flatnonzero(np.isnan(nll) & (self._num_labels > 0))
         if len(wrong):
             raise InputError(
@@ -175,13 +185,15 @@ class ConfidenceTrackingCallback(TrainerCallback):
         return nll
 
 
-def _sum_nll(model, examples: list[dict], accelerator) -> list[float]:
+def _mean_nll(model, examples: list[dict], accelerator) -> list[float]:
+    """Mean NLL of each example's labels, NaN without a label."""
     # The padding token is not looked at: it is masked
     batch = DataCollatorForLanguageModeling(pad_token_id=0)(
         [{"input_ids": example["input_ids"], "labels": example["labels"]} for example in examples]
     )
     outputs = model(**send_to_device(batch, accelerator.device), fused_lm_head=True)
-    return (-outputs.log_probs.float().cpu().double().sum(1)).tolist()
+    # Counted here, since behind the virtual tokens of prompt learning the first token is predicted, too
+    return (-outputs.log_probs.float().cpu().double().sum(1) / outputs.label_mask.cpu().sum(1)).tolist()
 
 
 def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epoch: int | None) -> list[int]:
@@ -201,7 +213,7 @@ def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epo
     """
     if wanted is not None:
         steps = sorted(set(wanted))
-        if not steps or steps[0] < 1 or steps[-1] > max_steps:
+        if not steps or not all(isinstance(step, int) for step in steps) or steps[0] < 1 or steps[-1] > max_steps:
             raise InputError(f"The confidence checkpoints {steps} must be steps of the run, from 1 to {max_steps}.")
         return steps
     if steps_per_epoch and max_steps >= 3 * steps_per_epoch:

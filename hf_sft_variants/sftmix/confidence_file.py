@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate.logging import get_logger
@@ -30,7 +32,7 @@ _TEXT_COLUMNS = ("prompt", "completion", "messages", "tools")
 _HALF_NAMES = {CONFIDENT: "confident", UNCONFIDENT: "unconfident", NEITHER: None}
 
 
-def with_example_keys(dataset: Dataset, eos_token: str | None, text_field: str) -> tuple[Dataset, str]:
+def with_content_keys(dataset: Dataset, eos_token: str | None, text_field: str) -> tuple[Dataset, str]:
     """
     Add the column `example_key` to a prepared data set, unless it has one: the same whatever model it is prepared for.
 
@@ -127,14 +129,6 @@ def confidence_table(
     return table.replace_schema_metadata({_METADATA_KEY: json.dumps(description)})
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
-
-
 def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_missing: bool = False) -> torch.Tensor:
     """
     Split the examples of a data set by a confidence file, which may stand in another order and have more examples.
@@ -158,12 +152,12 @@ def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_mis
     """
     table, keys_of = _read(path)
     if keys_of == "tokens":
-        tokens, _ = with_example_keys(examples.select_columns(["input_ids", "labels"]), None, "")
+        tokens, _ = with_content_keys(examples.select_columns(["input_ids", "labels"]), None, "")
         keys = tokens[EXAMPLE_KEY]
     else:
         keys = examples[EXAMPLE_KEY]
     values = np.full((2, len(examples)), np.nan)
-    row_of_key = _rows_by_key(table, path)
+    row_of_key = {key: row for row, key in enumerate(table[EXAMPLE_KEY].to_pylist())}
     has_labels = np.array(examples["num_labels"]) > 0
     rows = np.array([row_of_key.get(key, -1) for key in keys])
     missing = np.flatnonzero((rows < 0) & has_labels)
@@ -192,15 +186,28 @@ def _read(path: str | Path) -> tuple[pa.Table, str]:
         description = dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}")))
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         raise InputError(f"{where} can't be read: {error} {fix}") from error
-    for name, are_right in _COLUMNS.items():
+    for name, (wanted, is_wanted) in _COLUMNS.items():
         if name not in table.column_names:
             raise InputError(f"{where} has no column `{name}`, only {table.column_names}. {fix}")
-        if not are_right(table.schema.field(name).type):
-            raise InputError(f"{where} has values of the type {table.schema.field(name).type} as `{name}`. {fix}")
+        found = table.schema.field(name).type
+        if not is_wanted(found):
+            raise InputError(f"{where} has no {wanted} in the column `{name}`, but {found}. {fix}")
     if description.get("version", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(
             f"{where} has the format {description['version']!r}, but this version of hf_sft_variants reads "
             f"{FORMAT_VERSION}. Write the file again."
+        )
+    twice = [key for key, times in Counter(table[EXAMPLE_KEY].to_pylist()).items() if times > 1]
+    if twice:
+        raise InputError(
+            f"{where} has {len(twice)} examples more than once, the first with the key {twice[0]}. Remove the rows "
+            "that are too many."
+        )
+    negative = pc.index(pc.less(table["mean_nll"], -1e-3), True).as_py()
+    if negative >= 0:
+        raise InputError(
+            f"{where} has the `mean_nll` {table['mean_nll'][negative]} in row {negative}, but it is never negative: a "
+            f"log-probability has the other sign. {fix}"
         )
     return table, description.get("keys", "column")
 
@@ -214,26 +221,11 @@ def _are_texts(values: pa.DataType) -> bool:
 
 
 # Those that are read, of those that `ConfidenceTrackingCallback` writes
-_COLUMNS = {EXAMPLE_KEY: _are_texts, "mean_nll": _are_numbers, "mean_perplexity": _are_numbers}
-
-
-def _rows_by_key(table: pa.Table, path: str | Path) -> dict[str, int]:
-    """Row of each key; the same example may be there twice, but not with two values."""
-    row_of_key = {}
-    keys, nll = table[EXAMPLE_KEY].to_pylist(), table["mean_nll"].to_pylist()
-    for row, key in enumerate(keys):
-        first = row_of_key.setdefault(key, row)
-        if first != row and nll[first] != nll[row]:
-            raise InputError(
-                f"{path} has the example with the key {key} twice, with the `mean_nll` {nll[first]} and {nll[row]}. "
-                "Remove one of them."
-            )
-        if nll[row] is not None and nll[row] < -1e-3:
-            raise InputError(
-                f"{path} has the `mean_nll` {nll[row]} in row {row}, but it is never negative: a log-probability has "
-                "the other sign. Write the file again."
-            )
-    return row_of_key
+_COLUMNS = {
+    EXAMPLE_KEY: ("texts", _are_texts),
+    "mean_nll": ("numbers", _are_numbers),
+    "mean_perplexity": ("numbers", _are_numbers),
+}
 
 
 def _refuse_missing(path, row: int, key: str, num_missing: int, num_examples: int):

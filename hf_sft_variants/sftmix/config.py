@@ -183,6 +183,11 @@ class SFTMixConfig(SFTConfig):
                 f"`per_device_train_batch_size={self.per_device_train_batch_size}` gives a process {num_rows} rows, "
                 "which are no whole pairs: make it even, or set `confidence_split='random'`."
             )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config={'dispatch_batches': True}` may cut pairs apart where the last batch is shared "
+                "out: remove it, or set `confidence_split='random'`."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size=True` may choose a batch that holds no whole pairs: set "

@@ -79,16 +79,21 @@ def documents_of(inputs: dict[str, Any], halves: torch.Tensor | None) -> list[Do
     sizes = torch.bincount(sample_ids[:, 1:].cpu()[is_label], minlength=num_samples).tolist()
     positions = is_label.nonzero()  # row by row, so document by document
     positions[:, 1] -= labels.size(1)
-    # What a document is known by stands on each of its labels, or is made of them
-    known_by = labels if halves is None else inputs["example_number"][:, 1:].cpu()
+    # What a document is known by stands on each of its labels, or is made of its tokens up to the last label
+    tokens = inputs["input_ids"].cpu()
     documents = []
-    for of_document, values in zip(positions.split(sizes), known_by[is_label].split(sizes), strict=True):
+    for sample, of_document in enumerate(positions.split(sizes)):
         if len(of_document) == 0:
             continue
         if halves is None:
-            number, half = zlib.crc32(values.numpy().tobytes()), (CONFIDENT, UNCONFIDENT)[len(documents) % 2]
+            row, column = of_document[-1].tolist()
+            in_document = sample_ids[row].cpu() == sample
+            in_document[labels.size(1) + column + 2 :] = False
+            number = zlib.crc32(tokens[row, in_document].numpy().tobytes())
+            half = (CONFIDENT, UNCONFIDENT)[len(documents) % 2]
         else:
-            number, half = values[0].item(), halves[values[0]].item()
+            number = inputs["example_number"][of_document[0, 0], of_document[0, 1]].item()
+            half = halves[number].item()
         documents.append(Document(number, half, of_document))
     return documents
 

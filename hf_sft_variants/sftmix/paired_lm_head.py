@@ -60,6 +60,7 @@ def add_paired_lm_head(model: PreTrainedModel) -> None:
     trl_forward = model.forward.__func__
     softcapping, logit_scale = settings["final_logit_softcapping"], settings["logit_scale"]
 
+    @torch.compiler.disable(recursive=False)
     @functools.wraps(trl_forward)  # keeps the signature, which `generate` looks at
     def forward(self, *args, mixup_first=None, mixup_second=None, mixup_weights=None, **kwargs):
         if mixup_first is None or not kwargs.get("fused_lm_head"):
@@ -73,6 +74,7 @@ def add_paired_lm_head(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+@torch.compiler.disable(recursive=False)
 def _paired_forward(model, args, kwargs, head, mixup) -> PairedCausalLMOutput:
     """As the forward of TRL's fused LM head, with `head` for the product with the LM head's weight."""
     kwargs = {**kwargs, "use_cache": False}
@@ -129,6 +131,7 @@ def _load_balancing_loss(text_config, router_logits, attention_mask) -> torch.Te
     )
 
 
+@torch.compiler.disable
 def paired_log_probs(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,

@@ -1,8 +1,12 @@
 """The first phase of SFTMix: a reference model is trained, and asked about the training data as it learns."""
 
 import copy
-from collections.abc import Iterator
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +16,10 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from ..base.checkpoints import RUN_FILE, last_checkpoint, require_same_run, write_run
+from ..base.checkpoints import last_checkpoint
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY, require_same_vocabulary
 from .confidence import ConfidenceTrackingCallback
@@ -26,6 +31,23 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+# Settings that make another reference
+_SETTINGS = [
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing",
+    "seed",
+    "confidence_checkpoints",
+]
+
+# Those of them that a resumed run keeps, too
+_FIXED = ["start", "confidence_checkpoints"]
+
 
 class ReferencePhase:
     """
@@ -34,7 +56,8 @@ class ReferencePhase:
     A plain [`~trl.SFTTrainer`] gets the trainer's own arguments: the same start (the model is loaded again by its
     name, or copied if it was passed as an object), data, seed and adapter; or another model, `reference_model`. It
     reports to no tracker, pushes nothing, and has none of the user's callbacks. The trained model is kept in
-    `<output_dir>/reference` with its checkpoints, then comes `confidence.parquet`: where that is, the phase is over.
+    `<output_dir>/reference`, its checkpoints as long as it is trained; then comes `confidence.parquet`: where that is,
+    the phase is over. With `push_to_hub` the folder goes to the Hub with the rest of `output_dir`.
 
     Meanwhile the model that waits for its turn stands on the CPU, unless it is quantized or split over devices.
 
@@ -70,7 +93,7 @@ class ReferencePhase:
         if name is not None and "input_ids" in self.arguments["train_dataset"].column_names:
             require_same_vocabulary(name, trainer.processing_class, trainer.args.model_init_kwargs)
 
-    def run(self, trainer: "SFTMixTrainer", resume: bool) -> Path:
+    def run(self, trainer: "SFTMixTrainer", resume: bool, checkpoint: str | None) -> Path:
         """
         Train the reference, unless that was done before; to be called by all processes at once.
 
@@ -79,36 +102,41 @@ class ReferencePhase:
                 Trainer whose arguments the phase has.
             resume (`bool`):
                 Whether to go on from the reference's last checkpoint, if there is one.
+            checkpoint (`str`, *optional*):
+                Checkpoint of mixup that the run goes on from, if there is one.
 
         Returns:
             `Path`: The confidence file.
 
         Raises:
-            `InputError`: If it is of another reference.
+            `InputError`: If it was done, or begun, before with other settings.
         """
         path = reference_folder(trainer.args) / "confidence.parquet"
-        description = self._describe(trainer.args)
-        if (path.is_file() or resume) and (path.parent / RUN_FILE).is_file():
-            require_same_run(path.parent, description, "or remove the folder to train the reference again.")
+        settings_path, settings = path.with_name("settings.json"), self._settings(trainer)
+        if resume and checkpoint is None:  # a checkpoint of mixup has its own
+            _require_same_settings(settings_path, {name: settings[name] for name in _FIXED})
         if all(gather_object([path.is_file()])):
+            if not resume:
+                _require_same_settings(settings_path, settings)
             logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
             return path
-        logger.info(f"SFTMix, first phase: the reference model is trained, {path.parent}.")
         if trainer.is_world_process_zero():
-            write_run(path.parent, description)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            settings_path.write_text(json.dumps(settings))
+        logger.info(f"SFTMix, first phase: the reference model is trained, {path.parent}.")
         with _on_the_cpu(trainer):
             self._train(trainer, path, resume)
             release_memory()
         return path
 
-    @staticmethod
-    def _describe(args) -> dict[str, Any]:
-        settings = {"reference_model": args.reference_model, "confidence_checkpoints": args.confidence_checkpoints}
-        return {"trainer": "SFTMixTrainer", "settings": settings, "examples": None}
-
     def _train(self, trainer, path, resume) -> None:
         rows = self._keyed_rows(trainer)
-        own = {"args": _reference_args(trainer.args), "train_dataset": rows, "callbacks": None}
+        own = {
+            "args": _reference_args(trainer.args),
+            "train_dataset": rows,
+            "callbacks": None,
+            "formatting_func": self._formatting_func(),
+        }
         reference = SFTTrainer(**{**self.arguments, **self._start(trainer), **own})
         reference.add_callback(_SaveModelCallback(reference))
         tracking = ConfidenceTrackingCallback(
@@ -120,6 +148,9 @@ class ReferencePhase:
         )
         reference.add_callback(tracking)
         reference.train(resume_from_checkpoint=last_checkpoint(path.parent) if resume else None)
+        if trainer.is_world_process_zero():
+            for checkpoint in sort_checkpoints(str(path.parent)):
+                shutil.rmtree(checkpoint)
 
     def _start(self, trainer) -> dict[str, Any]:
         """The model to begin with, and the arguments that go with it."""
@@ -143,8 +174,41 @@ class ReferencePhase:
     def _unpacked_examples(self, reference, rows) -> Dataset:
         args = copy.copy(reference.args)
         args.truncation_mode = "keep_start"  # as packing does
-        formatting_func = self.arguments.get("formatting_func")
-        return reference._prepare_dataset(rows, reference.processing_class, args, False, formatting_func, "train")
+        tokenizer, formatting_func = reference.processing_class, self._formatting_func()
+        return reference._prepare_dataset(rows, tokenizer, args, False, formatting_func, "train")
+
+    def _formatting_func(self) -> Callable[[dict], str] | None:
+        """The user's function, which must not see the keys that [`_keyed_rows`] has added."""
+        function = self.arguments.get("formatting_func")
+        if function is None or EXAMPLE_KEY in self.arguments["train_dataset"].column_names:
+            return function
+        return partial(_format_without_key, function)
+
+    def _settings(self, trainer) -> dict[str, Any]:
+        """What tells this reference from another one in the same folder."""
+        args, model = trainer.args, self.arguments["model"]
+        start = args.reference_model or (model if isinstance(model, str) else model.config._name_or_path)
+        return {"start": start, **{name: getattr(args, name) for name in _SETTINGS}}
+
+
+def _format_without_key(function: Callable[[dict], str], row: dict) -> str:
+    return function({name: value for name, value in row.items() if name != EXAMPLE_KEY})
+
+
+def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        `InputError`: If the reference was trained otherwise.
+    """
+    recorded = json.loads(path.read_text()) if path.is_file() else settings
+    different = [name for name in settings if settings[name] != recorded.get(name)]
+    if different:
+        name = different[0]
+        raise InputError(
+            f"{path.parent} has a reference that was trained with `{name}={recorded.get(name)!r}`, but now it is "
+            f"{settings[name]!r}. Remove the folder to train it again, choose another `output_dir`, or use this one "
+            f"with `confidence_source='file'` and `confidence_file={str(path.parent / 'confidence.parquet')!r}`."
+        )
 
 
 class _SaveModelCallback(TrainerCallback):
@@ -168,8 +232,9 @@ def _reference_args(args: SFTConfig) -> SFTConfig:
     args.output_dir = str(reference_folder(args))
     args.push_to_hub = False
     args.hub_model_id = None
-    args.load_best_model_at_end, args.metric_for_best_model = False, None  # which may be a metric of the method
     args.report_to = []
+    if args.metric_for_best_model is not None:  # `SFTTrainer` knows the next-token loss as its loss alone
+        args.metric_for_best_model = re.sub("nll$", "loss", args.metric_for_best_model)
     return args
 
 

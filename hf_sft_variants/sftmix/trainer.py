@@ -1,6 +1,7 @@
 import inspect
 import textwrap
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from transformers import set_seed
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.checkpoints import last_checkpoint
 from ..base.preparation import map_description
+from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY
-from .confidence_file import halves_from_file, with_example_keys
+from .confidence_file import halves_from_file, with_content_keys
 from .config import SFTMixConfig
 from .mixing import draw_mixup
 from .online import OnlineConfidence
@@ -128,6 +130,14 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     def annotation_columns(self):
         return {"example_number": NEITHER} if self._has_numbers else {}
 
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if dataset_name == "train" and self._has_numbers and "seq_lengths" in get_dataset_column_names(dataset):
+            raise InputError(
+                "`train_dataset` is packed already (it has the column `seq_lengths`), so its examples have no numbers "
+                "that pairs go by. Give the rows before packing."
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
     def annotate_untruncated(self, dataset, dataset_name, has_text):
         if self._is_streaming and (self.args.needs_confidence or self.args.pair_similar_lengths):
             name = "confidence_split" if self.args.needs_confidence else "pair_similar_lengths"
@@ -136,7 +146,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
                 "stream. Load it without streaming, or set `confidence_split='random'` without `pair_similar_lengths`."
             )
         if self.args.needs_confidence and dataset_name == "train" and self.example_keys is None:
-            dataset, _ = with_example_keys(dataset, self._tokenizer.eos_token, self.args.dataset_text_field)
+            dataset, _ = with_content_keys(dataset, self._tokenizer.eos_token, self.args.dataset_text_field)
             self.example_keys = dataset[EXAMPLE_KEY][:]
         return dataset
 
@@ -168,7 +178,8 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         if not self._has_numbers or self.args.packing:
             return super()._get_train_sampler(train_dataset)
         num_labels = np.array(self.train_dataset["num_labels"]) if self.args.pair_similar_lengths else None
-        self._pair_sampler = PairSampler(self._halves_of_rows(), self.args.seed, num_labels, self._train_batch_size)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._pair_sampler = PairSampler(self._halves_of_rows(), seed, num_labels, self._train_batch_size)
         return self._pair_sampler
 
     def _halves_of_rows(self):
@@ -233,7 +244,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         """As [`AnnotatedSFTTrainer.train`]; `resume_from_checkpoint=True` goes on in the phase that was stopped."""
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.args.needs_reference:
-            path = self._reference_phase.run(self, resume=bool(resume_from_checkpoint))
+            path = self._reference_phase.run(self, bool(resume_from_checkpoint), checkpoint)
             measure = self.args.confidence_measure
             self.halves = halves_from_file(path, self.train_examples, measure, skip_missing=True)
             set_seed(self.args.seed)  # as if nothing had been before
@@ -245,6 +256,13 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         is_begun = self.args.needs_reference and reference_folder(self.args).is_dir()
         if resume_from_checkpoint is True and is_begun and last_checkpoint(self.args.output_dir) is None:
             return None  # the run was stopped in its first phase, or between the two
+        if isinstance(resume_from_checkpoint, str | Path) and Path(resume_from_checkpoint).resolve().is_relative_to(
+            reference_folder(self.args).resolve()
+        ):
+            raise InputError(
+                f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is a checkpoint of the reference, which is "
+                "not the model that is trained now. Set it to True to go on in the phase that was stopped."
+            )
         return super().checkpoint_to_resume(resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial):

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.poft.score_files import add_content_keys
 from hf_sft_variants.sft_go.tfidf import vocabulary_hash
-from hf_sft_variants.sftmix.confidence_file import with_example_keys
+from hf_sft_variants.sftmix.confidence_file import with_content_keys
 
 
 class Executed:
@@ -48,7 +48,7 @@ def parquet(columns, metadata=None):
 
 
 def confidence(world, metadata=None, **changes):
-    keyed, _ = with_example_keys(world.rows["tokens"], world.tokenizer.eos_token, "text")
+    keyed, _ = with_content_keys(world.rows["tokens"], world.tokenizer.eos_token, "text")
     count = len(keyed)
     columns = {"example_key": keyed["example_key"][:], "mean_nll": [1.0 + row for row in range(count)]}
     columns["mean_perplexity"] = [math.exp(nll) for nll in columns["mean_nll"]]
@@ -167,15 +167,15 @@ FILES = [
     ],
     BadInput("sftmix", "has no column `mean_perplexity`, only", CONFIDENCE,
              file=Wrong(lambda world: parquet({"example_key": ["a"], "mean_nll": [1.0]}))),
-    BadInput("sftmix", "has values of the type string as `mean_nll`", CONFIDENCE,
+    BadInput("sftmix", "has no numbers in the column `mean_nll`, but string", CONFIDENCE,
              file=Wrong(confidence, mean_nll=["a"] * 16)),
-    BadInput("sftmix", "has values of the type int64 as `example_key`", CONFIDENCE,
+    BadInput("sftmix", "has no texts in the column `example_key`, but int64", CONFIDENCE,
              file=Wrong(confidence, example_key=list(range(16)))),
     BadInput("sftmix", "Row 1 .* has no perplexity in .*: it is NaN or null there", CONFIDENCE,
              file=Wrong(confidence, mean_nll=[1.0, math.nan] + [1.0] * 14)),
     BadInput("sftmix", "has the `mean_nll` -1.0 in row 0, but it is never negative", CONFIDENCE,
              file=Wrong(confidence, mean_nll=[-1.0] * 16)),
-    BadInput("sftmix", "has the example with the key a twice, with the `mean_nll` 1.0 and 2.0", CONFIDENCE,
+    BadInput("sftmix", "has 2 examples more than once, the first with the key a", CONFIDENCE,
              file=Wrong(confidence, example_key=["a", "a"] + ["b"] * 14, mean_nll=[1.0, 2.0] + [3.0] * 14)),
     BadInput("sftmix", "is that of another data set: none of the 16 examples", CONFIDENCE,
              file=Wrong(confidence, example_key=[str(row) for row in range(16)])),

@@ -178,17 +178,6 @@ class TestWhatIsSaved:
         assert logs(resumed)[1]["learning_rate"] != logs(unbroken)[1]["learning_rate"]
 
 
-def test_best_model_by_a_metric_that_the_reference_has_not(tiny_model, tokenizer, rows, tmp_path):
-    """SFTMix's reference is trained by `SFTTrainer`, which logs no `nll`."""
-    method = Method(SFTMixTrainer, SFTMixConfig)
-    trainer = make(
-        method, tiny_model, tokenizer, rows, tmp_path, eval_dataset=rows, eval_strategy="steps", eval_steps=1,
-        metric_for_best_model="eval_nll", greater_is_better=False, load_best_model_at_end=True,
-    )  # fmt: skip
-    trainer.train()
-    assert trainer.state.best_metric == min(log.get("eval_nll", 99) for log in trainer.state.log_history)
-
-
 def assert_refused(trainer, checkpoint, message):
     before = {name: weights.clone() for name, weights in trainer.model.state_dict().items()}
     with pytest.raises(InputError, match=message):
@@ -282,14 +271,14 @@ class TestAnotherRunIsRefused:
         options = {"confidence_checkpoints": [1], "max_steps": 2}
         make(method, tiny_model, tokenizer, rows, tmp_path, **options).train()
         shutil.rmtree(tmp_path / "checkpoint-2"), shutil.rmtree(tmp_path / "checkpoint-1")
-        message = r"`confidence_checkpoints` was \[1\], is \[2\]. Set them back, or remove the folder to train the ref"
+        message = r"reference that was trained with `confidence_checkpoints=\[1\]`, but now it is \[2\]. Remove the"
         for resume in (True, None):
             trainer = make(method, tiny_model, tokenizer, rows, tmp_path, **{**options, "confidence_checkpoints": [2]})
             with pytest.raises(InputError, match=message):
                 trainer.train(resume_from_checkpoint=resume)
         (tmp_path / "reference" / "confidence.parquet").unlink()
         trainer.train()
-        assert json.loads((tmp_path / "reference" / RUN_FILE).read_text())["settings"]["confidence_checkpoints"] == [2]
+        assert json.loads((tmp_path / "reference" / "settings.json").read_text())["confidence_checkpoints"] == [2]
 
     def test_files_that_are_not_whole(self, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         trainer = make(METHODS["poft"], tiny_model, tokenizer, rows, tmp_path)

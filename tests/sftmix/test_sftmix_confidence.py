@@ -12,21 +12,21 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import padded_document_log_probs
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import ConfidenceTrackingCallback, SFTMixConfig, SFTMixTrainer
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.scoring import EXAMPLE_KEY
+from hf_sft_variants.scoring.shards import write_parquet
 from hf_sft_variants.sftmix.confidence import checkpoint_steps
 from hf_sft_variants.sftmix.confidence_file import (
     MAX_NLL,
     confidence_table,
     halves_from_file,
     split_in_halves,
-    with_example_keys,
-    write_table,
+    with_content_keys,
 )
 from hf_sft_variants.sftmix.pairing import CONFIDENT, NEITHER, UNCONFIDENT, number_example
 
@@ -63,7 +63,7 @@ class TestCallback:
         trainer, table = tracked_run(tiny_model, tokenizer, token_rows, tmp_path, **options)
         steps = [trainer.state.max_steps * epoch // 3 for epoch in (1, 2, 3)]
         examples = trainer.train_dataset
-        keyed, _ = with_example_keys(token_rows, None, "text")
+        keyed, _ = with_content_keys(token_rows, None, "text")
         rows = dict(zip(keyed[EXAMPLE_KEY], token_rows, strict=True))
         assert set(table[EXAMPLE_KEY].to_pylist()) == set(rows) and (packing or len(examples) == len(rows))
         expected = {}
@@ -120,6 +120,31 @@ class TestCallback:
         with pytest.raises(InputError, match="resumed at step 6, but .*step-1.parquet is missing"):
             tracked_run(tiny_model, tokenizer, token_rows, tmp_path, resume=str(tmp_path / "checkpoint-6"), **options)
 
+    def test_a_run_resumed_with_other_examples(self, tiny_model, tokenizer, token_rows, tmp_path):
+        options = {"per_device_train_batch_size": 4, "checkpoints": [1, 8]}
+        tracked_run(tiny_model, tokenizer, token_rows, tmp_path, **options)
+        reordered = token_rows.select(range(15, -1, -1))
+        with pytest.raises(InputError, match="step-1.parquet was written for other examples"):
+            tracked_run(tiny_model, tokenizer, reordered, tmp_path, resume=str(tmp_path / "checkpoint-4"), **options)
+
+    def test_prompt_learning_predicts_the_first_token_too(self, tiny_model, tokenizer, token_rows, tmp_path):
+        rows = token_rows.map(lambda row: {"labels": row["input_ids"]})
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        trainer, table = tracked_run(
+            tiny_model, tokenizer, rows, tmp_path, peft_config=prompt, max_steps=1, checkpoints=[1], save_strategy="no"
+        )
+        model = trainer.model.eval()
+        for row, nll in zip(rows, table["nll_1"].to_pylist(), strict=True):
+            ids = torch.tensor([row["input_ids"]])
+            assert nll == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+
+    def test_data_that_is_looked_at_as_tensors(self, tiny_model, tokenizer, token_rows, tmp_path):
+        tables = [
+            tracked_run(tiny_model, tokenizer, rows, tmp_path / name, max_steps=2, save_strategy="no")[1]
+            for name, rows in (("lists", token_rows), ("tensors", token_rows.with_format("torch")))
+        ]
+        assert tables[0].equals(tables[1])
+
     def test_an_early_stop_keeps_what_was_measured(self, tiny_model, tokenizer, token_rows, tmp_path, caplog):
         for stop, steps in ((5, [4]), (3, [])):
             trainer = make_plain(
@@ -134,7 +159,7 @@ class TestCallback:
     def test_nan_names_the_example(self, tiny_model, tokenizer, token_rows, tmp_path):
         tiny_model.model.embed_tokens.weight.data[token_rows[3]["input_ids"][0]] = math.nan
         options = {"per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 0.0}
-        key = with_example_keys(token_rows, None, "text")[0][EXAMPLE_KEY][0]
+        key = with_content_keys(token_rows, None, "text")[0][EXAMPLE_KEY][0]
         with pytest.raises(InputError, match=rf"The perplexity of row 0 of the train dataset \(key {key}\) is NaN"):
             tracked_run(tiny_model, tokenizer, token_rows, tmp_path, **options)
 
@@ -221,7 +246,7 @@ class TestSplit:
 
 class TestKeys:
     def keys(self, rows, eos_token=None):
-        dataset, made_of = with_example_keys(Dataset.from_list(rows), eos_token, "text")
+        dataset, made_of = with_content_keys(Dataset.from_list(rows), eos_token, "text")
         return dataset[EXAMPLE_KEY][:], made_of
 
     def test_are_those_of_the_content(self):
@@ -279,15 +304,14 @@ def join_columns(row):
 def examples(token_rows):
     """Four numbered examples; the last has no label."""
     rows = [*token_rows.select(range(3)).to_list(), {"input_ids": [5, 6], "labels": [5, -100]}]
-    dataset, _ = with_example_keys(Dataset.from_list(rows), None, "text")
+    dataset, _ = with_content_keys(Dataset.from_list(rows), None, "text")
     return dataset.map(number_example, with_indices=True, fn_kwargs={"is_train": True})
 
 
 class TestFile:
-    def write(self, path, keys, nll, **columns):
-        nll = np.array(nll)
-        table = confidence_table(keys, np.ones(len(keys), int), {1: nll}, "perplexity", "column")
-        write_table(table, path)
+    def write(self, path, keys, nll):
+        table = confidence_table(keys, np.ones(len(keys), int), {1: np.array(nll)}, "perplexity", "column")
+        write_parquet(table, path)
         return path
 
     def test_is_joined_by_key(self, examples, tmp_path):
@@ -323,6 +347,16 @@ class TestFile:
         pq.write_table(pa.table({EXAMPLE_KEY: ["a"], "mean_nll": [1.0]}), tmp_path / "c.parquet")
         with pytest.raises(InputError, match="has no column `mean_perplexity`, only"):
             halves_from_file(tmp_path / "c.parquet", examples, "perplexity")
+        table = pa.table({EXAMPLE_KEY: ["a"], "mean_nll": ["low"], "mean_perplexity": [1.0]})
+        pq.write_table(table, tmp_path / "c.parquet")
+        with pytest.raises(InputError, match="has no numbers in the column `mean_nll`, but string"):
+            halves_from_file(tmp_path / "c.parquet", examples, "perplexity")
+
+    def test_an_example_twice(self, examples, tmp_path):
+        keys = examples[EXAMPLE_KEY]
+        path = self.write(tmp_path / "c.parquet", [*keys[:3], keys[1]], [1.0, 2.0, 3.0, 4.0])
+        with pytest.raises(InputError, match=f"has 1 examples more than once, the first with the key {keys[1]}"):
+            halves_from_file(path, examples, "perplexity")
 
     def test_errors_of_the_trainer(self, tiny_model, tokenizer, token_rows, tmp_path):
         path = self.write(tmp_path / "c.parquet", ["a", "b"], [1.0, 2.0])

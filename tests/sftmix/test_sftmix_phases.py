@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from helpers import SMALL
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -168,6 +169,46 @@ class TestTwoPhases:
         with pytest.raises(InputError, match="is that of another data set"):
             train(tiny_model, tokenizer, chat_rows.map(change_question), tmp_path)
 
+    @pytest.mark.parametrize(
+        ("changed", "name"),
+        [({"learning_rate": 0.5}, "learning_rate"), ({"confidence_checkpoints": [1]}, "confidence_c")],
+    )
+    def test_a_reference_of_other_settings_is_not_used(
+        self, changed, name, tiny_model, tokenizer, chat_rows, tmp_path
+    ):
+        arguments = (tiny_model, tokenizer, chat_rows, tmp_path)
+        train(*arguments, max_steps=2)
+        with pytest.raises(InputError, match=f"was trained with `{name}.*Remove the folder to train it again"):
+            train(*arguments, max_steps=2, **changed)
+
+    def test_its_checkpoints_go_when_it_is_trained(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """So no optimizer's state goes to the Hub: what is left out there are checkpoints of the first level alone."""
+        train(tiny_model, tokenizer, chat_rows, tmp_path)
+        assert (tmp_path / "checkpoint-6").is_dir() and (tmp_path / "reference" / "model.safetensors").is_file()
+        assert not list((tmp_path / "reference").glob("checkpoint-*"))
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_a_formatting_function_sees_the_rows_alone(self, packing, tiny_model, tokenizer, tmp_path):
+        rows = Dataset.from_dict({"a": [f"What is {i}?" for i in range(8)], "b": ["The sum"] * 8})
+        seen = []
+        args = SFTMixConfig(str(tmp_path), **SMALL, max_length=64, max_steps=1, save_strategy="no", packing=packing)
+        trainer = SFTMixTrainer(
+            tiny_model, args, train_dataset=rows, processing_class=tokenizer,
+            formatting_func=lambda row: seen.append(sorted(row)) or " ".join(row.values()),
+        )  # fmt: skip
+        num_before = len(seen)
+        trainer.train()
+        assert len(seen) > num_before and all(names == ["a", "b"] for names in seen)
+
+    def test_best_model_by_nll(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """The reference, a plain `SFTTrainer`, logs it as its loss."""
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "nll", "greater_is_better": False}
+        evaluation = {"eval_dataset": chat_rows, "eval_strategy": "steps", "eval_steps": 2}
+        trainer = train(tiny_model, tokenizer, chat_rows, tmp_path, **best, **evaluation)
+        assert trainer.state.best_metric == min(
+            log["eval_nll"] for log in trainer.state.log_history if "eval_nll" in log
+        )
+
     def test_a_copied_start_has_a_forward_of_its_own(self, tiny_model, tokenizer, chat_rows, tmp_path):
         """The fused LM head's keeps the forward of the model it was put on."""
         trainer = helpers.make_trainer(SFTMixTrainer, SFTMixConfig, tiny_model, tokenizer, chat_rows, tmp_path)
@@ -224,7 +265,7 @@ class TestKilledAndResumed:
     @pytest.mark.parametrize(
         "kind, step, steps_left",
         [
-            *[("full", step, left) for step, left in ((2, 12), (4, 10), (6, 8), (7, 6), (10, 4))],
+            *[("full", step, left) for step, left in ((2, 12), (4, 10), (6, 8), (7, 6), (10, 4), (11, 2))],
             *[("lora", 6, 8), ("lora", 7, 6), ("lora", 10, 4), ("packed", 4, 10), ("packed", 9, 4)],
         ],
     )

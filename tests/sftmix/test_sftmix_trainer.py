@@ -17,7 +17,8 @@ from trl import SFTConfig, SFTTrainer
 from hf_sft_variants import SFTMixConfig, SFTMixTrainer
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.scoring import EXAMPLE_KEY
-from hf_sft_variants.sftmix.confidence_file import confidence_table, with_example_keys, write_table
+from hf_sft_variants.scoring.shards import write_parquet
+from hf_sft_variants.sftmix.confidence_file import confidence_table, with_content_keys
 from hf_sft_variants.sftmix.pairing import CONFIDENT, UNCONFIDENT
 
 
@@ -54,9 +55,9 @@ def recorded_step(*args, **options):
 
 def confidence_file(path, rows, mean_nll):
     """A confidence file for pre-tokenized rows."""
-    keyed, _ = with_example_keys(rows.select_columns(["input_ids", "labels"]), None, "text")
+    keyed, _ = with_content_keys(rows.select_columns(["input_ids", "labels"]), None, "text")
     num_labels = np.array([sum(label != -100 for label in labels[1:]) for labels in rows["labels"]])
-    write_table(
+    write_parquet(
         confidence_table(keyed[EXAMPLE_KEY][:], num_labels, {1: np.array(mean_nll)}, "mean_nll", "column"), path
     )
     return {"confidence_source": "file", "confidence_file": str(path)}
@@ -326,6 +327,36 @@ class TestInsideTheMicroBatch:
         assert again[1]["loss"] == log["loss"]
         assert_same_gradients(gradients, again[2])
 
+    def test_equal_responses_to_different_prompts_are_mixed_differently(self, tiny_model, tokenizer, tmp_path):
+        """Also where they stand in one stream, without numbers."""
+        rows = Dataset.from_list([
+            {"input_ids": [5 + row, 6, 7, 90 + row % 2, 3], "labels": [-100, -100, -100, 90 + row % 2, 3]}
+            for row in range(8)
+        ])  # fmt: skip
+        stream = rows.to_iterable_dataset()
+        trainer, *_ = recorded_step(tiny_model, tokenizer, stream, tmp_path, **RANDOM)
+        assert len(set(trainer.batches[0]["mixup_weights"])) == 4
+
+
+def test_data_seed_decides_on_the_pairs(tiny_model, tokenizer, token_rows, tmp_path):
+    orders = [
+        list(make_trainer(tiny_model, tokenizer, token_rows, tmp_path, **seeds, **RANDOM)._get_train_sampler())
+        for seeds in ({"data_seed": 1}, {"data_seed": 2}, {"data_seed": 2, "seed": 42})
+    ]
+    assert orders[0] != orders[1] == orders[2]
+
+
+def test_compiles_once(tiny_model, tokenizer, token_rows, tmp_path):
+    """Whatever the number of mixed positions."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "per_device_train_batch_size": 4}
+    make_trainer(
+        tiny_model, tokenizer, token_rows, tmp_path, max_steps=8, save_strategy="no", **options, **RANDOM
+    ).train()
+    assert 0 < counters["stats"]["unique_graphs"] <= 6
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -345,6 +376,15 @@ class TestRefusals:
         for method in ({}, RANDOM):
             with pytest.raises(InputError, match="1 example of the train dataset has labels, but a pair takes two"):
                 make_trainer(tiny_model, tokenizer, token_rows.select([0]), tmp_path, **method)
+
+    @pytest.mark.parametrize("trainer_class", [SFTMixTrainer, SFTTrainer])
+    def test_packed_already(self, trainer_class, tiny_model, tokenizer, token_rows, tmp_path):
+        config_class, method = (SFTMixConfig, RANDOM) if trainer_class is SFTMixTrainer else (SFTConfig, {})
+        make = partial(helpers.make_trainer, model=tiny_model, tokenizer=tokenizer, output_dir=tmp_path, packing=True)
+        packed = make(trainer_class, config_class, rows=token_rows, **method).train_dataset
+        for method in ({}, RANDOM):
+            with pytest.raises(InputError, match="`train_dataset` is packed already"):
+                make(SFTMixTrainer, SFTMixConfig, rows=packed, **method)
 
     def test_streams(self, tiny_model, tokenizer, token_rows, tmp_path):
         for method, name in (
