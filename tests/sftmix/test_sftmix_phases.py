@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import shutil
 import weakref
 
@@ -380,7 +381,12 @@ class TestOnline:
         options = {"resume": True, "ignore_data_skip": True}
         with pytest.raises(InputError, match="was made with 12 training examples, but there are 10"):
             self.run(tiny_model, tokenizer, chat_rows.select(range(10)), tmp_path, **options)
-        (tmp_path / "checkpoint-9" / "sftmix_online.pt").unlink()
+        state = tmp_path / "checkpoint-9" / "sftmix_online.pt"
+        for content in (state.read_bytes()[:200], b"", pickle.dumps(print)):
+            state.write_bytes(content)
+            with pytest.raises(InputError, match=r"sftmix_online.pt can't be read .*\. Resume from another"):
+                self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
+        state.unlink()
         with pytest.raises(InputError, match=r"checkpoint-9 has no sftmix_online.pt, so it is not one of"):
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
         tiny_model.model.norm.weight.data[0] = math.nan
