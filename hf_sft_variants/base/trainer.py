@@ -242,7 +242,8 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self.annotation_columns if name not in self._signature_columns]
+        new_columns = [name for name in self.annotation_columns if name not in self._signature_columns]
+        self._signature_columns = self._signature_columns + new_columns
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator):
         # TRL looks at the collator's type, which `evaluate` finds wrapped
