@@ -47,6 +47,7 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     `nll`, the plain mean negative log-likelihood per token, is logged beside every loss.
 
     Class attributes to set in a subclass:
+
     - **config_class** (`type`): the [`~trl.SFTConfig`] subclass that is used without `args`, and that a plain
       `SFTConfig` or `TrainingArguments` is turned into.
     - **annotation_columns** (`dict[str, int | float]`): the columns [`annotate`] adds, and what stands on padding.
