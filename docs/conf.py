@@ -9,7 +9,8 @@ import hf_sft_variants
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
-from docstrings import to_restructured_text  # noqa: E402
+from docstrings import to_restructured_text
+
 
 project = "hf_sft_variants"
 author = "the hf_sft_variants developers"

@@ -38,7 +38,8 @@ def preference_loss(
     r"""
     Preference of the target model over the mean of the reference models ([PoFT](https://huggingface.co/papers/2412.12865)):
 
-    $$ \sum_x -\log \sigma(\beta (r_\theta(x) - \overline{r}(x)) + \gamma), \quad \overline{r} = \frac{1}{M} \sum_j r_j $$
+    $$ \sum_x -\log \sigma(\beta (r_\theta(x) - \overline{r}(x)) + \gamma), \quad
+    \overline{r} = \frac{1}{M} \sum_j r_j $$
 
     Its gradient is \\( \beta \tau \\) times that of the example's mean negative log-likelihood, with \\( \tau =
     \sigma(-(\beta (r_\theta - \overline{r}) + \gamma)) \\). Controls: `"uniform"` is \\( \sum_x -r_\theta(x) \\);
