@@ -1,6 +1,5 @@
 """The documentation site: `make docs` builds it into docs/_build/html."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -8,8 +7,6 @@ import hf_sft_variants
 
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
-
-from docstrings import to_restructured_text
 
 
 project = "hf_sft_variants"
@@ -37,7 +34,3 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings have them
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-# Headings of groups of fields, such as "Parameters that define the loss"
-_HEADING = re.compile(r"^ *(Parameters .*):$", re.MULTILINE)
-_docstrings = [to_restructured_text(getattr(hf_sft_variants, name).__doc__) for name in hf_sft_variants.__all__]
-napoleon_custom_sections = [(heading, "params_style") for text in _docstrings for heading in _HEADING.findall(text)]

@@ -10,6 +10,8 @@ from trl import SFTConfig
 def to_restructured_text(text: str) -> str:
     text = re.sub(r"^( *)```(\w+)\n(.*?)\n *```$", _as_code_block, text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^( *)\$\$ (.*?) \$\$", _as_math_block, text, flags=re.DOTALL | re.MULTILINE)
+    # Several groups of fields: a heading of its own before each, which Sphinx only knows as "Parameters"
+    text = re.sub(r"^( *)(Parameters .*):$", r"\1**\2**\n\n\1Parameters:", text, flags=re.MULTILINE)
     text = re.sub(r"\\\\\( (.*?) \\\\\)", r":math:`\1`", text, flags=re.DOTALL)
     text = re.sub(r"\[`~?hf_sft_variants\.([\w.]+)`\]", r":py:obj:`~hf_sft_variants.\1`", text)
     text = re.sub(r"\[`([A-Z]\w+(?:\.\w+)?)`\]", r":py:obj:`~hf_sft_variants.\1`", text)
