@@ -20,6 +20,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 
+# Options of `from_pretrained` that say which files are read
+_WHERE = ("cache_dir", "revision", "token")
+
 _WEIGHT_FILES = {".safetensors", ".bin", ".json"}
 
 
@@ -191,8 +194,8 @@ def _version(model: str, options: dict, adapter: PeftConfig | None) -> str:
         files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHT_FILES)
         states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
-    name, named = (ADAPTER_CONFIG_NAME, ("revision",)) if adapter else (CONFIG_NAME, ("revision", "subfolder"))
-    file = cached_file(model, name, **{option: options[option] for option in named if option in options})
+    name, where = (ADAPTER_CONFIG_NAME, _WHERE) if adapter else (CONFIG_NAME, (*_WHERE, "subfolder"))
+    file = cached_file(model, name, **{option: options[option] for option in where if option in options})
     return str(extract_commit_hash(file, None))  # which is part of the path
 
 
