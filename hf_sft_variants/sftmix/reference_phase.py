@@ -119,6 +119,7 @@ class ReferencePhase:
             if not resume:
                 _require_same_settings(settings_path, settings)
             logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
+            _remove_checkpoints(trainer, path.parent)
             return path
         if trainer.is_world_process_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +128,7 @@ class ReferencePhase:
         with _on_the_cpu(trainer):
             self._train(trainer, path, resume)
             release_memory()
+        _remove_checkpoints(trainer, path.parent)
         return path
 
     def _train(self, trainer, path, resume) -> None:
@@ -148,9 +150,6 @@ class ReferencePhase:
         )
         reference.add_callback(tracking)
         reference.train(resume_from_checkpoint=last_checkpoint(path.parent) if resume else None)
-        if trainer.is_world_process_zero():
-            for checkpoint in sort_checkpoints(str(path.parent)):
-                shutil.rmtree(checkpoint)
 
     def _start(self, trainer) -> dict[str, Any]:
         """The model to begin with, and the arguments that go with it."""
@@ -209,6 +208,13 @@ def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
             f"{settings[name]!r}. Remove the folder to train it again, choose another `output_dir`, or use this one "
             f"with `confidence_source='file'` and `confidence_file={str(path.parent / 'confidence.parquet')!r}`."
         )
+
+
+def _remove_checkpoints(trainer: "SFTMixTrainer", folder: Path) -> None:
+    """Those of a reference that is trained; one that was killed in between has left them."""
+    if trainer.is_world_process_zero():
+        for checkpoint in sort_checkpoints(str(folder)):
+            shutil.rmtree(checkpoint)
 
 
 class _SaveModelCallback(TrainerCallback):
