@@ -55,6 +55,7 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     Example:
 
     ```python
+    from datasets import load_dataset
     from hf_sft_variants import AnnotatedSFTTrainer
 
 
@@ -77,7 +78,7 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
             return -(weights * batch.log_probs).sum() / batch.num_items["tokens"]
 
 
-    trainer = LateTokensTrainer("Qwen/Qwen2.5-0.5B", train_dataset=dataset)
+    trainer = LateTokensTrainer("Qwen/Qwen2.5-0.5B", train_dataset=load_dataset("trl-lib/Capybara", split="train"))
     ```
 
     Raises:

@@ -22,7 +22,7 @@ from hf_sft_variants.recipe import make_parser, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HUB_MODEL = re.compile(r'"(?:Qwen|HuggingFaceH4|meta-llama|01-ai)/[\w.-]+"')
+HUB_MODELS = re.compile(r'"((?:Qwen|HuggingFaceH4|meta-llama|01-ai)/[\w.-]+)"')
 TRAINERS = {"sft_go": "SFTGO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
 
 
@@ -61,12 +61,13 @@ def on_cpu(args: SFTConfig, post_init: Callable) -> None:
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python(code, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
-    tiny_model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    for hub_model in set(HUB_MODELS.findall(code)):
+        tiny_model.save_pretrained(tmp_path / hub_model)
+        tokenizer.save_pretrained(tmp_path / hub_model)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", partial(small_data_set, chat_rows))
     monkeypatch.setattr(SFTConfig, "__post_init__", partialmethod(on_cpu, SFTConfig.__post_init__))
-    exec(HUB_MODEL.sub('"model"', code), {"__name__": "__main__"})
+    exec(code, {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))
