@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig
@@ -116,3 +117,19 @@ def refuse_sequence_sharding(trainer_name: str, accelerator: Accelerator) -> Non
                 f"{trainer_name} does not support `{name}={getattr(config, name)}`: the tokens of a sample would lie "
                 f"on several processes, and its loss needs them together. Set `{name}=1`."
             )
+
+
+def refuse_packed_prompt_learning(trainer_name: str, model: PreTrainedModel, padding_free: bool) -> None:
+    """
+    Refuse several documents in a row where PEFT puts virtual tokens in front of the row: it drops `position_ids` (and
+    warns of that), without which the documents would attend to each other.
+
+    Raises:
+        `ValueError`: For prompt learning with `packing` or `padding_free`.
+    """
+    if padding_free and is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"`{model.active_peft_config.peft_type.value}` does not keep the documents of a packed row apart, because "
+            f"PEFT drops their positions, so {trainer_name} would train them as one. Set `packing=False` and "
+            "`padding_free=False`, or train a LoRA adapter."
+        )

@@ -21,7 +21,13 @@ from .batch import AnnotatedBatch, NumItems, RememberOutputs, make_annotated_bat
 from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
-from .refusals import keep_streams_whole, refuse_sequence_sharding, refuse_unsupported, resolve_args
+from .refusals import (
+    keep_streams_whole,
+    refuse_packed_prompt_learning,
+    refuse_sequence_sharding,
+    refuse_unsupported,
+    resolve_args,
+)
 from .trl_internals import get_dataset_column_names, global_then_local_main_first
 
 
@@ -77,8 +83,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
     ```
 
     Raises:
-        `ValueError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, and context or
-            sequence parallelism.
+        `ValueError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, context or
+            sequence parallelism, and packed rows with prompt learning.
     """
 
     config_class: type[SFTConfig] = SFTConfig
@@ -130,6 +136,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         refuse_sequence_sharding(type(self).__name__, self.accelerator)
+        refuse_packed_prompt_learning(type(self).__name__, self.model, self.padding_free)
         if self.annotation_columns:
             self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
         for callback in self.method_callbacks():
@@ -205,6 +212,8 @@ class AnnotatedSFTTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if packing and args.max_length is None:
             raise ValueError("When packing is enabled, `max_length` can't be `None`.")
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"The {dataset_name} dataset is empty. Check the split and the filters that made it.")
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         columns = set(get_dataset_column_names(dataset))
