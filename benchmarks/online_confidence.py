@@ -67,7 +67,8 @@ def main() -> None:
         online.trainer.train()
         tracked = pq.read_table(Path(folder) / "confidence.parquet")["mean_perplexity"].to_numpy()
     half = len(tracked) // 2
-    results = {"options": vars(options), "torch": torch.__version__, "after_epoch": []}
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    results = {"options": settings, "torch": torch.__version__, "after_epoch": []}
     for values in online.after_epoch:
         same = (values.argsort().argsort() < half) == (tracked.argsort().argsort() < half)
         correlation = spearmanr(values, tracked).statistic

@@ -100,7 +100,8 @@ def main() -> None:
     # Other problems than the quickstart's own, which the second reference model was trained on
     splits = build_splits(train_size=options.train_size, seed=1)
     rows, test = splits["train"], Dataset.from_list(splits["test"])
-    results = {"options": vars(options), "torch": torch.__version__, "runs": []}
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    results = {"options": settings, "torch": torch.__version__, "runs": []}
     for seed in range(options.seeds):
         clean, corrupted = map(Dataset.from_list, corrupt(rows, options.corrupted_share, seed))
         for arm in ARMS:

@@ -4,9 +4,11 @@ import importlib.resources
 import os
 import sys
 from argparse import ArgumentParser
+from pickle import UnpicklingError
 
 from accelerate.logging import get_logger
 from datasets import load_dataset
+from safetensors import SafetensorError
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -160,7 +162,7 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
         )
     except ValueError as error:  # a refusal, which says the fix
         raise InputError(str(error)) from error
-    except OSError as error:
+    except (OSError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"`model_name_or_path` is {model!r}, which can't be loaded: {error}") from error
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")

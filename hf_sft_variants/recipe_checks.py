@@ -6,14 +6,18 @@ import sys
 from argparse import Action, ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import TrlParser
 
+from .base.field_checks import has_type
 from .errors import InputError
+
+
+# `trl sft` takes `resume_from_checkpoint: true` and `dataset_config: 2024`
+_TEXT_TYPES = (str, bool, int, float)
 
 
 def read_mapping(path: str) -> dict:
@@ -96,7 +100,7 @@ def typed_value(key: str, value: Any, wanted: Any, flag: Action) -> Any:
     choices = list(flag.choices or [])
     try:
         typed = converted(value, flag)
-        fits = typed in choices if choices and typed is not None else has_type(typed, wanted)
+        fits = typed in choices if choices and typed is not None else has_type(typed, wanted, _TEXT_TYPES)
     except (ValueError, ArgumentTypeError):
         fits = False
     if not fits:
@@ -113,23 +117,6 @@ def converted(value: Any, flag: Action) -> Any:
         items = value if isinstance(value, list) else [value]
         return [flag.type(item) if isinstance(item, str) else item for item in items]
     return flag.type(value) if isinstance(value, str) else value
-
-
-def has_type(value: Any, wanted: Any) -> bool:
-    origin, arguments = get_origin(wanted), get_args(wanted)
-    if origin in (Union, UnionType):
-        return any(has_type(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is list:
-        return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
-    if is_dataclass(wanted):
-        return isinstance(value, (wanted, dict))
-    if wanted is str:  # `trl sft` takes `resume_from_checkpoint: true` and `dataset_config: 2024`
-        return isinstance(value, (str, bool, int, float))
-    if wanted in (int, float) and isinstance(value, bool):  # Python counts booleans among the integers
-        return False
-    return isinstance(value, (int, float) if wanted is float else origin or wanted)
 
 
 def check_entries(key: str, entries: list, entry_type: type) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from safetensors import SafetensorError
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import hf_sft_variants
@@ -451,6 +452,7 @@ def test_refusals_and_missing_models_are_short_messages(tmp_path, capsys):
     for error, message in (
         (ValueError("Row 3 is wrong."), "error: Row 3 is wrong."),
         (OSError("no file"), "error: `model_name_or_path` is 'nowhere', which can't be loaded: no file"),
+        (SafetensorError("cut"), "error: `model_name_or_path` is 'nowhere', which can't be loaded: cut"),
     ):
         RefusingTrainer.error = error
         with pytest.raises(SystemExit) as exit_info:

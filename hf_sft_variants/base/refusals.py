@@ -1,14 +1,22 @@
 """What is settled around `SFTTrainer.__init__`: the configuration's class, and what can't be right, in words."""
 
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch.nn import Module
 from transformers import PreTrainedModel, TrainingArguments
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
+from .row_checks import require_embeddings
 from .trl_internals import get_config_model_id, get_dataset_column_names
+
+
+logger = get_logger(__name__)
 
 
 def resolve_args(
@@ -24,52 +32,51 @@ def resolve_args(
     """
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-        return config_class(f"{model_id.split('/')[-1]}-{method_name}")
-    if isinstance(args, config_class):
-        return args
-    if issubclass(config_class, type(args)):
-        return config_class(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
-    raise TypeError(
-        f"`args` is a `{type(args).__name__}`, which is no `{config_class.__name__}`. Pass such a one, "
-        "an `SFTConfig` (the method's fields then have their defaults), or nothing."
-    )
-
-
-def require_choices(config: SFTConfig) -> None:
-    """
-    Check the fields with choices that a subclass of [`~trl.SFTConfig`] has added.
-
-    Raises:
-        `ValueError`: If a value is none of them.
-    """
-    for field in fields(config):
-        name, choices = field.name, field.metadata.get("choices")
-        if choices is not None and name not in SFTConfig.__dataclass_fields__ and getattr(config, name) not in choices:
-            raise ValueError(f"`{name}={getattr(config, name)!r}` is unknown; choose one of {choices}.")
-
-
-def keep_streams_whole(args: SFTConfig) -> None:
-    """
-    For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too. SFTTrainer
-    sets this for a streaming training set only, not for a streaming evaluation set.
-    """
+        args = config_class(f"{model_id.split('/')[-1]}-{method_name}")
+    elif not isinstance(args, config_class):
+        if not issubclass(config_class, type(args)):
+            raise TypeError(
+                f"`args` is a `{type(args).__name__}`, which is no `{config_class.__name__}`. Pass such a one, "
+                "an `SFTConfig` (the method's fields then have their defaults), or nothing."
+            )
+        args = config_class(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
+    # For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too.
+    # SFTTrainer sets this for a streaming training set only, not for a streaming evaluation set.
     if args.accelerator_config.dispatch_batches is None:
         args.accelerator_config.dispatch_batches = False
+    return args
 
 
 def refuse_unsupported(
     trainer_name: str,
     args: SFTConfig,
+    model: str | PreTrainedModel,
     train_dataset: Dataset | IterableDataset | None,
-    compute_loss_func,
+    eval_dataset: Any,
+    compute_loss_func: Callable | None,
 ) -> None:
     """
-    Refuse what another loss than `SFTTrainer`'s own would have to come from, and data it can't annotate.
+    Refuse beforehand what would need another loss than the trainer's, what it can't annotate, and what can't be right.
 
     Raises:
+        `TypeError`: If the model or an evaluation set is something else.
         `ValueError`: For `loss_type` other than `"nll"`, label smoothing, `compute_loss_func`, `eval_packing` alone,
-            an empty data set and vision data sets.
+            sizes below 1, models that are no causal language models, an empty data set and vision data sets.
     """
+    _refuse_other_losses(trainer_name, args, compute_loss_func)
+    _check_settings(args)
+    if not isinstance(model, str):
+        require_causal_lm(model)
+    if isinstance(eval_dataset, dict):
+        for name, dataset in eval_dataset.items():
+            _require_dataset(f"eval_dataset[{name!r}]", dataset)
+    elif eval_dataset is not None:
+        _require_dataset("eval_dataset", eval_dataset)
+    if isinstance(train_dataset, Dataset | IterableDataset):  # TRL refuses anything else
+        _check_train_dataset(trainer_name, train_dataset)
+
+
+def _refuse_other_losses(trainer_name: str, args: SFTConfig, compute_loss_func: Callable | None) -> None:
     if args.loss_type != "nll":
         raise ValueError(
             f"`loss_type={args.loss_type!r}` is not supported: {trainer_name} has its own loss. Leave `loss_type` at "
@@ -85,22 +92,84 @@ def refuse_unsupported(
             f"`compute_loss_func` is not supported: {trainer_name} has its own loss. Override "
             "`compute_annotated_loss` in a subclass instead."
         )
+
+
+def _check_settings(args: SFTConfig) -> None:
+    for name in ("max_length", "pad_to_multiple_of", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = getattr(args, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}.")
+    if (args.packing or args.eval_packing) and args.max_length is None:
+        raise ValueError(
+            "When packing is enabled, `max_length` can't be `None`: set it to the length of a packed row."
+        )
     if args.eval_packing and not (args.packing or args.padding_free) and args.packing_strategy != "wrapped":
         raise ValueError(
             "`eval_packing=True` without `packing=True` is not supported: SFTTrainer keeps the documents of a packed "
             "row apart only where training is packed or padding-free. Leave `eval_packing` unset, or set "
             "`padding_free=True`."
         )
-    if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+    metric = args.metric_for_best_model or ""
+    if metric.endswith("nll") and args.greater_is_better:  # transformers' default of names that don't end in "loss"
+        logger.warning(
+            f"`metric_for_best_model={metric!r}` with `greater_is_better=True` calls the model with the highest loss "
+            "the best. Set `greater_is_better=False`."
+        )
+
+
+def require_causal_lm(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        `TypeError`: If it is no model of `transformers` or `peft`.
+        `ValueError`: If it is no causal language model.
+    """
+    is_adapted = isinstance(model, Module) and is_peft_model(model)
+    base_model = model.get_base_model() if is_adapted else model
+    if not isinstance(base_model, PreTrainedModel):
+        raise TypeError(
+            f"`model` must be the id or folder of a model, a `PreTrainedModel` or a `PeftModel`, got "
+            f"`{type(model).__name__}`."
+        )
+    if not base_model.can_generate() or base_model.config.is_encoder_decoder:
+        raise ValueError(
+            f"`model` is a `{type(base_model).__name__}`, which is no causal language model. Load one with "
+            "`AutoModelForCausalLM`."
+        )
+
+
+def _require_dataset(name: str, dataset: Any) -> None:
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
+
+
+def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDataset) -> None:
+    is_stream = isinstance(train_dataset, IterableDataset)
+    if (is_stream and next(iter(train_dataset), None) is None) or (not is_stream and len(train_dataset) == 0):
         raise ValueError("`train_dataset` is empty. Check the split and the filters that made it.")
-    if isinstance(train_dataset, Dataset | IterableDataset):
-        vision_columns = {"image", "images"} & set(get_dataset_column_names(train_dataset))
-        if vision_columns:
-            raise ValueError(
-                f"`train_dataset` has the column {min(vision_columns)!r}: vision data sets are not supported, "
-                f"because their tokens are made batch by batch and {trainer_name} annotates them beforehand. Remove "
-                "the column to train on the text alone."
-            )
+    vision_columns = {"image", "images"} & set(get_dataset_column_names(train_dataset))
+    if vision_columns:
+        raise ValueError(
+            f"`train_dataset` has the column {min(vision_columns)!r}: vision data sets are not supported, because "
+            f"their tokens are made batch by batch and {trainer_name} annotates them beforehand. Remove the column to "
+            "train on the text alone."
+        )
+
+
+def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
+    """
+    Refuse what is known only when the model is loaded and the data prepared.
+
+    Raises:
+        `ValueError`: For context and sequence parallelism, models that are no causal language models, prompt learning
+            with packed rows, and tokens that the model does not have.
+    """
+    name = type(trainer).__name__
+    refuse_sequence_sharding(name, trainer.accelerator)
+    require_causal_lm(trainer.model)
+    refuse_packed_prompt_learning(name, trainer.model, trainer.padding_free)
+    eval_dataset = trainer.eval_dataset
+    eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    require_embeddings(trainer.model, trainer._tokenizer, {"train": trainer.train_dataset, **eval_sets})
 
 
 def refuse_sequence_sharding(trainer_name: str, accelerator: Accelerator) -> None:

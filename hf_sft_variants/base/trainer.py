@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +19,12 @@ from trl import SFTConfig, SFTTrainer
 
 from . import batch as batches
 from .batch import AnnotatedBatch, NumItems, RememberOutputs, make_annotated_batch
+from .checkpoints import SameRunMixin
 from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
-from .refusals import (
-    keep_streams_whole,
-    refuse_packed_prompt_learning,
-    refuse_sequence_sharding,
-    refuse_unsupported,
-    resolve_args,
-)
+from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
+from .row_checks import check_rows, checked_text
 from .trl_internals import get_dataset_column_names, global_then_local_main_first
 
 
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
 _NUM_ITEMS = "num_items_in_step"
 
 
-class AnnotatedSFTTrainer(SFTTrainer):
+class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss may use what is known about each token.
 
@@ -113,8 +110,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
     ):
         args = resolve_args(args, self.config_class, model, self._name)
-        keep_streams_whole(args)
-        refuse_unsupported(type(self).__name__, args, train_dataset, compute_loss_func)
+        refuse_unsupported(type(self).__name__, args, model, train_dataset, eval_dataset, compute_loss_func)
         self._is_streaming = isinstance(train_dataset, IterableDataset)
         self._metric_sums = self.metric_sums_class()
         # `Trainer` keeps both, too, but only after the data sets are prepared
@@ -135,8 +131,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
-        refuse_sequence_sharding(type(self).__name__, self.accelerator)
-        refuse_packed_prompt_learning(type(self).__name__, self.model, self.padding_free)
+        refuse_what_was_loaded(self)
         if self.annotation_columns:
             self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
         for callback in self.method_callbacks():
@@ -210,19 +205,22 @@ class AnnotatedSFTTrainer(SFTTrainer):
     # Data: annotations through preparation, truncation and packing
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        if packing and args.max_length is None:
-            raise ValueError("When packing is enabled, `max_length` can't be `None`.")
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError(f"The {dataset_name} dataset is empty. Check the split and the filters that made it.")
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         columns = set(get_dataset_column_names(dataset))
         if {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
-            return dataset  # packing it again would lose where its documents end
+            # Packing it again would lose where its documents end
+            return check_rows(dataset, args, self._tokenizer, dataset_name)
         has_text = "input_ids" not in columns
-        if has_text:
-            with global_then_local_main_first():
+        with global_then_local_main_first():
+            if has_text:
                 dataset = self.prepare_rows(dataset, dataset_name)
+            if has_text and formatting_func is not None:
+                formatting_func = partial(checked_text, formatting_func=formatting_func)
+            else:
+                dataset = check_rows(dataset, args, self._tokenizer, dataset_name)
         # TRL truncates and packs `input_ids` and `labels` alone, so here it only tokenizes and builds the labels
         tokenize_args = copy(args)
         tokenize_args.max_length = None
@@ -238,6 +236,7 @@ class AnnotatedSFTTrainer(SFTTrainer):
         dataset = self.score(dataset, dataset_name)
         with global_then_local_main_first():
             dataset = self.annotate(dataset, dataset_name)
+            self.remember_examples(dataset, dataset_name)
             if packing:
                 dataset = pack(dataset, list(self.annotation_columns), args, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset

@@ -4,7 +4,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..base.refusals import require_choices
+from ..base.field_checks import require_valid_fields
 
 
 @dataclass
@@ -56,6 +56,7 @@ class PoFTConfig(SFTConfig):
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+    _MAY_CHANGE_ON_RESUME = ["reference_model_init_kwargs", "score_cache_dir", "reference_batch_tokens"]
 
     beta: float = field(
         default=1.0,
@@ -115,17 +116,17 @@ class PoFTConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_choices(self)
+        for name in ("reference_models", "reference_score_file"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        require_valid_fields(self)
         for name in ("beta", "gamma"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or (name == "beta" and value <= 0):
+            if not math.isfinite(value) or (name == "beta" and value <= 0):
                 wanted = "a positive number" if name == "beta" else "a finite number"
                 raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
         if self.reference_batch_tokens < 1:
             raise ValueError(f"`reference_batch_tokens` must be 1 or more, got {self.reference_batch_tokens}.")
-        for name in ("reference_models", "reference_score_file"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
         if self.reference_models is not None and len(set(self.reference_models)) < len(self.reference_models):
             raise ValueError(f"`reference_models={self.reference_models}` has a model twice; give each once.")
         self._check_cuts()

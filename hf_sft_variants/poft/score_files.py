@@ -84,6 +84,8 @@ def _read_score_file(path: str, score_end_of_turn: bool) -> pa.Table:
     where = f"`reference_score_file` {path!r}"
     if Path(path).suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"{where} is neither .parquet nor .jsonl: give one of these. {_ON_FILES}")
+    if not Path(path).is_file():
+        raise ValueError(f"{where} can't be read: there is no such file. {_ON_FILES}")
     try:
         table = pq.read_table(path) if path.endswith(".parquet") else pyarrow.json.read_json(path)
     except (pa.ArrowException, OSError) as error:
@@ -182,6 +184,12 @@ def _mean_log_prob(score: dict, num_target_tokens: int, length_normalizer: str, 
         raise ValueError(
             f"{where}: the score {score} gives no finite mean log-probability of 0 or less. Correct it in the score "
             "files."
+        )
+    given = score["mean_log_prob"]
+    if length_normalizer == "own" and given is not None and not math.isclose(mean, given, rel_tol=1e-3, abs_tol=1e-6):
+        raise ValueError(
+            f"{where}: the score {score} contradicts itself, `mean_log_prob` is not `sum_log_prob` over `num_tokens`. "
+            "Correct it in the score files."
         )
     return mean
 

@@ -159,9 +159,18 @@ def _score_shard(dataset, batches, score_batch, name: Path, progress) -> None:
 
 
 def _merge_shards(names: list[Path], dataset: Dataset, path: Path, settings: dict) -> None:
-    table = pa.concat_tables([pq.read_table(name) for name in names], promote_options="permissive").sort_by(_ROW)
+    table = pa.concat_tables(map(_read_shard, names), promote_options="permissive").sort_by(_ROW)
     table = table.drop_columns(_ROW).add_column(0, EXAMPLE_KEY, pa.array(dataset[EXAMPLE_KEY], pa.string()))
     write_parquet(table.replace_schema_metadata({_METADATA_KEY: json.dumps(settings)}), path)
+
+
+def _read_shard(name: Path) -> pa.Table:
+    try:
+        return pq.read_table(name)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{name}, a part of the scores, can't be read ({error}). Delete the file and start again."
+        ) from error
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -210,7 +219,8 @@ def read_scores(path: Path, settings: dict) -> pa.Table:
     try:
         table = pq.read_table(path)
         written = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+        written = dict(written)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The scores in {path} can't be read ({error!r}). Delete the file to score again.") from error
     if written != settings:
         names = sorted(name for name in {*written, *settings} if written.get(name) != settings.get(name))

@@ -3,7 +3,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..base.refusals import require_choices
+from ..base.field_checks import require_valid_fields
 
 
 @dataclass
@@ -74,6 +74,7 @@ class SFTGOConfig(SFTConfig):
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+    _MAY_CHANGE_ON_RESUME = ["reference_model_init_kwargs", "score_cache_dir", "score_batch_tokens"]
 
     group_by: str = field(
         default="tfidf",
@@ -160,10 +161,10 @@ class SFTGOConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_choices(self)
+        require_valid_fields(self)
         for name in ("important_fraction", "worst_group_weight", "worst_group_weight_end"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
+            if not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be a number between 0 and 1, got {value!r}.")
         if self.important_fraction in (0, 1):
             raise ValueError(

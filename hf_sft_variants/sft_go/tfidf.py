@@ -1,5 +1,6 @@
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -63,18 +64,20 @@ class TokenTfidf:
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                idf, vocabulary = arrays["idf"].astype(np.float64), str(arrays["vocabulary"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+                idf, vocabulary = arrays["idf"], str(arrays["vocabulary"])
+            if idf.dtype.kind != "f" or idf.ndim != 1 or not (np.isfinite(idf) & (idf > 0)).all():
+                raise ValueError("`idf` is no list of positive numbers")
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, BadZipFile, zlib.error) as error:
             raise ValueError(
                 f"`tfidf_file={str(path)!r}` can't be read ({error}). Delete it to have it fitted again."
             ) from error
-        if vocabulary != vocabulary_hash(tokenizer) or len(idf) != len(tokenizer) or not np.isfinite(idf).all():
+        if vocabulary != vocabulary_hash(tokenizer) or len(idf) != len(tokenizer):
             raise ValueError(
                 f"`tfidf_file={str(path)!r}` was written with another tokenizer. Give another path, or delete the "
                 "file to have it fitted again."
             )
         transformer = TfidfTransformer()
-        transformer.idf_ = idf
+        transformer.idf_ = idf.astype(np.float64)
         return cls(transformer, tokenizer)
 
     def save(self, path: str | Path) -> None:

@@ -1,10 +1,11 @@
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import regex
 from trl import SFTConfig
 
-from ..base.refusals import require_choices
+from ..base.field_checks import require_valid_fields
 from ..tagged_answers import check_tags
 
 
@@ -77,6 +78,13 @@ class SFTKeyConfig(SFTConfig):
         answer_eval_batch_size (`int`, *optional*, defaults to `16`):
             Prompts that a process answers at once.
     """
+
+    _MAY_CHANGE_ON_RESUME = [
+        "answer_eval_steps",
+        "answer_eval_samples",
+        "answer_eval_max_new_tokens",
+        "answer_eval_batch_size",
+    ]
 
     stages: list[str] = field(
         default_factory=lambda: [FULL, KEY],
@@ -162,9 +170,12 @@ class SFTKeyConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("stage_fractions", "stage_learning_rates"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, [_number(value) for value in getattr(self, name)])
+        require_valid_fields(self)
         self._check_stages()
         self._check_key_source()
-        require_choices(self)
         for name in ("full_loss_weight", "key_loss_weight"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -180,12 +191,6 @@ class SFTKeyConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be 1 or more, got {value}.")
 
     def _check_stages(self) -> None:
-        if isinstance(self.stages, str):
-            raise ValueError(f"`stages={self.stages!r}` must be a list, such as [{self.stages!r}].")
-        # YAML reads 5e-6 as text
-        self.stage_fractions = [float(fraction) for fraction in self.stage_fractions]
-        if self.stage_learning_rates is not None:
-            self.stage_learning_rates = [float(rate) for rate in self.stage_learning_rates]
         unknown = [stage for stage in self.stages if stage not in (FULL, KEY)]
         if unknown or not self.stages:
             found = repr(unknown[0]) if unknown else "no stage"
@@ -198,7 +203,7 @@ class SFTKeyConfig(SFTConfig):
         if min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
             raise ValueError(f"`stage_fractions={fractions}` must be positive and sum to 1, not {sum(fractions):g}.")
         rates = self.stage_learning_rates
-        if rates is not None and (len(rates) != len(self.stages) or min(rates) < 0):
+        if rates is not None and (len(rates) != len(self.stages) or not all(0 <= rate < math.inf for rate in rates)):
             raise ValueError(
                 f"`stage_learning_rates={rates}` must have one learning rate, 0 or more, for each stage of "
                 f"{self.stages}."
@@ -243,3 +248,11 @@ class SFTKeyConfig(SFTConfig):
             raise ValueError(
                 f"`key_pattern={self.key_pattern!r}` has no group named `key`: write (?P<key>...) around the answer."
             )
+
+
+def _number(value: Any) -> Any:
+    """A text as a number, if it is one: YAML reads 5e-6 as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value

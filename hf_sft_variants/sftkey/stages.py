@@ -92,15 +92,15 @@ class StageSwitchCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self):
-        self._stages, self._starts = [], []
+        self._starts = []
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"_stages": self._stages, "_starts": self._starts}}
+        return {"args": {}, "attributes": {"_starts": self._starts}}
 
     def on_train_begin(self, args: SFTKeyConfig, state, control, train_dataloader=None, **kwargs):
-        self._stages, self._starts = list(args.stages), stage_starts(args.stage_fractions, state.max_steps)
+        self._starts = stage_starts(args.stage_fractions, state.max_steps)
         if state.global_step > 0:
-            self._require_same_stages(state)
+            self._require_same_starts(state)
         if len(args.stages) == 1:
             return
         if args.reset_optimizer and any(name in args.optim for name in _STATE_ELSEWHERE):
@@ -110,14 +110,14 @@ class StageSwitchCallback(TrainerCallback, ExportableState):
             )
         self._warn_about_boundaries(args, train_dataloader)
 
-    def _require_same_stages(self, state):
+    def _require_same_starts(self, state):
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        stages, starts = saved.get("_stages", self._stages), saved.get("_starts", self._starts)
-        if (stages, starts[:-1]) != (self._stages, self._starts[:-1]):
+        starts = saved.get("_starts", self._starts)
+        if starts[:-1] != self._starts[:-1]:
             raise InputError(
-                f"The checkpoint's stages {stages} begin at the optimizer steps {starts[:-1]}, but those of this run, "
-                f"{self._stages}, at {self._starts[:-1]}. Keep `stages`, `stage_fractions`, `num_train_epochs`, "
-                "`max_steps` and the batch size, or start from the beginning."
+                f"The checkpoint's stages begin at the optimizer steps {starts[:-1]}, but those of this run at "
+                f"{self._starts[:-1]}. Keep `num_train_epochs`, `max_steps` and the batch size, or start from the "
+                "beginning."
             )
 
     def _warn_about_boundaries(self, args, train_dataloader):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate.logging import get_logger
@@ -177,35 +178,54 @@ def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_mis
 
 
 def _read(path: str | Path) -> tuple[pa.Table, str]:
+    where, fix = f"`confidence_file={str(path)!r}`", "Give a file that `ConfidenceTrackingCallback` wrote."
+    if not Path(path).is_file():
+        raise InputError(f"{where} can't be read: there is no such file. {fix}")
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        description = dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}")))
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        raise InputError(f"{where} can't be read: {error} {fix}") from error
+    for name, (wanted, is_wanted) in _COLUMNS.items():
+        if name not in table.column_names:
+            raise InputError(f"{where} has no column `{name}`, only {table.column_names}. {fix}")
+        found = table.schema.field(name).type
+        if not is_wanted(found):
+            raise InputError(f"{where} has no {wanted} in the column `{name}`, but {found}. {fix}")
+    if description.get("version", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(
-            f"`confidence_file={str(path)!r}` can't be read: {error} Give a Parquet file that "
-            "`ConfidenceTrackingCallback` wrote."
-        ) from error
-    missing = {EXAMPLE_KEY, "mean_nll", "mean_perplexity"} - set(table.column_names)
-    if missing:
-        raise InputError(
-            f"`confidence_file={str(path)!r}` has no column `{min(missing)}`, only {table.column_names}. Give a file "
-            "that `ConfidenceTrackingCallback` wrote."
+            f"{where} has the format {description['version']!r}, but this version of hf_sft_variants reads "
+            f"{FORMAT_VERSION}. Write the file again."
         )
-    for name in ("mean_nll", "mean_perplexity"):
-        if not (
-            pa.types.is_floating(table.schema.field(name).type) or pa.types.is_integer(table.schema.field(name).type)
-        ):
-            raise InputError(
-                f"`confidence_file={str(path)!r}` has no numbers in the column `{name}`, but "
-                f"{table.schema.field(name).type}. Give a file that `ConfidenceTrackingCallback` wrote."
-            )
     twice = [key for key, times in Counter(table[EXAMPLE_KEY].to_pylist()).items() if times > 1]
     if twice:
         raise InputError(
-            f"`confidence_file={str(path)!r}` has {len(twice)} examples more than once, the first with the key "
-            f"{twice[0]}. Remove the rows that are too many."
+            f"{where} has {len(twice)} examples more than once, the first with the key {twice[0]}. Remove the rows "
+            "that are too many."
         )
-    description = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}"))
+    negative = pc.index(pc.less(table["mean_nll"], -1e-3), True).as_py()
+    if negative >= 0:
+        raise InputError(
+            f"{where} has the `mean_nll` {table['mean_nll'][negative]} in row {negative}, but it is never negative: a "
+            f"log-probability has the other sign. {fix}"
+        )
     return table, description.get("keys", "column")
+
+
+def _are_numbers(values: pa.DataType) -> bool:
+    return pa.types.is_floating(values) or pa.types.is_integer(values)
+
+
+def _are_texts(values: pa.DataType) -> bool:
+    return pa.types.is_string(values) or pa.types.is_large_string(values)
+
+
+# Those that are read, of those that `ConfidenceTrackingCallback` writes
+_COLUMNS = {
+    EXAMPLE_KEY: ("texts", _are_texts),
+    "mean_nll": ("numbers", _are_numbers),
+    "mean_perplexity": ("numbers", _are_numbers),
+}
 
 
 def _refuse_missing(path, row: int, key: str, num_missing: int, num_examples: int):

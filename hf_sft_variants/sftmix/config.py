@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from ..base.refusals import require_choices
+from ..base.field_checks import require_valid_fields
 
 
 @dataclass
@@ -117,7 +117,7 @@ class SFTMixConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_choices(self)
+        require_valid_fields(self)
         self._check_weights()
         self._check_source()
         if self.pair_sampling:
@@ -155,7 +155,7 @@ class SFTMixConfig(SFTConfig):
                     f"{reason}. Remove it."
                 )
         checkpoints = self.confidence_checkpoints
-        if checkpoints is not None and not (checkpoints and all(isinstance(c, int) and c > 0 for c in checkpoints)):
+        if checkpoints is not None and (not checkpoints or min(checkpoints) < 1):
             raise ValueError(f"`confidence_checkpoints={checkpoints}` must be one or more steps, counted from 1.")
         if source == "file" and self.confidence_file is None:
             raise ValueError("`confidence_source='file'` needs `confidence_file`, the path of a Parquet file.")

@@ -1,6 +1,7 @@
 """Confidence from what training computes anyway, without an extra forward pass."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ class OnlineConfidence:
         Take the state out of a checkpoint's folder.
 
         Raises:
-            `InputError`: If there is none, or one of another data set.
+            `InputError`: If there is none, or one that can't be read or is of another data set.
         """
         path = Path(folder) / STATE_FILE
         if not path.is_file():
@@ -113,11 +114,15 @@ class OnlineConfidence:
                 f"The checkpoint {folder} has no {STATE_FILE}, so it is not one of `confidence_source='online'`. "
                 "Resume from one that is, or start from the beginning."
             )
-        state = torch.load(path, weights_only=True)
-        if state["sums"].shape != self.sums.shape:
+        try:
+            state = torch.load(path, weights_only=True)
+            sums, halves, epoch = state["sums"], state["halves"], int(state["epoch"])
+        except (RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} can't be read ({error!r}). Resume from another checkpoint.") from error
+        if sums.shape != self.sums.shape:
             raise InputError(
-                f"The checkpoint {folder} was made with {state['sums'].size(1)} training examples, but there are "
+                f"The checkpoint {folder} was made with {sums.size(1)} training examples, but there are "
                 f"{self.sums.size(1)}. Resume with the same data set."
             )
-        self.epoch, self.halves = state["epoch"], state["halves"]
-        self.sums = state["sums"] if accelerator.is_main_process else torch.zeros_like(self.sums)
+        self.epoch, self.halves = epoch, halves
+        self.sums = sums if accelerator.is_main_process else torch.zeros_like(self.sums)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,10 +16,10 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from ..base.checkpoints import last_checkpoint
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY, require_same_vocabulary
 from .confidence import ConfidenceTrackingCallback
@@ -45,6 +44,9 @@ _SETTINGS = [
     "seed",
     "confidence_checkpoints",
 ]
+
+# Those of them that a resumed run keeps, too
+_FIXED = ["start", "confidence_checkpoints"]
 
 
 class ReferencePhase:
@@ -91,7 +93,7 @@ class ReferencePhase:
         if name is not None and "input_ids" in self.arguments["train_dataset"].column_names:
             require_same_vocabulary(name, trainer.processing_class, trainer.args.model_init_kwargs)
 
-    def run(self, trainer: "SFTMixTrainer", resume: bool) -> Path:
+    def run(self, trainer: "SFTMixTrainer", resume: bool, checkpoint: str | None) -> Path:
         """
         Train the reference, unless that was done before; to be called by all processes at once.
 
@@ -100,15 +102,19 @@ class ReferencePhase:
                 Trainer whose arguments the phase has.
             resume (`bool`):
                 Whether to go on from the reference's last checkpoint, if there is one.
+            checkpoint (`str`, *optional*):
+                Checkpoint of mixup that the run goes on from, if there is one.
 
         Returns:
             `Path`: The confidence file.
 
         Raises:
-            `InputError`: If it was done before with other settings, and the run is not resumed.
+            `InputError`: If it was done, or begun, before with other settings.
         """
         path = reference_folder(trainer.args) / "confidence.parquet"
         settings_path, settings = path.with_name("settings.json"), self._settings(trainer)
+        if resume and checkpoint is None:  # a checkpoint of mixup has its own
+            _require_same_settings(settings_path, {name: settings[name] for name in _FIXED})
         if all(gather_object([path.is_file()])):
             if not resume:
                 _require_same_settings(settings_path, settings)
@@ -192,7 +198,7 @@ def _format_without_key(function: Callable[[dict], str], row: dict) -> str:
 def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
     """
     Raises:
-        `InputError`: If a finished reference was trained otherwise.
+        `InputError`: If the reference was trained otherwise.
     """
     recorded = json.loads(path.read_text()) if path.is_file() else settings
     different = [name for name in settings if settings[name] != recorded.get(name)]
@@ -219,38 +225,6 @@ class _SaveModelCallback(TrainerCallback):
 def reference_folder(args: SFTConfig) -> Path:
     """Where the reference model of a run is kept."""
     return Path(args.output_dir) / "reference"
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint of a folder that is complete: its state is written last."""
-    complete = [
-        path for path in sort_checkpoints(str(folder)) if os.path.isfile(os.path.join(path, TRAINER_STATE_NAME))
-    ]
-    return complete[-1] if complete else None
-
-
-def checkpoint_to_resume(args: SFTConfig, resume_from_checkpoint: str | bool | None) -> str | None:
-    """
-    The checkpoint of mixup to go on from; none for a run that was stopped in its first phase or between the two.
-
-    Raises:
-        `InputError`: If there is nothing to go on from.
-    """
-    if resume_from_checkpoint is not True:
-        if resume_from_checkpoint and Path(resume_from_checkpoint).resolve().is_relative_to(
-            reference_folder(args).resolve()
-        ):
-            raise InputError(
-                f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is a checkpoint of the reference, which is "
-                "not the model that is trained now. Set it to True to go on in the phase that was stopped."
-            )
-        return resume_from_checkpoint or None
-    checkpoint = last_checkpoint(args.output_dir)
-    if checkpoint is None and not (args.needs_reference and reference_folder(args).is_dir()):
-        raise InputError(
-            f"`resume_from_checkpoint=True`, but `output_dir={args.output_dir!r}` has no checkpoint. Start without it."
-        )
-    return checkpoint
 
 
 def _reference_args(args: SFTConfig) -> SFTConfig:

@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
+from ..base.checkpoints import last_checkpoint
 from ..base.preparation import map_description
 from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
@@ -31,7 +31,7 @@ from .pairing import (
     number_example,
     random_halves,
 )
-from .reference_phase import ReferencePhase, checkpoint_to_resume
+from .reference_phase import ReferencePhase, reference_folder
 
 
 class SFTMixTrainer(AnnotatedSFTTrainer):
@@ -241,10 +241,10 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     # The run: with a reference it has two phases
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` goes on in the phase that was stopped."""
-        checkpoint = checkpoint_to_resume(self.args, resume_from_checkpoint)
+        """As [`AnnotatedSFTTrainer.train`]; `resume_from_checkpoint=True` goes on in the phase that was stopped."""
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.args.needs_reference:
-            path = self._reference_phase.run(self, resume=bool(resume_from_checkpoint))
+            path = self._reference_phase.run(self, bool(resume_from_checkpoint), checkpoint)
             measure = self.args.confidence_measure
             self.halves = halves_from_file(path, self.train_examples, measure, skip_missing=True)
             set_seed(self.args.seed)  # as if nothing had been before
@@ -252,8 +252,20 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             self._online.load(checkpoint, self.accelerator)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
+    def checkpoint_to_resume(self, resume_from_checkpoint):
+        is_begun = self.args.needs_reference and reference_folder(self.args).is_dir()
+        if resume_from_checkpoint is True and is_begun and last_checkpoint(self.args.output_dir) is None:
+            return None  # the run was stopped in its first phase, or between the two
+        if isinstance(resume_from_checkpoint, str | Path) and Path(resume_from_checkpoint).resolve().is_relative_to(
+            reference_folder(self.args).resolve()
+        ):
+            raise InputError(
+                f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is a checkpoint of the reference, which is "
+                "not the model that is trained now. Set it to True to go on in the phase that was stopped."
+            )
+        return super().checkpoint_to_resume(resume_from_checkpoint)
+
     def _save_checkpoint(self, model, trial):
         if self._online is not None:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._online.save(Path(self._get_output_dir(trial)) / folder, self.accelerator)
+            self._online.save(self.checkpoint_folder(trial), self.accelerator)
         super()._save_checkpoint(model, trial)

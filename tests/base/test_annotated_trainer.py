@@ -354,7 +354,7 @@ class TestConfiguration:
         assert again.train_dataset["seq_lengths"] == packed["seq_lengths"]
 
     def test_dropped_examples_are_counted(self, tiny_model, tokenizer, token_rows, tmp_path, caplog):
-        rows = token_rows.map(lambda row: {"labels": [-100] * 5 + row["labels"][5:]})
+        rows = token_rows.map(lambda row: {"labels": ([-100] * 5 + row["labels"][5:])[: len(row["labels"])]})
         trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, max_length=10)
         assert len(trainer.train_dataset) == 13
         assert "Dropped 3 of 16 examples of the train dataset" in caplog.text

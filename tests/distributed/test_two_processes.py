@@ -163,7 +163,7 @@ def test_poft_equal_to_one_process(case, results, tiny_model, tokenizer, eight_r
     assert results[case]["log"]["loss"] == pytest.approx(log["loss"], rel=1e-6)
     assert_same_gradients(results[case]["gradients"], gradients, tolerance=1e-6)
     metrics = {name: value for name, value in log.items() if name == "nll" or name.startswith("poft/")}
-    assert len(metrics) == (2 if case == "poft_uniform" else 11)
+    assert len(metrics) == (3 if case == "poft_uniform" else 12)
     assert {name: results[case]["log"][name] for name in metrics} == pytest.approx(metrics, rel=1e-5)
 
 

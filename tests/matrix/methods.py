@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -57,6 +58,17 @@ METHODS = {
 def with_references(rows: Dataset) -> Dataset:
     """The rows with what two reference models think of them, which PoFT needs."""
     return rows.add_column("ref_logps", [[-5.0 - row / 4, -7.0 + row % 3] for row in range(len(rows))])
+
+
+def rows_with_equal_labels() -> Dataset:
+    """Sixteen rows of tokens of different lengths with nine labels each: on them PoFT's control is `SFTTrainer`."""
+    generator = torch.Generator().manual_seed(3)
+    rows = {"input_ids": [], "labels": []}
+    for length in (30, 12, 17, 11, 25, 18, 21, 14, 29, 15, 13, 19, 24, 23, 16, 27):
+        input_ids = torch.randint(3, 300, (length,), generator=generator).tolist()
+        rows["input_ids"].append(input_ids)
+        rows["labels"].append([-100] * (length - 9) + input_ids[-9:])
+    return Dataset.from_dict(rows)
 
 
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import (
-    SMALL,
     assert_same_gradients,
     make_trainer,
     one_step,
@@ -280,30 +279,6 @@ class TestScoredTokens:
 
 
 class TestBadInput:
-    @pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"beta": 0.0}, "`beta` must be a positive number, got 0.0"),
-            ({"beta": "1"}, "`beta` must be a positive number, got '1'"),
-            ({"beta": float("inf")}, "got inf"),
-            ({"gamma": float("nan")}, "`gamma` must be a finite number, got nan"),
-            (
-                {"length_normalizer": "mean"},
-                r"`length_normalizer='mean'` is unknown; choose one of \['own', 'target'\]",
-            ),
-            ({"preference_weighting": "dpo"}, "`preference_weighting='dpo'` is unknown"),
-            ({"reference_batch_tokens": 0}, "`reference_batch_tokens` must be 1 or more, got 0"),
-            ({"reference_models": ["a", "a"]}, r"`reference_models=\['a', 'a'\]` has a model twice"),
-            ({"truncation_mode": "keep_end"}, "`truncation_mode='keep_end'` cuts prompts"),
-            ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy='wrapped'` cuts examples"),
-            ({"eval_packing": True, "packing_strategy": "bfd_split"}, "Use `packing_strategy='bfd'`, or the control"),
-        ],
-    )
-    def test_configuration(self, options, message, tmp_path):
-        with pytest.raises(ValueError, match=message):
-            PoFTConfig(str(tmp_path), **SMALL, **options)
-
     @pytest.mark.parametrize(
         ("value", "message"),
         [

@@ -247,6 +247,18 @@ class TestShards:
         with pytest.raises(ValueError, match=r"scores\.parquet can't be read"):
             read_scores(tmp_path / "scores.parquet", SETTINGS)
 
+    def test_broken_shard(self, keyed_rows, tmp_path, monkeypatch):
+        """What a run that was stopped has left is damaged before the next one puts it together."""
+        monkeypatch.setattr(shards, "BATCHES_PER_SHARD", 1)
+
+        def score_batch(examples):
+            for file in tmp_path.rglob("00000.parquet"):
+                file.write_bytes(b"PAR1 no parquet")
+            return [{"a": 1} for _ in examples]
+
+        with pytest.raises(ValueError, match=r"00000.parquet, a part of the scores, can't be read .* Delete the file"):
+            score_in_shards(keyed_rows, score_batch, tmp_path / "scores.parquet", SETTINGS, 40, "")
+
     def test_truncated_file(self, keyed_rows, tmp_path):
         path = tmp_path / "scores.parquet"
         score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], path, SETTINGS, 50, "")

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from helpers import SMALL, assert_same_gradients, make_trainer, one_step, padded_document_log_probs
+from helpers import assert_same_gradients, make_trainer, one_step, padded_document_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -167,14 +167,6 @@ class TestScores:
 
 
 class TestBadInput:
-    def test_no_reference_model(self, tmp_path):
-        with pytest.raises(ValueError, match="`group_by='rho1'` needs `reference_model`"):
-            SFTGOConfig(str(tmp_path), group_by="rho1", **SMALL)
-
-    def test_reference_model_of_another_strategy(self, tmp_path):
-        with pytest.raises(ValueError, match="`reference_model='a'` is used with `group_by='rho1'` only"):
-            SFTGOConfig(str(tmp_path), reference_model="a", **SMALL)
-
     def test_another_vocabulary(self, options, tiny_model, tokenizer, token_rows, tmp_path):
         other = copy.deepcopy(tokenizer)
         other.add_tokens(["<new>"])

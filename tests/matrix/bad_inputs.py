@@ -1,0 +1,323 @@
+"""What users get wrong in configurations and data, and the error it gets."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset
+from trl import DPOConfig
+
+
+@dataclass
+class BadInput:
+    """
+    A start of a trainer that is refused.
+
+    Attributes:
+        method (`str`): Key of METHODS.
+        message (`str`): Regular expression in the error's message: what is wrong, and with what value.
+        options (`dict`): Of the configuration; `FILE` stands for the path that `file` writes to.
+        rows: Rows or columns of the training set, or the name of rows that the test has.
+        arguments (`dict`): Of the trainer.
+        model: Makes the model, or a folder of one, from what the test has and an empty folder.
+        file: Writes the file that a user brings, from its path and what the test has.
+        error (`type`): Of the error.
+    """
+
+    method: str
+    message: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: Any = "tokens"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    model: Callable | None = None
+    file: Callable | None = None
+    error: type[Exception] = ValueError
+
+
+def configuration(method: str, message: str, **options: Any) -> BadInput:
+    return BadInput(method, message, options)
+
+
+RANGES = [
+    # Of all methods
+    configuration("base", "`max_length` must be an integer of 1 or more, got -5", max_length=-5),
+    configuration("sft_go", "`max_length` must be an integer of 1 or more, got 0", max_length=0),
+    configuration("sftkey", "`max_length` must be an integer of 1 or more, got '64'", max_length="64"),
+    configuration("poft", "`pad_to_multiple_of` must be an integer of 1 or more, got 0", pad_to_multiple_of=0),
+    configuration("base", "`per_device_train_batch_size` must be .* got 0", per_device_train_batch_size=0),
+    configuration("sft_go", "`gradient_accumulation_steps` must be .* got 0", gradient_accumulation_steps=0),
+    # SFT-GO
+    configuration("sft_go", "`important_fraction` must lie between 0 and 1, both excluded", important_fraction=0.0),
+    configuration("sft_go", "`important_fraction` must lie .* got 1.0", important_fraction=1.0),
+    configuration("sft_go", "`important_fraction` must be a number between .* got nan", important_fraction=math.nan),
+    configuration("sft_go", "`worst_group_weight` must be a number .* got -0.1", worst_group_weight=-0.1),
+    configuration("sft_go", "`worst_group_weight` must be a number .* got 1.5", worst_group_weight=1.5),
+    configuration("sft_go", "`worst_group_weight_end` must be a number .* got 2", worst_group_weight_end=2),
+    configuration("sft_go", "`min_grouped_tokens` must be 0 or more, got -1", min_grouped_tokens=-1),
+    configuration("sft_go", "`score_batch_tokens` must be 1 or more, got 0", score_batch_tokens=0),
+    # SFTKey
+    configuration("sftkey", "`stages` has no stage; give a list of 'full' and 'key'", stages=[]),
+    configuration("sftkey", r"must be positive and sum to 1, not 1.1", stage_fractions=[0.5, 0.6]),
+    configuration("sftkey", r"must be positive and sum to 1", stage_fractions=[1.5, -0.5]),
+    configuration("sftkey", r"must be positive and sum to 1, not nan", stage_fractions=[math.nan, 0.5]),
+    configuration("sftkey", "must have one number for each stage", stage_fractions=[1.0]),
+    configuration("sftkey", "must have one number for each stage", stages=["full"] * 3),
+    configuration("sftkey", "must have one learning rate, 0 or more, for each", stage_learning_rates=[1e-5]),
+    configuration("sftkey", "must have one learning rate, 0 or more, for each", stage_learning_rates=[1e-5, -1e-5]),
+    configuration("sftkey", "must have one learning rate, 0 or more, for each", stage_learning_rates=[math.nan, 0.1]),
+    configuration("sftkey", "`full_loss_weight` must be a number of 0 or more, got -1.0", full_loss_weight=-1.0),
+    configuration("sftkey", "`key_loss_weight` must be a number of 0 or more, got nan", key_loss_weight=math.nan),
+    configuration("sftkey", "`answer_eval_steps` must be 1 or more, got 0", answer_eval_steps=0),
+    configuration("sftkey", "`answer_eval_samples` must be 1 or more, got -2", answer_eval_samples=-2),
+    configuration("sftkey", "`answer_eval_max_new_tokens` must be 1 or more", answer_eval_max_new_tokens=0),
+    configuration("sftkey", "`answer_eval_batch_size` must be 1 or more", answer_eval_batch_size=0),
+    # PoFT
+    configuration("poft", "`beta` must be a positive number, got 0.0", beta=0.0),
+    configuration("poft", "`beta` must be a positive number, got inf", beta=math.inf),
+    configuration("poft", "`gamma` must be a finite number, got nan", gamma=math.nan),
+    configuration("poft", "`reference_batch_tokens` must be 1 or more, got 0", reference_batch_tokens=0),
+    # SFTMix
+    configuration("sftmix", "`mixup_weight` must be a number of 0 or more, got -0.1", mixup_weight=-0.1),
+    configuration("sftmix", "`mixup_weight` must be a number of 0 or more, got nan", mixup_weight=math.nan),
+    configuration("sftmix", "`ntp_weight` must be a number of 0 or more, got inf", ntp_weight=math.inf),
+    configuration("sftmix", "`mixup_alpha` must be a number above 0, got 0.0", mixup_alpha=0.0),
+    configuration("sftmix", r"`confidence_checkpoints=\[\]` must be one or more steps", confidence_checkpoints=[]),
+    configuration("sftmix", "one or more steps, counted from 1", confidence_checkpoints=[0, 5]),
+]
+
+CHOICES = [
+    configuration("sftkey", r"`stages` must be list\[str\], got 'full'", stages="full"),
+    configuration("sft_go", r"`group_by='tf-idf'` is unknown; choose one of \['tfidf',", group_by="tf-idf"),
+    configuration("sft_go", "`group_scope='batch'` is unknown", group_scope="batch"),
+    configuration("sft_go", "`sample_weighting='equal'` is unknown", sample_weighting="equal"),
+    configuration("sft_go", "`worst_group_schedule='step'` is unknown", worst_group_schedule="step"),
+    configuration("sftkey", "`stages` has 'answer'; give a list of", stages=["full", "answer"]),
+    configuration("sftkey", "`missing_key='skip'` is unknown", missing_key="skip"),
+    configuration("sftkey", "`key_turns='first'` is unknown", key_turns="first"),
+    configuration("poft", r"`length_normalizer='mean'` is unknown; choose one of", length_normalizer="mean"),
+    configuration("poft", "`preference_weighting='dpo'` is unknown", preference_weighting="dpo"),
+    configuration("sftmix", "`confidence_split='median'` is unknown", confidence_split="median"),
+    configuration("sftmix", "`confidence_source='reward'` is unknown", confidence_source="reward"),
+    configuration("sftmix", "`confidence_measure='nll'` is unknown", confidence_measure="nll"),
+    configuration("base", "`loss_type='dft'` is not supported: AnnotatedSFTTrainer has its own", loss_type="dft"),
+    configuration("poft", "Unsupported truncation mode: middle", truncation_mode="middle"),
+    configuration("sftmix", "Invalid packing strategy 'best'", confidence_split="random", packing=True,
+                  packing_strategy="best"),
+    configuration("base", "The specified `eos_token` \\('<nope>'\\) is not found", eos_token="<nope>"),
+]  # fmt: skip
+
+CONFLICTS = [
+    configuration("base", "`label_smoothing_factor=0.1` is not supported", label_smoothing_factor=0.1),
+    configuration("base", "`eval_packing=True` without `packing=True` is not supported", eval_packing=True),
+    configuration("sft_go", "`max_length` can't be `None`: set it", packing=True, max_length=None),
+    configuration("sftkey", "`max_length` is not enforced", stages=["full"], padding_free=True),
+    configuration("sft_go", "`importance_column` .* or `group_column` .* got neither", group_by="column"),
+    configuration("sft_go", "one of them; got both", group_by="column", importance_column="a", group_column="b"),
+    configuration("sft_go", "`group_column='b'` is used with `group_by='column'` only", group_column="b"),
+    configuration("sft_go", "`tfidf_file='f'` is used with `group_by='tfidf'` only", tfidf_file="f",
+                  group_by="column", group_column="b"),
+    configuration("sft_go", "`group_by='rho1'` needs `reference_model`", group_by="rho1"),
+    configuration("sft_go", "`reference_model='a'` is used with `group_by='rho1'` only", reference_model="a"),
+    configuration("sftkey", "`learning_rate=0.0` must be positive with", stage_learning_rates=[1e-5, 1e-5],
+                  learning_rate=0.0),
+    configuration("sftkey", "`full_loss_weight=0.1` has an effect in a 'key' stage only", full_loss_weight=0.1,
+                  stages=["full"]),
+    configuration("sftkey", "`key_loss_weight=2.0` has an effect in a 'full' stage only", key_loss_weight=2.0,
+                  stages=["key"]),
+    configuration("sftkey", r"`key_pattern='\\\\d\+'` has no group named `key`", key_pattern=r"\d+"),
+    configuration("sftkey", "is no regular expression", key_pattern=r"(?P<key>\d+"),
+    configuration("sftkey", "`key_delimiter=' '` is blank", key_delimiter=" "),
+    configuration("sftkey", "`key_delimiter` and `key_pattern` both say", key_delimiter="#", key_pattern="(?P<key>.)"),
+    configuration("sftkey", "`answer_column='a'` belong together", answer_column="a"),
+    configuration("sftkey", r"`answer_tags` is \['<a>'\]: pass an opening and a closing tag", answer_tags=["<a>"]),
+    configuration("sftkey", "of which none holds another", answer_tags=["<Thinking", "b"]),
+    configuration("poft", r"`reference_models=\['a', 'a'\]` has a model twice", reference_models=["a", "a"]),
+    configuration("poft", "`truncation_mode='keep_end'` cuts prompts", truncation_mode="keep_end"),
+    configuration("poft", "`packing_strategy='wrapped'` cuts examples", packing=True, packing_strategy="wrapped"),
+    configuration("poft", "`packing_strategy='bfd_split'` cuts examples", eval_packing=True,
+                  packing_strategy="bfd_split"),
+    configuration("poft", "`length_normalizer='target'` needs summed", length_normalizer="target"),
+    configuration("sftmix", "are both 0, which leaves no loss", mixup_weight=0.0, ntp_weight=0.0),
+    configuration("sftmix", "`pair_sampling=False` leaves no pairs for `mixup_weight=0.2`", pair_sampling=False),
+    configuration("sftmix", "has no effect with `packing=True`", pair_similar_lengths=True, packing=True),
+    configuration("sftmix", "has no effect with `pair_sampling=False`", pair_similar_lengths=True, mixup_weight=0.0,
+                  pair_sampling=False),
+    configuration("sftmix", "`confidence_file='c'` is used with `confidence_source='file'` only", confidence_file="c"),
+    configuration("sftmix", "needs `confidence_file`, the path", confidence_source="file"),
+    configuration("sftmix", "`confidence_source` is 'online'. Remove it", confidence_source="online",
+                  reference_model="m"),
+    configuration("sftmix", "no confidence is needed here", confidence_split="random", reference_model="m"),
+    configuration("sftmix", "no confidence is needed here", confidence_split="random", confidence_checkpoints=[1]),
+    configuration("sftmix", "mixes from the second epoch on", confidence_source="online", num_train_epochs=1),
+    configuration("sftmix", "`pair_similar_lengths=True` groups by length", train_sampling_strategy="group_by_length"),
+    configuration("sftmix", "gives a process 3 rows, which are no whole pairs", per_device_train_batch_size=3),
+    configuration("sftmix", "may choose a batch that holds no whole pairs", auto_find_batch_size=True),
+    configuration("sftmix", "may cut pairs apart where the last batch", accelerator_config={"dispatch_batches": True}),
+    configuration("sftmix", r"`confidence_checkpoints` must be list\[int\] \| None, got \[2.5\]",
+                  confidence_checkpoints=[2.5]),
+    configuration("sftmix", "`packing_strategy='wrapped'` cuts examples", packing=True, packing_strategy="wrapped"),
+    configuration("sftmix", "leaves the examples without the numbers",
+                  dataset_kwargs={"skip_prepare_dataset": True}),
+]  # fmt: skip
+
+USER = [{"role": "user", "content": "What is 3 plus 2?"}]
+ANSWER = [{"role": "assistant", "content": "It is 5."}]
+IDS = list(range(5, 17))
+
+
+def broken(message: str, method: str, rows: Any, **options: Any) -> BadInput:
+    return BadInput(method, message, options, rows)
+
+
+def conversation(**message: Any) -> list[dict]:
+    return [{"messages": USER + ANSWER}, {"messages": [*USER, message]}]
+
+
+ROWS = [
+    broken(r"has the columns \['a', 'q'\], but none to train on: `prompt` and", "base", [{"q": "b", "a": "c"}]),
+    broken(r"`txt` \(`dataset_text_field`\), or `input_ids`", "sft_go", {"text": ["a"]}, dataset_text_field="txt"),
+    broken("Row 1 of the train dataset: `text` is None; give a text", "sftmix", {"text": ["a b", None, "c"]}),
+    broken("Row 0 of the train dataset: `text` is 1; give a text", "base", {"text": [1, 2]}),
+    broken("The train dataset has no supervised token", "sft_go", {"text": ["", ""]}),
+    broken("Row 0 .*: there is a `prompt`, but no `completion`", "poft", {"prompt": ["a", "b"]}),
+    broken("Row 1 .*: `prompt` is 'b' and `completion` None; give two texts", "sftkey",
+           {"prompt": ["a", "b"], "completion": ["a", None]}),
+    broken(r"`prompt` is 'a' and `completion` \[.*\]; give two", "sft_go", [{"prompt": "a", "completion": ANSWER}]),
+    broken(r"`prompt` is \[.*\] and `completion` 'b'; give two texts", "base", [{"prompt": USER, "completion": "b"}]),
+    broken(r"`completion` is \[\]; give a list of messages", "sftkey",
+           [{"prompt": USER, "completion": ANSWER}, {"prompt": USER, "completion": []}]),
+    broken(r"Row 1 .*: `messages` is \[\]; give a list of messages", "sft_go",
+           [{"messages": USER + ANSWER}, {"messages": []}]),
+    broken("Row 1 .*: `messages` is None; give a list of messages", "poft",
+           [{"messages": USER + ANSWER}, {"messages": None}]),
+    broken("Row 0 .*: `messages` is 'hello'; give a list of messages", "sftkey", {"messages": ["hello"]}),
+    broken("message 0 of `messages` has no `role`", "sftmix", [{"messages": [{"content": "a"}]}]),
+    broken("Row 1 .*: message 1 of `messages` has None as `content`; give a text", "base",
+           conversation(role="assistant", content=None)),
+    broken("message 0 of `messages` has 1 as `content`; give a text", "sft_go",
+           [{"messages": [{"role": "user", "content": 1}]}]),
+    broken("message 1 of `conversations` has None as `value`", "sftmix",
+           [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}]),
+    broken("`tools` is '{not json', which is no JSON", "base", [{"messages": USER + ANSWER, "tools": "{not json"}]),
+    broken("`chat_template_kwargs` is None; give a mapping", "poft",
+           [{"messages": USER + ANSWER, "chat_template_kwargs": value} for value in ({"a": True}, None)]),
+    broken("has the column 'images': vision data sets are not", "sftkey", {"images": [[None]], "text": ["a"]}),
+    broken("`completion_only_loss=True` needs `prompt` and `completion`", "sft_go", {"text": ["a b"]},
+           completion_only_loss=True),
+    broken("You set `assistant_only_loss=True`, but the dataset is not conversational", "base", {"text": ["a b"]},
+           assistant_only_loss=True),
+    # Tokens
+    broken("Row 0 .*: `input_ids` has None; give a list of integers", "base", {"input_ids": [[5, None, 6]]}),
+    broken("Row 1 .*: `input_ids` has None; give a list of integers", "sft_go", {"input_ids": [IDS, None]}),
+    broken("`input_ids` has 5; give a list of integers", "sftkey", {"input_ids": [5, 6]}),
+    broken(r"`input_ids` has \[5, 6\]; give a list of integers", "poft", {"input_ids": [[[5, 6], [7, 8]]]}),
+    broken("`input_ids` has 5.5; give a list of integers", "sftmix", {"input_ids": [[5.5, 6.0]]}),
+    broken("`input_ids` has 'a'; give a list of integers", "base", {"input_ids": [["a", "b"]]}),
+    broken(r"`input_ids` has -3, which is no id of the tokenizer \(0 to 329\)", "sftkey", {"input_ids": [[5, -3, 6]]}),
+    broken(r"`input_ids` has 100000, which is no id of the tokenizer \(0 to 329\)", "sftmix",
+           {"input_ids": [[*IDS, 100_000]]}),
+    broken("`labels` has 13 values, but `input_ids` has 12", "base", {"input_ids": [IDS], "labels": [[*IDS, 7]]}),
+    broken("`labels` has 10 values, but `input_ids` has 12 tokens", "poft", {"input_ids": [IDS], "labels": [IDS[2:]]}),
+    broken("Row 1 .*: `labels` has None; give a list", "sftmix", {"input_ids": [IDS, IDS], "labels": [IDS, None]}),
+    broken("`labels` has None; give a list of", "sft_go", {"input_ids": [IDS], "labels": [[*IDS[:-1], None]]}),
+    broken("`labels` has 5.0; give a list of integers", "sftkey",
+           {"input_ids": [IDS], "labels": [[float(token) for token in IDS]]}),
+    broken("`labels` has 100000, which is no id of", "base", {"input_ids": [IDS], "labels": [[*IDS[:-1], 100_000]]}),
+    broken("`labels` has -1, which is no id of the tokenizer", "sftkey", {"input_ids": [IDS], "labels": [[-1] * 12]}),
+    broken("`completion_mask` has 7 values, but `input_ids` has 12", "sft_go",
+           {"input_ids": [IDS], "completion_mask": [[1] * 7]}),
+    broken("`assistant_masks` has 2; give 1 on the tokens of the loss", "poft",
+           {"input_ids": [IDS], "assistant_masks": [[2] * 12]}),
+    broken("`seq_lengths` adds up to 13, but `input_ids` has 12 tokens", "base",
+           {"input_ids": [IDS], "seq_lengths": [[6, 7]]}),
+    broken("The train dataset has no supervised token", "sftmix", {"input_ids": [IDS], "labels": [[-100] * 12]}),
+]  # fmt: skip
+
+OWN_COLUMNS = {"group_by": "column", "group_column": "mine"}
+OWN_SCORES = {"group_by": "column", "importance_column": "mine"}
+
+
+def column(values: Any, **others: Any) -> dict[str, list]:
+    """Two rows of tokens with a column `mine`, or columns by their names; the second row has the values."""
+    return {
+        "input_ids": [IDS, IDS],
+        **{name: [[0] * 12, value] for name, value in ({"mine": values} | others).items()},
+    }
+
+
+def only(**columns: Any) -> dict[str, list]:
+    return {"input_ids": [IDS, IDS], **columns}
+
+
+COLUMNS = [
+    broken("The train dataset has no column `mine`; it has", "sft_go", only(), **OWN_COLUMNS),
+    broken("Row 1 .*: column `mine` has 11 values, but `input_ids` has 12", "sft_go", column([0] * 11), **OWN_COLUMNS),
+    broken("Row 1 .*: column `mine` has None, but `input_ids` has 12", "sft_go", column(None), **OWN_COLUMNS),
+    broken("Row 1 .*: column `mine` has 32 as a group id. Give an integer from 0 to 31", "sft_go", column([32] * 12),
+           **OWN_COLUMNS),
+    broken("column `mine` has 0.5 as a group id", "sft_go", only(mine=[[0.5] * 12] * 2), **OWN_COLUMNS),
+    broken("column `mine` has None as a group id", "sft_go", column([None] * 12), **OWN_COLUMNS),
+    broken("column `mine` has nan as a score. Give a finite number", "sft_go", only(mine=[[math.nan] * 12] * 2),
+           **OWN_SCORES),
+    broken("column `mine` has 'a' as a score", "sft_go", only(mine=[["a"] * 12] * 2), **OWN_SCORES),
+    broken("column `mine` has True as a score", "sft_go", only(mine=[[True] * 12] * 2), **OWN_SCORES),
+    broken("Row 0 .*: column `key_mask` has 2: give 1 on the tokens", "sftkey", only(key_mask=[[2] * 12] * 2)),
+    broken("column `key_mask` has 11 values, but `input_ids` has 12", "sftkey", only(key_mask=[[1] * 11] * 2)),
+    broken("column `key_mask` has no 1 on a token of the loss", "sftkey", only(key_mask=[[0] * 12] * 2)),
+    broken("Row 0 .*: the tag '<Thinking>' is not there. Say where the answer is", "sftkey", "chat"),
+    broken("Row 0 .*: `key_delimiter='@@'` is not there", "sftkey", "chat", key_delimiter="@@"),
+    broken("No example of the train dataset has a key within max_length=40", "sftkey", "chat", key_delimiter="####",
+           max_length=40),
+    broken("has no column `why`, which `reasoning_column` names", "sftkey", "chat", reasoning_column="why",
+           answer_column="what"),
+    broken("needs an `eval_dataset` .* has the columns `prompt` and `answer`", "sftkey", "chat", stages=["full"],
+           answer_eval_steps=5),
+    broken(r"Row 0 .*: column `ref_logps` has \[-1.0, None\]. Give a list of 2", "poft",
+           only(ref_logps=[[-1.0, None]] * 2)),
+    broken(r"column `ref_logps` has \[nan\]. Give a list of 1 finite", "poft", only(ref_logps=[[math.nan]] * 2)),
+    broken(r"column `ref_logps` has \[2.0\]. .* \(0 or less\)", "poft", only(ref_logps=[[2.0]] * 2)),
+    broken(r"column `ref_logps` has \[-1.0\]. Give a list of 2", "poft", only(ref_logps=[[-1.0, -1.0], [-1.0]])),
+    broken("column `ref_logps` has -1.0. Give a list of 1", "poft", only(ref_logps=[-1.0, -1.0])),
+    broken("column `ref_logps` has 'a'. Give a list of 1", "poft", only(ref_logps=["a", "b"])),
+    broken(r"`reference_models=\['a'\]` has 1 models", "poft", only(ref_logps=[[-1.0, -2.0]] * 2),
+           reference_models=["a"]),
+    broken("there is none for the train dataset: set `reference_models`", "poft", "raw chat"),
+    broken(r"columns \['text'\], by which examples can't be named", "poft", "raw texts", reference_models=["a"]),
+    broken("Row 0 .*: `score_end_of_turn=False` needs messages", "poft", only(ref_logps=[[-1.0]] * 2),
+           score_end_of_turn=False),
+    broken("1 example of the train dataset has labels, but a pair takes two", "sftmix", {"input_ids": [IDS]}),
+    broken("`confidence_split='confidence'` needs all examples before training", "sftmix", "stream"),
+    broken("streaming training set needs fitted document frequencies", "sft_go", "stream"),
+]  # fmt: skip
+
+
+def argument(message: str, method: str, error: type[Exception] = ValueError, **arguments: Any) -> BadInput:
+    return BadInput(method, message, arguments=arguments, error=error)
+
+
+def no_rows():
+    return iter(())
+
+
+ARGUMENTS = [
+    argument("`train_dataset` is required", "base", train_dataset=None),
+    argument("`train_dataset` must be a `Dataset` or `IterableDataset`, got `list`", "sft_go", TypeError,
+             train_dataset=[{"text": "a"}]),
+    argument("must be a `Dataset` or `IterableDataset`, got `DatasetDict`", "sftkey", TypeError,
+             train_dataset=DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})),
+    argument("`train_dataset` is empty", "poft", train_dataset=Dataset.from_dict({"text": []})),
+    argument("`train_dataset` is empty", "sftmix", train_dataset=IterableDataset.from_generator(no_rows)),
+    argument("`eval_dataset` must be a `Dataset` or .* got `list`", "base", TypeError, eval_dataset=[1]),
+    argument(r"`eval_dataset\['a'\]` must be .* got `NoneType`", "sft_go", TypeError, eval_dataset={"a": None}),
+    argument("The eval dataset has the columns", "base", eval_dataset=Dataset.from_dict({"q": ["a"]})),
+    argument("Row 0 of the a dataset: `text` is None", "sftmix",
+             eval_dataset={"a": Dataset.from_dict({"text": [None]})}),
+    argument("`args` is a `DPOConfig`, which is no `SFTKeyConfig`", "sftkey", TypeError,
+             args=DPOConfig("run", use_cpu=True, bf16=False)),
+    argument("`compute_loss_func` is not supported", "base", compute_loss_func=print),
+    argument("`peft_config` must be a `peft.PeftConfig` instance", "sft_go", TypeError, peft_config={"r": 4}),
+    argument("must be either a `PreTrainedTokenizerBase`", "base", TypeError, processing_class="gpt2"),
+    BadInput("base", "`formatting_func` must return a text, got \\['a'\\]", rows={"line": ["a"]},
+             arguments={"formatting_func": lambda row: [row["line"]]}),
+]  # fmt: skip

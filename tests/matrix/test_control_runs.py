@@ -1,0 +1,61 @@
+"""Each method's control run is `SFTTrainer`'s: the weights after twenty steps, and what is logged on the way."""
+
+import pytest
+import torch
+from helpers import make_trainer
+from methods import METHODS, SFT, rows_with_equal_labels
+from peft import LoraConfig
+
+
+LAYOUTS = {
+    "padded": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "padding_free": {"per_device_train_batch_size": 4, "padding_free": True, "max_length": None},
+    "bfd": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True},
+    "lora": {"per_device_train_batch_size": 4},
+}
+
+# PoFT adds up each example's mean; the others compute what SFTTrainer does, in the same order
+TOLERANCE = {"poft": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def equal_rows():
+    return rows_with_equal_labels()
+
+
+def run(classes, layout, model, tokenizer, rows, folder, **options):
+    if layout == "lora":
+        options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    options = {"max_steps": 20, "learning_rate": 1e-2, "max_grad_norm": 1.0, "save_strategy": "no", **options}
+    trainer = make_trainer(*classes, model, tokenizer, rows, folder, **LAYOUTS[layout], **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def plain_runs():
+    """`SFTTrainer`'s runs by layout and rows; each is made when it is first asked for."""
+    return {}
+
+
+@pytest.mark.cell("Control", "the weights after twenty steps of the control are SFTTrainer's")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_steps(method, layout, plain_runs, tiny_model, tokenizer, token_rows, equal_rows, tmp_path):
+    control, tolerance = METHODS[method], TOLERANCE.get(method, 0.0)
+    rows = equal_rows if method == "poft" else token_rows
+    common = (layout, tiny_model, tokenizer, rows, tmp_path)
+    key = layout, rows is equal_rows
+    if key not in plain_runs:
+        plain_runs[key] = run(SFT, *common)
+    plain, ours = plain_runs[key], run(control.classes, *common, **control.control)
+    weights, our_weights = plain.model.state_dict(), ours.model.state_dict()
+    assert weights.keys() == our_weights.keys()
+    for name in weights:
+        torch.testing.assert_close(our_weights[name], weights[name], rtol=0, atol=tolerance, msg=name)
+    logs, our_logs = plain.state.log_history[:-1], ours.state.log_history[:-1]
+    assert len(logs) == 20 and logs[0]["loss"] > logs[-1]["loss"]
+    for log, our_log in zip(logs, our_logs, strict=True):
+        assert {name: our_log[name] for name in log} == pytest.approx(log, rel=tolerance, abs=0)
+        own_names = our_log.keys() - log.keys() - {"nll"}
+        assert all(name.startswith(f"{method}/") for name in own_names)
