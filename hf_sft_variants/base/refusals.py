@@ -12,7 +12,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from .row_checks import require_embeddings
+from .row_checks import require_embeddings, require_row
 from .trl_internals import get_config_model_id, get_dataset_column_names
 
 
@@ -143,9 +143,7 @@ def _require_dataset(name: str, dataset: Any) -> None:
 
 
 def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDataset) -> None:
-    is_stream = isinstance(train_dataset, IterableDataset)
-    if (is_stream and next(iter(train_dataset), None) is None) or (not is_stream and len(train_dataset) == 0):
-        raise ValueError("`train_dataset` is empty. Check the split and the filters that made it.")
+    require_row("`train_dataset`", train_dataset)
     vision_columns = {"image", "images"} & set(get_dataset_column_names(train_dataset))
     if vision_columns:
         raise ValueError(

@@ -40,7 +40,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **GROUPED, final_logit_softcapping=3.0, attn_logit_softcapping=5.0, query_pre_attn_scalar=8, sliding_window=8
     ),
     "Cohere2 (scaled logits)": Cohere2Config(**GROUPED, logit_scale=0.25, sliding_window=8),
-    "GPT-2 (tied head, learned positions)": GPT2Config(n_embd=32, n_layer=2, n_head=4, **NO_DROPOUT, **TOKENS),
+    "GPT-2 (tied head without a bias)": GPT2Config(n_embd=32, n_layer=2, n_head=4, **NO_DROPOUT, **TOKENS),
     "Phi (head with a bias)": PhiConfig(**SIZES, **TOKENS),
     "Qwen3-MoE (auxiliary loss)": Qwen3MoeConfig(
         **GROUPED, **EXPERTS, output_router_logits=True, router_aux_loss_coef=0.5

@@ -14,12 +14,16 @@ import pytest
 
 COLUMNS = {"base": "base", "sft_go": "SFT-GO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
 # Areas of other names come after these
-AREAS = ["Data", "Batches", "Models", "PEFT", "Processes", "Resume"]
+AREAS = ["Data", "Batches", "Models", "PEFT", "Processes", "Resume", "Control", "TRL's expectations", "Bad input"]
 INTRODUCTION = """\
 # Compatibility
 
 A "yes" is proved by figures: data, losses, gradients or weights equal `SFTTrainer`'s or a slow computation by formula;
-"refused" is an error in words. Made by `pytest -m cell --compatibility-table=docs/compatibility.md`.
+"refused" is an error in words that comes before training. A blank is not tested, most often because the trainer has no
+such option. `base` is `AnnotatedSFTTrainer`. From "Data" to "PEFT", SFTKey trains on keys, PoFT finds its references'
+scores in the rows, and SFTMix pairs at random.
+
+Made by `pytest -m cell --compatibility-table=docs/compatibility.md`.
 """
 
 
@@ -41,6 +45,22 @@ def cells_of(item: pytest.Item) -> list[Cell]:
         for mark in item.iter_markers("cell")
         for method in methods
     ]
+
+
+class KeepItems:
+    """Plugin that keeps the tests that pytest finds."""
+
+    def pytest_collection_finish(self, session):
+        self.items = session.items
+
+
+def cells_of_all_tests(config: pytest.Config) -> set[Cell]:
+    """The cells of the whole suite, whichever of its tests run now."""
+    found = KeepItems()
+    options = ["--collect-only", "-n0", "-p", "no:terminal", "-p", "no:cacheprovider", f"--rootdir={config.rootpath}"]
+    folders = [str(config.rootpath / folder) for folder in config.getini("testpaths") or ["."]]
+    pytest.main([*options, *folders], plugins=[found])
+    return {cell for item in found.items for cell in cells_of(item)}
 
 
 def markdown(cells: Iterable[Cell]) -> str:
@@ -68,7 +88,7 @@ def row(entries: list[str]) -> str:
 
 
 class TableWriter:
-    """Gathers the reports of a run and writes the table, if all tests have passed."""
+    """Gathers the reports of a run and writes the table, if the tests of all cells have passed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -81,11 +101,15 @@ class TableWriter:
         if cells and report.outcome != "passed":  # a skipped test proves nothing
             self.problem = f"{report.nodeid} has {report.outcome}"
 
-    def pytest_sessionfinish(self, exitstatus):
+    def pytest_sessionfinish(self, session, exitstatus):
         if not self.cells:
             self.problem = "no test of a cell was run"
         elif exitstatus != pytest.ExitCode.OK and self.problem is None:
             self.problem = "a test that is no cell's has failed, or the run was stopped"
+        if self.problem is None:
+            missing = cells_of_all_tests(session.config) - self.cells
+            if missing:
+                self.problem = f"{len(missing)} cells have not been run, such as {min(missing)}"
         if self.problem is None:
             self.path.write_text(markdown(self.cells))
 

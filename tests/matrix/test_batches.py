@@ -6,7 +6,9 @@ from methods import METHODS, SFT
 from steps import assert_as_used_is_the_slow_loss, assert_control_is_sft_trainer, prepared_rows
 
 
-CUT = "max_length cuts"
+# The response, for PoFT, and the key, for SFTKey, have to be whole
+CUT = "max_length cuts (SFTKey and PoFT drop what is cut too far)"
+CUT_PACKED = "max_length cuts, packing"
 # A step has all rows, in more than one micro-batch where they are enough
 LAYOUTS = {
     "padded": {"per_device_train_batch_size": 8},
@@ -23,7 +25,7 @@ LAYOUTS = {
     },
     "packing, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 20},
     CUT: {"max_length": 20},
-    "max_length cuts, packing": {"max_length": 20, "packing": True},
+    CUT_PACKED: {"max_length": 20, "packing": True},
     "truncation_mode='keep_end'": {"max_length": 20, "truncation_mode": "keep_end"},
     "shuffle_dataset": {"shuffle_dataset": True},
     "dataloader_num_workers": {"dataloader_num_workers": 2},
@@ -38,8 +40,7 @@ REFUSED = {
 }
 # Without whole examples nothing is known of their confidence; as used here, pairs are random
 REFUSED_BY_CONFIDENCE = ["packing, bfd_split", "packing, wrapped"]
-# Of a cut example nothing is left where its response, or its key, has to be whole
-DROPPED = {(method, name) for method in ("sftkey", "poft") for name in (CUT, "max_length cuts, packing")}
+DROPPED = {(method, name) for method in ("sftkey", "poft") for name in (CUT, CUT_PACKED)}
 
 
 def cases(excluded=()):
@@ -77,7 +78,7 @@ def test_loss_as_used(method, name, tiny_model, tokenizer, rows, tmp_path):
 
 
 # PoFT's control counts parts of examples as examples, so they are not of equal length any more
-CUT_BY_PACKING = [("poft", name) for name in (CUT, "max_length cuts, packing")]
+CUT_BY_PACKING = [("poft", CUT), ("poft", CUT_PACKED)]
 
 
 @pytest.mark.parametrize(("method", "name"), cases(excluded=CUT_BY_PACKING))
@@ -101,7 +102,9 @@ def test_refused(method, name, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.cell("Batches", f"{name}, pairs by confidence", refused=True), id=name)
+        pytest.param(
+            name, marks=pytest.mark.cell("Batches", f"{name}, confidence_split='confidence'", refused=True), id=name
+        )
         for name in REFUSED_BY_CONFIDENCE
     ],
 )

@@ -3,6 +3,8 @@
 import copy
 
 import pytest
+import torch
+from datasets import IterableDataset
 from forms import FORMS, TEMPLATE_OF_FILE
 from helpers import make_trainer
 from methods import METHODS, SFT, cells, every_method
@@ -57,7 +59,7 @@ def test_streaming(method, layout, tiny_model, tokenizer, tmp_path):
     assert_prepared_as_by_sft_trainer(trainer, *arguments, **options)
 
 
-@pytest.mark.cell("Data", "streaming, pairs by confidence", refused=True)
+@pytest.mark.cell("Data", "streaming, confidence_split='confidence'", refused=True)
 @pytest.mark.parametrize("method", ["sftmix"])
 def test_streaming_by_confidence(method, tiny_model, tokenizer, rows, tmp_path):
     with pytest.raises(ValueError, match="needs all examples before training, but `train_dataset` is a stream"):
@@ -101,6 +103,25 @@ class TestEvaluation:
         tolerance = 1e-6 if method == "poft" else 0
         assert control.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=tolerance, abs=0)
 
+    @pytest.mark.cell("Data", "an evaluation set of one row")
+    def test_one_row(self, method, tiny_model, tokenizer, rows, tmp_path):
+        arguments = (tiny_model, tokenizer, rows, tmp_path)
+        used, plain, control = self.make_trainers(method, *arguments, eval_dataset=rows.select([2]))
+        slow = slow_evaluation_loss(method, used, used.eval_dataset)
+        assert used.evaluate()["eval_loss"] == pytest.approx(slow, rel=1e-5)
+        tolerance = 1e-6 if method == "poft" else 0
+        assert control.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=tolerance, abs=0)
+
+    @pytest.mark.cell("Data", "one evaluation set, a last batch that is smaller")
+    def test_last_batch(self, method, tiny_model, tokenizer, rows, even_rows, tmp_path):
+        """The loss is SFTTrainer's mean over batches, `nll` the mean over all tokens."""
+        arguments = (tiny_model, tokenizer, rows, tmp_path)
+        options = {"eval_dataset": even_rows, "per_device_eval_batch_size": 3}
+        used, plain, control = self.make_trainers(method, *arguments, **options)
+        assert used.evaluate()["eval_nll"] == pytest.approx(slow_evaluation_loss("base", used, even_rows), rel=1e-5)
+        tolerance = 1e-6 if method == "poft" else 0
+        assert control.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=tolerance, abs=0)
+
     @pytest.mark.cell("Data", "several evaluation sets")
     def test_several_sets(self, method, tiny_model, tokenizer, rows, even_rows, tmp_path):
         sets = {"some": rows.select(range(5)), "even": even_rows}
@@ -113,7 +134,7 @@ class TestEvaluation:
         tolerance = 1e-6 if method == "poft" else 0
         assert found["eval_even_loss"] == pytest.approx(expected["eval_even_loss"], rel=tolerance, abs=0)
 
-    @pytest.mark.cell("Data", "evaluate(a new set that is not prepared)")
+    @pytest.mark.cell("Data", "evaluate(a new raw set)")
     def test_new_set(self, method, tiny_model, tokenizer, rows, tmp_path):
         new = FORMS["messages"].rows(tokenizer)
         arguments = (tiny_model, tokenizer, rows, tmp_path)
@@ -128,7 +149,7 @@ class TestEvaluation:
 
 @pytest.mark.cell("Data", "an empty set", refused=True)
 @every_method
-@pytest.mark.parametrize("form", ["messages", "tokens and labels"])
+@pytest.mark.parametrize("form", ["messages", "pre-tokenized, with labels"])
 def test_empty_set(method, form, tiny_model, tokenizer, rows, tmp_path):
     empty = FORMS[form].rows(tokenizer).select([])
     arguments = (*METHODS[method].classes, tiny_model, tokenizer)
@@ -139,6 +160,21 @@ def test_empty_set(method, form, tiny_model, tokenizer, rows, tmp_path):
     trainer = make_trainer(*arguments, rows, tmp_path, **METHODS[method].options)
     with pytest.raises(ValueError, match="The late dataset is empty"):
         trainer.evaluate({"late": empty})
+
+
+def no_rows():
+    yield from ()
+
+
+@pytest.mark.cell("Data", "an empty set", refused=True)
+@every_method
+def test_empty_stream(method, tiny_model, tokenizer, rows, tmp_path):
+    empty = IterableDataset.from_generator(no_rows, features=rows.features)
+    arguments = (*METHODS[method].classes, tiny_model, tokenizer)
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        make_trainer(*arguments, empty, tmp_path, max_steps=1, **METHODS[method].options)
+    with pytest.raises(ValueError, match="The eval dataset is empty"):
+        make_trainer(*arguments, rows, tmp_path, eval_dataset=empty, **METHODS[method].options)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +203,22 @@ def test_last_batch(method, tiny_model, tokenizer, rows, tmp_path):
     """Three rows after four, in one optimizer step."""
     arguments = (tiny_model, tokenizer, rows.select(range(7)), tmp_path)
     assert_as_used_is_the_slow_loss(method, *arguments, **TWO_BATCHES)
+
+
+@pytest.mark.cell("Data", "a last batch that is smaller")
+@every_method
+def test_last_step(method, tiny_model, tokenizer, even_rows, tmp_path):
+    """Two optimizer steps, the second of one row in one batch: the control has SFTTrainer's weights."""
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    arguments = (tiny_model, tokenizer, even_rows.select(range(5)), tmp_path)
+    plain = make_trainer(*SFT, *arguments, learning_rate=1e-2, **options)
+    control = make_trainer(
+        *METHODS[method].classes, *arguments, learning_rate=1e-2, **options, **METHODS[method].control
+    )
+    plain.train(), control.train()
+    assert control.state.global_step == 2
+    weights, tolerance = dict(control.model.state_dict()), 1e-6 if method == "poft" else 0
+    torch.testing.assert_close(weights, dict(plain.model.state_dict()), rtol=0, atol=tolerance)
 
 
 @pytest.mark.cell("Data", "dataset_num_proc")

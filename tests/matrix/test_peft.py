@@ -53,6 +53,7 @@ def llama_folder(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def quantized_llama(llama_folder):
     """In 4-bit NF4, with products in float32, which the CPU has."""
+    pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
@@ -100,7 +101,7 @@ def test_adapter_continued(method, llama, llama_folder, tokenizer, rows, even_ro
 
 @every_method
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.cell("PEFT", "LoRA with activation checkpointing")
+@pytest.mark.cell("PEFT", "LoRA with gradient checkpointing")
 def test_checkpointing(method, use_reentrant, llama, tokenizer, rows, even_rows, tmp_path):
     options = {
         **TWO_BATCHES, "peft_config": LoraConfig(**LORA), "gradient_checkpointing": True,
@@ -111,8 +112,8 @@ def test_checkpointing(method, use_reentrant, llama, tokenizer, rows, even_rows,
 
 
 QUANTIZED = {
-    "QLoRA (4-bit NF4)": TWO_BATCHES,
-    "QLoRA (4-bit NF4), packed, with activation checkpointing": {
+    "QLoRA (bitsandbytes, 4-bit NF4)": TWO_BATCHES,
+    "QLoRA (bitsandbytes, 4-bit NF4), packed, with gradient checkpointing": {
         "packing": True, "max_length": 48, "gradient_checkpointing": True,
     },
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from matrix.table import cells_of, markdown
+from matrix.table import cells_of_all_tests, markdown
 
 
 pytest_plugins = ["pytester"]
@@ -40,25 +40,17 @@ def run(pytester):
     return run
 
 
-class KeepItems:
-    def pytest_collection_finish(self, session):
-        self.items = session.items
-
-
-def test_docs_have_every_cell_and_no_other():
-    """Whichever tests run now, those of the whole suite are collected."""
-    collected = KeepItems()
-    options = ["--collect-only", "-qqq", "-m", "cell", f"--rootdir={REPOSITORY}"]
-    assert pytest.main([*options, str(REPOSITORY / "tests")], plugins=[collected]) == 0
-    table = markdown(cell for item in collected.items for cell in cells_of(item))
-    assert (REPOSITORY / "docs" / "compatibility.md").read_text() == table
+def test_docs_have_every_cell_and_no_other(pytestconfig):
+    table = markdown(cells_of_all_tests(pytestconfig))
+    advice = "Write it anew: pytest -m cell --compatibility-table=docs/compatibility.md"
+    assert (REPOSITORY / "docs" / "compatibility.md").read_text() == table, advice
 
 
 @pytest.mark.parametrize("processes", [[], ["-n", "1"]], ids=["one", "xdist"])
 def test_lines_and_columns(pytester, run, processes):
     run(TESTS, *processes).assert_outcomes(passed=4)
     lines = (pytester.path / "table.md").read_text().splitlines()
-    assert lines[5:] == [
+    assert lines[9:] == [
         "## Data",
         "",
         "|  | base | SFT-GO | SFTKey | PoFT | SFTMix |",
@@ -87,6 +79,13 @@ def test_lines_and_columns(pytester, run, processes):
 def test_nothing_is_written_of_what_has_not_passed(pytester, run, test, problem):
     result = run("import pytest\n" + test)
     result.stdout.fnmatch_lines(f"table.md is not written: *{problem}*")
+    assert not (pytester.path / "table.md").exists()
+
+
+@pytest.mark.parametrize("processes", [[], ["-n", "1"]], ids=["one", "xdist"])
+def test_nothing_is_written_of_a_part(pytester, run, processes):
+    result = run(TESTS, "-k", "test_some", *processes)
+    result.stdout.fnmatch_lines("table.md is not written: 10 cells have not been run, such as *'a refusal'*")
     assert not (pytester.path / "table.md").exists()
 
 
