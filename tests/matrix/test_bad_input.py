@@ -80,6 +80,7 @@ def filled(value, case, world):
         for case in TABLE
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
 def test_table(method, case, world):
     (world.folder / "FOLDER").mkdir()
     with pytest.raises(case.error, match=case.message) as caught:
