@@ -24,7 +24,7 @@ from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
 from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
-from .row_checks import check_rows, checked_text
+from .row_checks import check_rows, checked_text, require_row
 from .trl_internals import get_dataset_column_names, global_then_local_main_first
 
 
@@ -82,8 +82,8 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     ```
 
     Raises:
-        `ValueError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, and context or
-            sequence parallelism.
+        `ValueError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, context or
+            sequence parallelism, and packed rows with prompt learning.
     """
 
     config_class: type[SFTConfig] = SFTConfig
@@ -207,6 +207,7 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     # Data: annotations through preparation, truncation and packing
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        require_row(f"The {dataset_name} dataset", dataset)
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         columns = set(get_dataset_column_names(dataset))
