@@ -7,7 +7,7 @@ INSTALLED = $(VENV)/.installed
 RUN = quickstart/runs/sft_go
 EVALUATE = $(BIN)/hf-sft-variants evaluate --max-new-tokens 64
 
-.PHONY: quickstart test test-versions lint format wheel
+.PHONY: quickstart test test-versions lint format docs wheel
 
 # Fine-tunes a small real model on the CPU, and measures it on unseen questions before and after
 quickstart: $(INSTALLED)
@@ -32,6 +32,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, which then starts at docs/_build/html/index.html
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W -q docs docs/_build/html
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel

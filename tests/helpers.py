@@ -27,7 +27,8 @@ class GradientRecorder(TrainerCallback):
 
 def make_trainer(trainer_class, config_class, model, tokenizer, rows, output_dir, **options):
     """A trainer on a copy of the model, deterministic and small; `options` go to the configuration."""
-    trainer_options = {key: options.pop(key) for key in ("eval_dataset", "peft_config", "callbacks") if key in options}
+    names = ("eval_dataset", "peft_config", "callbacks", "formatting_func")
+    trainer_options = {name: options.pop(name) for name in names if name in options}
     args = config_class(str(output_dir), **{**SMALL, "max_length": 64, "max_grad_norm": 0, **options})
     return trainer_class(copy.deepcopy(model), args, train_dataset=rows, processing_class=tokenizer, **trainer_options)
 

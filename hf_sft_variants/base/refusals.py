@@ -12,7 +12,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from .row_checks import require_embeddings
+from .row_checks import require_embeddings, require_row
 from .trl_internals import get_config_model_id, get_dataset_column_names
 
 
@@ -143,9 +143,7 @@ def _require_dataset(name: str, dataset: Any) -> None:
 
 
 def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDataset) -> None:
-    is_stream = isinstance(train_dataset, IterableDataset)
-    if (is_stream and next(iter(train_dataset), None) is None) or (not is_stream and len(train_dataset) == 0):
-        raise ValueError("`train_dataset` is empty. Check the split and the filters that made it.")
+    require_row("`train_dataset`", train_dataset)
     vision_columns = {"image", "images"} & set(get_dataset_column_names(train_dataset))
     if vision_columns:
         raise ValueError(
@@ -160,11 +158,13 @@ def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
     Refuse what is known only when the model is loaded and the data prepared.
 
     Raises:
-        `ValueError`: For context and sequence parallelism, models that are no causal language models, and tokens that
-            the model does not have.
+        `ValueError`: For context and sequence parallelism, models that are no causal language models, prompt learning
+            with packed rows, and tokens that the model does not have.
     """
-    refuse_sequence_sharding(type(trainer).__name__, trainer.accelerator)
+    name = type(trainer).__name__
+    refuse_sequence_sharding(name, trainer.accelerator)
     require_causal_lm(trainer.model)
+    refuse_packed_prompt_learning(name, trainer.model, trainer.padding_free)
     eval_dataset = trainer.eval_dataset
     eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     require_embeddings(trainer.model, trainer._tokenizer, {"train": trainer.train_dataset, **eval_sets})
@@ -184,3 +184,19 @@ def refuse_sequence_sharding(trainer_name: str, accelerator: Accelerator) -> Non
                 f"{trainer_name} does not support `{name}={getattr(config, name)}`: the tokens of a sample would lie "
                 f"on several processes, and its loss needs them together. Set `{name}=1`."
             )
+
+
+def refuse_packed_prompt_learning(trainer_name: str, model: PreTrainedModel, padding_free: bool) -> None:
+    """
+    Refuse several documents in a row where PEFT puts virtual tokens in front of the row: it drops `position_ids` (and
+    warns of that), without which the documents would attend to each other.
+
+    Raises:
+        `ValueError`: For prompt learning with `packing` or `padding_free`.
+    """
+    if padding_free and is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"`{model.active_peft_config.peft_type.value}` does not keep the documents of a packed row apart, because "
+            f"PEFT drops their positions, so {trainer_name} would train them as one. Set `packing=False` and "
+            "`padding_free=False`, or train a LoRA adapter."
+        )

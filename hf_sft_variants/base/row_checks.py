@@ -17,6 +17,15 @@ _TEXT_COLUMNS = ("prompt", "completion", "messages", "conversations", "tools", "
 _TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
 
 
+def require_row(name: str, dataset: Dataset | IterableDataset) -> None:
+    """
+    Raises:
+        `ValueError`: If the data set, or stream, has no row.
+    """
+    if next(iter(dataset), None) is None:
+        raise ValueError(f"{name} is empty. Check the split and the filters that made it.")
+
+
 def check_rows(
     dataset: Dataset | IterableDataset, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
 ) -> Dataset | IterableDataset:

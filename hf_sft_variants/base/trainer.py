@@ -25,7 +25,7 @@ from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
 from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
-from .row_checks import check_rows, checked_text
+from .row_checks import check_rows, checked_text, require_row
 from .trl_internals import get_dataset_column_names, global_then_local_main_first
 
 
@@ -48,6 +48,7 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     `nll`, the plain mean negative log-likelihood per token, is logged beside every loss.
 
     Class attributes to set in a subclass:
+
     - **config_class** (`type`): the [`~trl.SFTConfig`] subclass that is used without `args`, and that a plain
       `SFTConfig` or `TrainingArguments` is turned into.
     - **annotation_columns** (`dict[str, int | float]`): the columns [`annotate`] adds, and what stands on padding.
@@ -55,6 +56,7 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     Example:
 
     ```python
+    from datasets import load_dataset
     from hf_sft_variants import AnnotatedSFTTrainer
 
 
@@ -77,12 +79,12 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
             return -(weights * batch.log_probs).sum() / batch.num_items["tokens"]
 
 
-    trainer = LateTokensTrainer("Qwen/Qwen2.5-0.5B", train_dataset=dataset)
+    trainer = LateTokensTrainer("Qwen/Qwen2.5-0.5B", train_dataset=load_dataset("trl-lib/Capybara", split="train"))
     ```
 
     Raises:
-        `ValueError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, and context or
-            sequence parallelism.
+        `ValueError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, context or
+            sequence parallelism, and packed rows with prompt learning.
     """
 
     config_class: type[SFTConfig] = SFTConfig
@@ -206,6 +208,7 @@ class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
     # Data: annotations through preparation, truncation and packing
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        require_row(f"The {dataset_name} dataset", dataset)
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         columns = set(get_dataset_column_names(dataset))

@@ -38,11 +38,12 @@ def preference_loss(
     r"""
     Preference of the target model over the mean of the reference models ([PoFT](https://huggingface.co/papers/2412.12865)):
 
-    $$ \sum_x -\log \sigma(\beta (r_\theta(x) - \bar r(x)) + \gamma), \quad \bar r = \frac{1}{M} \sum_j r_j $$
+    $$ \sum_x -\log \sigma(\beta (r_\theta(x) - \overline{r}(x)) + \gamma), \quad
+    \overline{r} = \frac{1}{M} \sum_j r_j $$
 
     Its gradient is \\( \beta \tau \\) times that of the example's mean negative log-likelihood, with \\( \tau =
-    \sigma(-(\beta (r_\theta - \bar r) + \gamma)) \\). Controls: `"uniform"` is \\( \sum_x -r_\theta(x) \\);
-    `"constant"` is \\( \beta \sigma(-\gamma) \\) times that, with τ as it is where \\( r_\theta = \bar r \\).
+    \sigma(-(\beta (r_\theta - \overline{r}) + \gamma)) \\). Controls: `"uniform"` is \\( \sum_x -r_\theta(x) \\);
+    `"constant"` is \\( \beta \sigma(-\gamma) \\) times that, with τ as it is where \\( r_\theta = \overline{r} \\).
 
     Args:
         log_probs (`torch.Tensor` of shape `(B, L)`): Log-probability of each label, float32.

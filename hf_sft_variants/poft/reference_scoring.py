@@ -44,11 +44,18 @@ class ReferenceScoringCallback(TrainerCallback):
     loaded. Scores are kept on disk and found again by the examples' content. When training starts, one line for each
     model is logged. The trainer makes this callback from its configuration; pass one to use other options.
 
-    Usage:
+    Example:
+
     ```python
-    >>> callback = ReferenceScoringCallback(["Qwen/Qwen2.5-7B-Instruct", "01-ai/Yi-6B-Chat"])
-    >>> trainer = PoFTTrainer("Qwen/Qwen2.5-0.5B", train_dataset=dataset, callbacks=[callback])
-    >>> trainer.train()
+    from datasets import load_dataset
+    from hf_sft_variants import PoFTTrainer, ReferenceScoringCallback
+
+    trainer = PoFTTrainer(
+        "Qwen/Qwen2.5-0.5B",
+        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+        callbacks=[ReferenceScoringCallback(["Qwen/Qwen2.5-7B-Instruct", "01-ai/Yi-6B-Chat"])],
+    )
+    trainer.train()
     ```
 
     Args:

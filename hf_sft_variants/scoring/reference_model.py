@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -16,7 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
+
+# Options of `from_pretrained` that say which files are read
+_WHERE = ("cache_dir", "revision", "token")
 
 _WEIGHT_FILES = {".safetensors", ".bin", ".json"}
 
@@ -200,9 +205,9 @@ def _version(model: str, options: dict, adapter: PeftConfig | None) -> str:
         files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHT_FILES)
         states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
-    if adapter:
-        return str(options.get("revision"))
-    return str(AutoConfig.from_pretrained(model, **_config_options(options))._commit_hash)
+    name, where = (ADAPTER_CONFIG_NAME, _WHERE) if adapter else (CONFIG_NAME, (*_WHERE, "subfolder"))
+    file = cached_file(model, name, **{option: options[option] for option in where if option in options})
+    return str(extract_commit_hash(file, None))  # which is part of the path
 
 
 def _hash_of_parameters(model: PreTrainedModel) -> str:

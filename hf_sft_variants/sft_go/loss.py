@@ -45,7 +45,8 @@ def group_optimization(
     With \\( l_t = -\log p_t \\), token weights \\( w_t \\), and \\( \bar l_S = \sum_{t \in S} w_t l_t / \sum_{t \in S}
     w_t \\) the weighted mean over a set of tokens:
 
-    $$ \sum_x W_x \left[ (1-\lambda) \bar l_x + \lambda \max_g \bar l_{x,g} \right], \quad W_x = \sum_{t \in x} w_t $$
+    $$ \sum_x W_x \left[ (1-\lambda) \overline{l}_x + \lambda \max_g \overline{l}_{x,g} \right], \quad
+    W_x = \sum_{t \in x} w_t $$
 
     over scopes \\( x \\) and their groups \\( g \\) that have tokens. A scope without groups has plain cross-entropy.
     The choice of the worst group is a constant of the gradient; of equal groups the first is taken. The paper fixes

@@ -40,10 +40,10 @@ class SFTKeyConfig(SFTConfig):
             Weight of the key tokens in a `"full"` stage, where all other tokens weigh 1; the loss is the weighted
             mean. With `stages=["full"]` this is the one-stage control. By default all tokens weigh the same.
 
-    Parameters that say where the key is. Without any of them responses are tagged, `<Thinking>reasoning</Thinking>`,
-    white space, `<Answer>answer</Answer>`:
+    Parameters that say where the key is; without any of them responses are tagged:
         thinking_tags (`list[str]`, *optional*, defaults to `["<Thinking>", "</Thinking>"]`):
-            Opening and closing tag of the reasoning. Plain text, no new tokens.
+            Opening and closing tag of the reasoning, which comes first, then white space, then the answer in its tags.
+            Plain text, no new tokens.
         answer_tags (`list[str]`, *optional*, defaults to `["<Answer>", "</Answer>"]`):
             Opening and closing tag of the answer.
         key_delimiter (`str`, *optional*):

@@ -52,11 +52,16 @@ class ConfidenceTrackingCallback(TrainerCallback):
     Its schema metadata hold, as JSON under the key `hf_sft_variants`: `version` of the format, `measure`, `steps`, and
     `keys`, what the keys are made of (`"text"`, `"tokens"` or `"column"`, one of the data set's own).
 
-    Usage:
+    Example:
+
     ```python
-    >>> trainer = SFTTrainer(...)
-    >>> trainer.add_callback(ConfidenceTrackingCallback(trainer, "confidence.parquet"))
-    >>> trainer.train()
+    from datasets import load_dataset
+    from hf_sft_variants import ConfidenceTrackingCallback
+    from trl import SFTTrainer
+
+    trainer = SFTTrainer("Qwen/Qwen2.5-0.5B", train_dataset=load_dataset("trl-lib/Capybara", split="train"))
+    trainer.add_callback(ConfidenceTrackingCallback(trainer, "confidence.parquet"))
+    trainer.train()
     ```
 
     Args:

@@ -119,6 +119,7 @@ class ReferencePhase:
             if not resume:
                 _require_same_settings(settings_path, settings)
             logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
+            _remove_checkpoints(trainer, path.parent)
             return path
         if trainer.is_world_process_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +128,7 @@ class ReferencePhase:
         with _on_the_cpu(trainer):
             self._train(trainer, path, resume)
             release_memory()
+        _remove_checkpoints(trainer, path.parent)
         return path
 
     def _train(self, trainer, path, resume) -> None:
@@ -150,9 +152,6 @@ class ReferencePhase:
         )
         reference.add_callback(tracking)
         reference.train(resume_from_checkpoint=last_checkpoint(path.parent) if resume else None)
-        if trainer.is_world_process_zero():
-            for checkpoint in sort_checkpoints(str(path.parent)):
-                shutil.rmtree(checkpoint)
 
     def _start(self, trainer) -> dict[str, Any]:
         """The model to begin with, and the arguments that go with it."""
@@ -219,6 +218,13 @@ class ReferenceTrainer(SFTTrainer):
     def _build_accelerator_args(self, **kwargs):
         # Accelerate takes DeepSpeed's plugin from the trainer that waits, and refuses to be given it again
         return {**super()._build_accelerator_args(**kwargs), "deepspeed_plugin": None}
+
+
+def _remove_checkpoints(trainer: "SFTMixTrainer", folder: Path) -> None:
+    """Those of a reference that is trained; one that was killed in between has left them."""
+    if trainer.is_world_process_zero():
+        for checkpoint in sort_checkpoints(str(folder)):
+            shutil.rmtree(checkpoint)
 
 
 class _SaveModelCallback(TrainerCallback):

@@ -17,6 +17,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from hf_sft_variants.scoring import LogProbScorer
+from hf_sft_variants.sftmix import confidence
 
 
 # Twelve rows: three steps in an epoch, six in a run, two micro-batches in each
@@ -36,6 +37,7 @@ MOMENTS = {
     "step": (SFTTrainer, "training_step"),  # of a micro-batch
     "save": (Trainer, "_save_optimizer_and_scheduler"),  # the weights are on disk already
     "score": (LogProbScorer, "__call__"),  # of a batch
+    "measure": (confidence, "write_parquet"),  # of a checkpoint of SFTMix's reference; the last one is of all
 }
 
 
@@ -82,7 +84,13 @@ RUNS = {
     "two_phases": Run(
         "sftmix",
         {},
-        {"reference": ("step", 3, 12), "between": ("step", 13, 14), "mixup": ("step", 15, 24)},
+        {
+            "reference": ("step", 3, 12),
+            "confidence at a checkpoint": ("measure", 1, 3),
+            "confidence of all": ("measure", 4, 4),
+            "between": ("step", 13, 14),
+            "mixup": ("step", 15, 24),
+        },
     ),
     "online": Run(
         "sftmix",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -56,7 +57,7 @@ METHODS = {
 
 def with_references(rows: Dataset) -> Dataset:
     """The rows with what two reference models think of them, which PoFT needs."""
-    return rows.add_column("ref_logps", [[-2.0 - row / 4, -3.0 + row % 3] for row in range(len(rows))])
+    return rows.add_column("ref_logps", [[-5.0 - row / 4, -7.0 + row % 3] for row in range(len(rows))])
 
 
 def rows_with_equal_labels() -> Dataset:
@@ -68,3 +69,11 @@ def rows_with_equal_labels() -> Dataset:
         rows["input_ids"].append(input_ids)
         rows["labels"].append([-100] * (length - 9) + input_ids[-9:])
     return Dataset.from_dict(rows)
+
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def cells(area: str, values: dict[str, Any]) -> list:
+    """For `parametrize`: each value is a cell of an area by its name."""
+    return [pytest.param(value, id=name, marks=pytest.mark.cell(area, name)) for name, value in values.items()]

@@ -102,7 +102,7 @@ def test_killed_and_resumed(method, name, phase, folder, killer, unbroken):
     moment, number = RUNS[name].phases[phase][0], RUNS[name].last_number(phase)
     resumed.train(resume_from_checkpoint=moment != "score")
     # Two micro-batches a step, and a checkpoint after each; SFTMix's reference has as many steps before
-    last_step = {"step": (number - 1) // 2, "save": number - 1, "score": 0}[moment]
+    last_step = {"step": (number - 1) // 2, "save": number - 1}.get(moment, 0)
     steps_before = 6 if name == "two_phases" else 0
     assert recorder.steps == list(range(max(last_step - steps_before, 0) + 1, 7))
     assert_same_weights(resumed.model.state_dict(), unbroken[name].model.state_dict())

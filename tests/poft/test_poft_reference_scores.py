@@ -2,6 +2,7 @@ import copy
 import itertools
 import logging
 import shutil
+import weakref
 
 import pyarrow.parquet as pq
 import pytest
@@ -316,6 +317,19 @@ class TestCallback:
         assert len(lines) == 4 and "still in memory" not in caplog.text
         assert all(loaded() is None for loaded in callback._loaded.values())
         assert "poft/margin" in {name.removeprefix("eval_") for name in trainer.evaluate()}
+
+    def test_each_model_is_gone_before_the_next_comes(self, folders, conversations, make, monkeypatch):
+        loaded, load = [], reference_scoring.load_reference_model
+
+        def load_alone(*args):
+            assert all(model() is None for model in loaded)
+            model = load(*args)
+            loaded.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(reference_scoring, "load_reference_model", load_alone)
+        make(conversations, [folders["chatml"], folders["llama_3"], folders["zephyr"]])
+        assert len(loaded) == 3
 
     def test_models_that_are_held_are_told(self, folders, conversations, make, monkeypatch, caplog):
         held = []

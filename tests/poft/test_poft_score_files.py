@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,6 +60,13 @@ def values(trainer):
 
 
 EXPECTED = [[-(row + 1.0), -(row + 1.0) / 2] for row in range(12)]
+
+
+def test_columns_are_those_of_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "score_file.md").read_text()
+    documented = re.findall(r"^\| `(\w+)` \| (\w+) \|", page, flags=re.MULTILINE)
+    names = {"string": pa.string(), "double": pa.float64(), "integer": pa.int64(), "boolean": pa.bool_()}
+    assert [(column, names[kind]) for column, kind in documented] == [(field.name, field.type) for field in SCHEMA]
 
 
 class TestJoin:

@@ -122,7 +122,11 @@ class TestLoss:
         assert metrics["eval_second_poft/tau_min"] == metrics["eval_second_poft/tau_max"]
         again = trainer.evaluate(trainer.eval_dataset["first"])  # which is prepared already
         assert again["eval_loss"] == metrics["eval_first_loss"]
-        assert {"eval_nll", "eval_poft/margin", "eval_poft/r_theta"} <= again.keys()
+        margins = [-loss.item() - reference for loss, reference in expected_examples(tiny_model, scored_rows)]
+        assert again["eval_poft/margin"] == pytest.approx(sum(margins) / 8, rel=1e-5)
+        losses = [padded_document_log_probs(tiny_model, row["input_ids"], row["labels"]) for row in scored_rows]
+        losses = [-log_prob for of_row in losses for log_prob in of_row if log_prob is not None]
+        assert again["eval_nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
     @pytest.mark.parametrize("batch_size", [1, 2, 8])
     def test_evaluation_loss_is_the_mean_over_examples_when_packed(

@@ -2,6 +2,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,15 @@ class TestJoin:
             join_scores(keyed_rows, scores, {"length": "l"}, "here")
 
 
+def commit_of(repository, digit):
+    """The folder of a commit in the cache of the Hub, which is that of the branch `main` from now on."""
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(digit * 40)
+    folder = repository / "snapshots" / (digit * 40)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 class TestReferenceModels:
     def test_identity_changes_with_the_weights(self, tiny_model, tmp_path):
         before = identify_model(tiny_model)
@@ -337,6 +347,26 @@ class TestReferenceModels:
         before = identify_model(str(tmp_path / "adapter"))
         os.utime(tmp_path / "base" / "model.safetensors", ns=(1, 1))
         assert identify_model(str(tmp_path / "adapter")) != before
+
+    def test_ids_of_the_hub(self, tiny_model, token_rows, tmp_path, monkeypatch):
+        """A model and an adapter by their ids, each known by its commit, from the cache of the Hub."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        tiny_model.save_pretrained(commit_of(tmp_path / "models--org--base", "a"))
+        base = load_reference_model("org/base")
+        adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        adapted.save_pretrained(commit_of(tmp_path / "models--org--adapter", "b"))
+        first, second = (
+            LogProbScorer(load_reference_model(id))(list(token_rows)) for id in ("org/base", "org/adapter")
+        )
+        assert first[0]["sum_log_prob"] != second[0]["sum_log_prob"]
+        of_base, of_adapter = identify_model("org/base"), identify_model("org/adapter")
+        assert of_base | {"model": "org/base", "version": "a" * 40} == of_base
+        assert of_adapter | {"version": "b" * 40, "base": f"org/base {'a' * 40}"} == of_adapter
+        for name, before in (("base", "a"), ("adapter", "b")):
+            repository = tmp_path / f"models--org--{name}"
+            shutil.copytree(repository / "snapshots" / (before * 40), commit_of(repository, "c"), dirs_exist_ok=True)
+        assert identify_model("org/base")["version"] == identify_model("org/adapter")["version"] == "c" * 40
+        assert identify_model("org/base", {"revision": "a" * 40})["version"] == "a" * 40
 
     def test_adapter_on_the_head_can_not_score(self, tiny_model):
         adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["lm_head"]))

@@ -188,6 +188,9 @@ class TestTwoPhases:
         train(tiny_model, tokenizer, chat_rows, tmp_path)
         assert (tmp_path / "checkpoint-6").is_dir() and (tmp_path / "reference" / "model.safetensors").is_file()
         assert not list((tmp_path / "reference").glob("checkpoint-*"))
+        shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "reference" / "checkpoint-6")  # it was killed before
+        train(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
+        assert not list((tmp_path / "reference").glob("checkpoint-*"))
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_a_formatting_function_sees_the_rows_alone(self, packing, tiny_model, tokenizer, tmp_path):

@@ -19,7 +19,7 @@ from hf_sft_variants.errors import InputError
 from hf_sft_variants.scoring import EXAMPLE_KEY
 from hf_sft_variants.scoring.shards import write_parquet
 from hf_sft_variants.sftmix.confidence_file import confidence_table, with_content_keys
-from hf_sft_variants.sftmix.pairing import CONFIDENT, UNCONFIDENT
+from hf_sft_variants.sftmix.pairing import CONFIDENT, NEITHER, UNCONFIDENT
 
 
 RANDOM = {"confidence_split": "random", "train_sampling_strategy": "random"}
@@ -99,8 +99,9 @@ def drawn_lambda(seed, step, first, second, alpha):
 
 
 def slow_loss(model, trainer, batches, halves):
-    """Loss of a step, and what it is made of: NTP loss and mixup loss."""
-    ntp, mixup, num_tokens, num_mixed = 0.0, 0.0, 0, 0
+    """Loss of a step, and what is logged of it."""
+    ntp, mixup, share_sum, num_tokens, num_mixed = 0.0, 0.0, 0.0, 0, 0
+    of_halves = {CONFIDENT: [0.0, 0], UNCONFIDENT: [0.0, 0], NEITHER: [0.0, 0]}
     base_model = getattr(model, "get_base_model", lambda: model)()
     args = trainer.args
     for inputs in batches:
@@ -117,9 +118,11 @@ def slow_loss(model, trainer, batches, halves):
         assert len(pairs) == min(with_labels.count(CONFIDENT), with_labels.count(UNCONFIDENT))
         assert len({document for pair in pairs for document in pair}) == 2 * len(pairs)
         head, vocab = base_model.lm_head, base_model.config.vocab_size
-        for states, targets in zip(hidden, labels, strict=True):
-            ntp = ntp - head(states).double().log_softmax(-1)[range(len(targets)), targets].sum()
-            num_tokens += len(targets)
+        for number, states, targets in zip(numbers, hidden, labels, strict=True):
+            nll = -head(states).double().log_softmax(-1)[range(len(targets)), targets].sum()
+            of_half = of_halves[halves[number].item()]
+            of_half[0], of_half[1] = of_half[0] + nll.item(), of_half[1] + len(targets)
+            ntp, num_tokens = ntp + nll, num_tokens + len(targets)
         for (i, j), share in pairs.items():
             assert (halves[numbers[i]], halves[numbers[j]]) == (CONFIDENT, UNCONFIDENT)
             assert share == drawn_lambda(args.seed, 0, numbers[i], numbers[j], args.mixup_alpha)
@@ -128,19 +131,25 @@ def slow_loss(model, trainer, batches, halves):
             one_hot = torch.nn.functional.one_hot
             soft = share * one_hot(labels[i][:size], vocab) + (1 - share) * one_hot(labels[j][:size], vocab)
             mixup = mixup - (soft * log_p).sum()
-            num_mixed += size
-    ntp, mixup = ntp / num_tokens, mixup / max(num_mixed, 1)
-    return args.ntp_weight * ntp + args.mixup_weight * mixup, ntp, mixup, 2 * num_mixed / num_tokens
+            num_mixed, share_sum = num_mixed + size, share_sum + size * share
+    ntp, mixup = ntp / num_tokens, mixup / num_mixed
+    loss = args.ntp_weight * ntp + args.mixup_weight * mixup
+    return loss, {
+        "loss": loss.item(),
+        "nll": ntp.item(),
+        "sftmix/mixup_loss": mixup.item(),
+        "sftmix/mixed_fraction": 2 * num_mixed / num_tokens,
+        "sftmix/mean_lambda": share_sum / num_mixed,
+        "sftmix/confident_nll": of_halves[CONFIDENT][0] / of_halves[CONFIDENT][1],
+        "sftmix/unconfident_nll": of_halves[UNCONFIDENT][0] / of_halves[UNCONFIDENT][1],
+    }
 
 
 def assert_like_slow_reference(start, trainer, log, gradients):
     model = copy.deepcopy(start)
-    loss, ntp, mixup, fraction = slow_loss(model, trainer, trainer.batches, trainer.halves)
+    loss, metrics = slow_loss(model, trainer, trainer.batches, trainer.halves)
     loss.backward()
-    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert log["nll"] == pytest.approx(ntp.item(), rel=1e-5)
-    assert log["sftmix/mixup_loss"] == pytest.approx(mixup.item(), rel=1e-5)
-    assert log["sftmix/mixed_fraction"] == pytest.approx(fraction)
+    assert {name: log[name] for name in metrics} == pytest.approx(metrics, rel=1e-5)
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same_gradients(expected, gradients, tolerance=5e-6)
 
