@@ -203,7 +203,7 @@ def test_controls_on_uneven_data(strategy, method, results):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@on_each_strategy(", `average_tokens_across_devices: false`: SFTTrainer's loss and weights")
+@on_each_strategy(", average_tokens_across_devices=False: SFTTrainer's loss and weights")
 def test_controls_with_counts_of_each_process(strategy, method, results):
     assert_control_is_sft_trainer(results, "separate", method)
 
@@ -285,7 +285,7 @@ def test_copied_reference_is_refused(method, strategy, results):
 
 
 @pytest.mark.parametrize("method", ["sftmix"])
-@on_each_strategy(', `confidence_source: "online"`: loss and weights of one process')
+@on_each_strategy(', confidence_source="online": loss and weights of one process')
 def test_online_confidence(method, strategy, results, one_process):
     assert_same_halves(results["sftmix_online"], one_process("sftmix_online"))
 
@@ -342,13 +342,13 @@ def test_found_scores(method, case, strategy, results, one_process):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@on_each_strategy(" with `cp_size: 2` (context parallelism)", strategies=["fsdp2"], refused=True)
+@on_each_strategy(" with cp_size=2 (context parallelism)", strategies=["fsdp2"], refused=True)
 def test_context_parallelism_is_refused(method, strategy, results):
     assert "does not support `cp_size=2`: the tokens of a sample" in results[f"{method}_sharded"]["refused"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-@on_each_strategy(" with `sp_size: 2` (sequence parallelism)", strategies=["zero3"], refused=True)
+@on_each_strategy(" with sp_size=2 (sequence parallelism)", strategies=["zero3"], refused=True)
 def test_sequence_parallelism_is_refused(method, strategy, results):
     assert "does not support `sp_size=2`: the tokens of a sample" in results[f"{method}_sharded"]["refused"]
 
