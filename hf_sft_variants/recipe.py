@@ -166,6 +166,7 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
         raise InputError(f"`model_name_or_path` is {model!r}, which can't be loaded: {error}") from error
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
+    trainer.create_model_card(dataset_name=script_args.dataset_name)  # `trl sft` writes one with checkpoints only
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:

@@ -406,7 +406,8 @@ def run(*command):
 def assert_sft_go_trained(folder, steps, worst_group_weight):
     """Returns what was logged."""
     assert (folder / "adapter_model.safetensors").is_file()
-    assert "SFT-GO" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "library_name: peft" in card and "- sft-go\n" in card and "trained with SFT-GO" in card
     state = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     assert state["log_history"][0]["sft_go/worst_group_weight"] == worst_group_weight
     return state["log_history"]

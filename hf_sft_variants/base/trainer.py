@@ -23,6 +23,7 @@ from .batch import AnnotatedBatch, NumItems, RememberOutputs, make_annotated_bat
 from .checkpoints import SameRunMixin
 from .collator import AnnotationCollator
 from .metrics import MetricSums
+from .model_card import ModelCardMixin
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
 from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
 from .row_checks import check_rows, checked_text, require_row
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _NUM_ITEMS = "num_items_in_step"
 
 
-class AnnotatedSFTTrainer(SameRunMixin, SFTTrainer):
+class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss may use what is known about each token.
 

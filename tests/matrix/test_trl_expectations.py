@@ -1,11 +1,13 @@
 """What TRL's tests expect of `SFTTrainer` holds for each trainer: each is run beside `SFTTrainer` itself."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+import yaml
 from helpers import SMALL, GradientRecorder, assert_same_gradients, make_trainer
 from methods import METHODS, SFT, Method, rows_with_equal_labels, with_references
 from peft import LoraConfig, PeftModel
@@ -13,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import integration_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_sft_variants.base.checkpoints import RUN_FILE
+import hf_sft_variants
+from hf_sft_variants.base.checkpoints import RUN_FILE, describe_settings
 
 
 PLAIN = Method(*SFT)
@@ -149,10 +152,13 @@ class TestRun:
             assert tags[:2] == ["trl", "sft"] and set(type(trainer)._tag_names) == set(tags)
             assert all(f"- {tag}\n" in card for tag in tags)
             assert f"This model was trained with {trainer._name}" in card
+            assert f"- hf_sft_variants: {hf_sft_variants.__version__}\n" in card and "None" not in card
             if method != "base":
                 assert "hf_sft_variants" in tags and len(tags) == 4
                 assert trainer._paper["title"] in card and f"huggingface.co/papers/{trainer._paper['id']}" in card
                 assert trainer._paper["citation"].splitlines()[0] in card
+                (settings,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+                assert yaml.safe_load(settings) == describe_settings(trainer.args)
 
     @pytest.mark.cell("TRL's expectations", "push_to_hub: the card has the data set, the method's tags and the user's")
     def test_push_to_hub(self, method, runs, monkeypatch):
