@@ -19,7 +19,7 @@ quickstart: $(INSTALLED)
 
 # One thread per process: pytest-xdist has a process on each core
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 # A part of them on the lowest versions that setup.cfg allows, and on the newest, each in an environment of its own
 test-versions:

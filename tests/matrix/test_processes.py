@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_deepspeed_available
+from filelock import FileLock
 from helpers import SMALL, make_trainer
 from methods import METHODS
 from process_cases import (
@@ -59,8 +60,7 @@ def on_each_strategy(cell=None, strategies=STRATEGIES, **options):
     """Parametrizes `strategy`; `cell` says in the table what is shown, behind the strategy's name."""
     parameters = []
     for strategy in strategies:
-        # One worker of pytest-xdist has all of a strategy, and launches it once
-        marks = [pytest.mark.distributed, pytest.mark.xdist_group(strategy)]
+        marks = [pytest.mark.distributed]
         if strategy.startswith("zero"):
             marks.append(NEEDS_DEEPSPEED)
         if cell is not None:
@@ -69,10 +69,25 @@ def on_each_strategy(cell=None, strategies=STRATEGIES, **options):
     return pytest.mark.parametrize("strategy", parameters)
 
 
+def once(path, make, *arguments):
+    """What `make` returns, made by the first that asks: the workers of pytest-xdist share it."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            torch.save(make(*arguments), path)
+        return torch.load(path, weights_only=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model_factory, tokenizer, token_rows):
     """Holds all models and rows, and for each strategy a recipe."""
-    folder = tmp_path_factory.mktemp("processes")
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.mktemp("processes")
+    once(root / "processes.pt", fill, root / "processes", tiny_model_factory, tokenizer, token_rows)
+    return root / "processes"
+
+
+def fill(folder, tiny_model_factory, tokenizer, token_rows):
+    folder.mkdir()
     for name, model in make_models(tiny_model_factory(), tokenizer).items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -91,7 +106,7 @@ def folder(tmp_path_factory, tiny_model_factory, tokenizer, token_rows):
             **STEPS,
         }
         (folder / strategy / "recipe.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
-    return folder
+    (folder / "one").mkdir()
 
 
 def make_models(tied, tokenizer):
@@ -125,44 +140,47 @@ def save_importance_model(path):
 def one_process(folder):
     """Runs a case on this process alone, in float32."""
 
-    @cache
-    def run(name):
-        cases = cases_like_one_process(folder) | cases_in_bfloat16() | scoring_cases(folder, "one")
-        accumulation = {"gradient_accumulation_steps": 2 * STEPS["gradient_accumulation_steps"], "bf16": False}
-        trainer = make_trainer_of(cases[name], folder, folder / "one" / name, **accumulation)
-        trainer.train()
-        return result_of(trainer)
+    return cache(lambda name: once(folder / "one" / f"{name}.pt", run_on_one_process, folder, name))
 
-    return run
+
+def run_on_one_process(folder, name):
+    cases = cases_like_one_process(folder) | cases_in_bfloat16() | scoring_cases(folder, "one")
+    accumulation = {"gradient_accumulation_steps": 2 * STEPS["gradient_accumulation_steps"], "bf16": False}
+    trainer = make_trainer_of(cases[name], folder, folder / "one" / name, **accumulation)
+    trainer.train()
+    return result_of(trainer)
 
 
 @pytest.fixture(scope="module")
 def launch(folder, one_process):
-    @cache
     def run(strategy):
         for name in scoring_cases(folder, "one"):
             one_process(name)  # leaves scores to be found
-        finished = subprocess.run(
-            [
-                *(Path(sys.executable).with_name("trl"), "sft", "--config", folder / strategy / "recipe.yaml"),
-                *("--accelerate_config", REPOSITORY / "recipes" / "accelerate" / f"{strategy}.yaml"),
-            ],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "HF_HOME": str(folder / "cache"),
-                "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)]),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert finished.returncode == 0, finished.stdout[-10_000:]
-        return torch.load(folder / strategy / "results.pt", weights_only=True)
+        return once(folder / f"{strategy}.pt", launch_processes, folder, strategy)
 
-    return run
+    return cache(run)
+
+
+def launch_processes(folder, strategy):
+    finished = subprocess.run(
+        [
+            *(Path(sys.executable).with_name("trl"), "sft", "--config", folder / strategy / "recipe.yaml"),
+            *("--accelerate_config", REPOSITORY / "recipes" / "accelerate" / f"{strategy}.yaml"),
+        ],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(folder / "cache"),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)]),
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-10_000:]
+    return torch.load(folder / strategy / "results.pt", weights_only=True)
 
 
 @pytest.fixture
