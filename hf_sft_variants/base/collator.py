@@ -12,8 +12,8 @@ class AnnotationCollator:
 
     Args:
         collator (`Callable`):
-            TRL's collator, or the user's own. It must keep each row's tokens at the start of the row (pad on the
-            right) or, padding-free, one after the other.
+            TRL's collator, or the user's own, which does not see the annotations. It must keep each row's tokens at
+            the start of the row (pad on the right) or, padding-free, one after the other.
         padding_values (`dict[str, int | float]`):
             Annotation column to the value that stands on padding; a float makes the column float32, an integer int64.
 
@@ -27,7 +27,10 @@ class AnnotationCollator:
     padding_values: dict[str, int | float]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
+        # Collators that pad whatever they are given, such as those of transformers, would fail on the annotations
+        batch = self.collator(
+            [{name: example[name] for name in example if name not in self.padding_values} for example in examples]
+        )
         token_ids = [torch.as_tensor(example["input_ids"]) for example in examples]
         if batch["input_ids"].size(0) == 1:  # padding-free, or a single row
             token_ids = [torch.cat(token_ids)]

@@ -78,6 +78,8 @@ def check_rows(
 
 
 def _checked(example: dict[str, Any], row: int, **options: Any) -> dict[str, Any]:
+    # A generator may yield arrays, which no data set on disk does
+    example = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in example.items()}
     _is_sound(example, row, **options)
     return example
 

@@ -210,7 +210,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         require_row(f"The {dataset_name} dataset", dataset)
-        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         columns = set(get_dataset_column_names(dataset))
         if {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
@@ -303,7 +303,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         # Of several evaluation sets, each has its own metrics: "eval_<name>" becomes "<name>_" before the metric
-        self._eval_set_prefix = (metric_key_prefix.removeprefix("eval").removeprefix("_") + "_").lstrip("_")
+        self._eval_set_prefix = "" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_") + "_"
         self._metric_sums.take("eval")  # `predict` leaves its own
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

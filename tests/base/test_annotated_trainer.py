@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers import SMALL, assert_same_gradients, make_trainer, one_step
-from transformers import TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer
@@ -32,6 +32,15 @@ class EchoTrainer(AnnotatedSFTTrainer):
         torch.testing.assert_close(batch.annotations["thirds"][batch.label_mask], labels_echoed / 3)
         return super().compute_annotated_loss(batch)
 
+
+def as_arrays(rows):
+    yield from rows.with_format("numpy")
+
+
+STREAMS = {
+    "tensors": lambda rows: rows.to_iterable_dataset().with_format("torch"),
+    "generator": lambda rows: IterableDataset.from_generator(as_arrays, gen_kwargs={"rows": rows}),
+}
 
 LAYOUTS = {
     "padded": {},
@@ -76,6 +85,14 @@ class TestAnnotationsFollowTokens:
             for key, value in plain_batch.items():
                 assert torch.equal(torch.as_tensor(our_batch[key]), torch.as_tensor(value)), key
 
+    @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+    def test_streams_of_arrays(self, stream, tiny_model, tokenizer, token_rows, tmp_path):
+        common, options = (EchoTrainer, SFTConfig, tiny_model, tokenizer), {"max_length": 11, "max_steps": 2}
+        ours, lists = (
+            make_trainer(*common, rows, tmp_path, **options).train_dataset for rows in (stream(token_rows), token_rows)
+        )
+        assert list(ours) == list(lists)
+
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_training_equals_sft_trainer(self, layout, tiny_model, tokenizer, token_rows, tmp_path):
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **LAYOUTS[layout]}
@@ -117,6 +134,7 @@ class TestAnnotationsFollowTokens:
             assert metrics[f"eval_{name}_echo/token_sum"] == sum(labels)
         assert "eval_echo/token_sum" in trainer.evaluate(chat_rows)
         assert "eval_new_nll" in trainer.evaluate({"new": chat_rows.to_iterable_dataset()})
+        assert "eval_evaluation_nll" in trainer.evaluate(chat_rows, metric_key_prefix="evaluation")
 
     def test_skipped_preparation_needs_the_columns(self, tiny_model, tokenizer, token_rows, tmp_path):
         options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 1, "save_strategy": "no"}
@@ -252,7 +270,11 @@ class TestWhatStaysTRLs:
             batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
             return {key: value.flip(1) for key, value in batch.items()}
 
-        for collator, works in ((DataCollatorForLanguageModeling(pad_token_id=0), True), (left_padding, False)):
+        for collator, works in (
+            (DataCollatorForLanguageModeling(pad_token_id=0), True),
+            (DataCollatorForSeq2Seq(tokenizer), True),  # pads all that it is given
+            (left_padding, False),
+        ):
             args = SFTConfig(str(tmp_path), **SMALL)
             trainer = EchoTrainer(
                 tiny_model, args, data_collator=collator, train_dataset=token_rows, processing_class=tokenizer
