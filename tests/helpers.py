@@ -1,8 +1,10 @@
 """What several test modules need: small trainers, and the loss and gradients of one optimizer step."""
 
 import copy
+import os
 
 import torch
+from filelock import FileLock
 from transformers import TrainerCallback
 
 
@@ -72,3 +74,17 @@ def padded_document_log_probs(model, input_ids, labels):
         for position, label in enumerate(labels)
         if position > 0
     ]
+
+
+def folder_of_all_workers(tmp_path_factory):
+    """A temporary folder of this run of pytest, the same for all workers of pytest-xdist."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    return tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()
+
+
+def once(path, make, *arguments):
+    """What `make` returns, made by the worker that asks first and read from the file by all."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            torch.save(make(*arguments), path)
+        return torch.load(path, weights_only=True)

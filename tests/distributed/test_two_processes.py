@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_gradients, make_trainer, one_step, one_step_log
+from helpers import assert_same_gradients, folder_of_all_workers, make_trainer, once, one_step, one_step_log
 
 from hf_sft_variants import (
     PoFTConfig,
@@ -22,8 +22,7 @@ from hf_sft_variants import (
 )
 
 
-# All share one launch, so one worker of pytest-xdist has them all
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("two_processes")]
+pytestmark = pytest.mark.distributed
 
 # Eight rows in one optimizer step each; packed to four rows of at most 40 tokens
 PADDED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -83,18 +82,26 @@ def eight_rows(token_rows):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model_factory, tokenizer):
     """Holds the model, and another one to be its reference."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    model = tiny_model_factory()
+    folder = folder_of_all_workers(tmp_path_factory) / "two_processes"
+    once(folder.with_suffix(".pt"), save_models, folder, tiny_model_factory(), tokenizer)
+    return folder
+
+
+def save_models(folder, model, tokenizer):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     model.model.embed_tokens.weight.data.mul_(1.1)
     model.save_pretrained(folder / "reference")
     tokenizer.save_pretrained(folder / "reference")
-    return folder
 
 
 @pytest.fixture(scope="module")
 def results(folder, eight_rows):
+    return once(folder / "all_results.pt", launch_processes, folder, eight_rows)
+
+
+def launch_processes(folder, eight_rows):
+    """All cases in one launch."""
     eight_rows.to_json(folder / "rows.jsonl")
     cases = {
         name: {"trainer": "SFTGOTrainer", "options": {**PADDED, **options}} for name, options in METHOD_OPTIONS.items()

@@ -18,8 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_deepspeed_available
-from filelock import FileLock
-from helpers import SMALL, make_trainer
+from helpers import SMALL, folder_of_all_workers, make_trainer, once
 from methods import METHODS
 from process_cases import (
     AS_USED,
@@ -69,21 +68,12 @@ def on_each_strategy(cell=None, strategies=STRATEGIES, **options):
     return pytest.mark.parametrize("strategy", parameters)
 
 
-def once(path, make, *arguments):
-    """What `make` returns, made by the first that asks: the workers of pytest-xdist share it."""
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            torch.save(make(*arguments), path)
-        return torch.load(path, weights_only=True)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model_factory, tokenizer, token_rows):
     """Holds all models and rows, and for each strategy a recipe."""
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    root = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.mktemp("processes")
-    once(root / "processes.pt", fill, root / "processes", tiny_model_factory, tokenizer, token_rows)
-    return root / "processes"
+    folder = folder_of_all_workers(tmp_path_factory) / "processes"
+    once(folder.with_suffix(".pt"), fill, folder, tiny_model_factory, tokenizer, token_rows)
+    return folder
 
 
 def fill(folder, tiny_model_factory, tokenizer, token_rows):
