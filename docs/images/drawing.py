@@ -9,6 +9,7 @@ from matplotlib.patches import FancyBboxPatch
 
 
 TEAL, ORANGE, INK = "#2a9d8f", "#e76f51", "#7a7a7a"
+WIDTH = 384  # points; not shrunk much on a phone, so that text stays legible
 ON_COLOR = "#101010"  # text on a teal or an orange chip
 MONOSPACE = ["DejaVu Sans Mono", "monospace"]
 

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from drawing import INK, ORANGE, TEAL, save, set_style
+from drawing import INK, ORANGE, TEAL, WIDTH, save, set_style
 from matplotlib import pyplot as plt
 
 
@@ -18,7 +18,7 @@ COLORS = {"clean": TEAL, "corrupted": ORANGE}
 def draw(runs: list[dict], path: Path) -> None:
     """Mean over the seeds, and the range from the lowest to the highest seed behind it."""
     set_style()
-    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH / 72, 3.2), layout="constrained")
     for kind, color in COLORS.items():
         steps = [step for step, _ in runs[0]["tau"][kind]]
         seeds = list(zip(*([tau for _, tau in run["tau"][kind]] for run in runs), strict=True))

@@ -8,14 +8,14 @@ import json
 import sys
 from pathlib import Path
 
-from drawing import INK, MONOSPACE, ORANGE, TEAL, canvas, chip, save, set_style
+from drawing import INK, MONOSPACE, ORANGE, TEAL, WIDTH, canvas, chip, save, set_style
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 
 GROUPS = {"important": (1, ORANGE), "unimportant": (0, TEAL)}
-WIDTH, SAMPLE_HEIGHT, LINE_HEIGHT = 460.8, 150, 38
-BARS_AT, BAR_LENGTH = 292, 130
+SAMPLE_HEIGHT, LINE_HEIGHT = 214, 38
+BARS_AT, BAR_LENGTH = 156, 150
 
 
 def draw_tokens(axes: Axes, sample: dict, top: float) -> None:
@@ -23,9 +23,9 @@ def draw_tokens(axes: Axes, sample: dict, top: float) -> None:
     colors = dict(GROUPS.values())
     x, y = 4, top
     for token, group, nll in zip(sample["tokens"], sample["group_ids"], sample["nll"], strict=True):
-        width = max(25, 5.6 * len(token) + 8)
+        width = max(26, 5.6 * len(token) + 8)
         chip(axes, x, y, width, token, colors[group])
-        axes.text(x + width / 2, y + 25, f"{nll:.2f}", size=8, ha="center", va="center_baseline")
+        axes.text(x + width / 2, y + 25, f"{nll:.2f}", size=9, ha="center", va="center_baseline")
         x += width + 4
         if token == "↵":
             x, y = 4, y + LINE_HEIGHT
@@ -34,15 +34,14 @@ def draw_tokens(axes: Axes, sample: dict, top: float) -> None:
 def draw_groups(axes: Axes, sample: dict, top: float, scale: float) -> None:
     """Mean loss of each group, and the sample's loss."""
     for number, (name, (group, color)) in enumerate(GROUPS.items()):
-        y, nll, is_worst = top + 36 * number, sample["group_nll"][group], sample["worst_group"] == group
-        axes.text(
-            BARS_AT, y + 7, f"{name}: {nll:.2f}{', the max' if is_worst else ''}", weight="bold" if is_worst else None
-        )
-        axes.barh(y + 17, nll * scale, 10, left=BARS_AT, color=color, alpha=1 if is_worst else 0.4)
+        y, nll, is_worst = top + 18 * number, sample["group_nll"][group], sample["worst_group"] == group
+        style = {"weight": "bold" if is_worst else "normal", "va": "center_baseline"}
+        axes.text(4, y, f"{name}: {nll:.2f}{', max' if is_worst else ''}", **style)
+        axes.barh(y, nll * scale, 10, left=BARS_AT, color=color, alpha=1 if is_worst else 0.4)
     weight, mean = sample["worst_group_weight"], sum(sample["nll"]) / len(sample["nll"])
     worst = sample["group_nll"][sample["worst_group"]]
     terms = f"{1 - weight:.1f} · {mean:.2f} + {weight:.1f} · {worst:.2f} = {sample['loss']:.2f}"
-    axes.text(BARS_AT, top + 84, f"loss = {terms}", size=9)
+    axes.text(4, top + 36, f"loss = {terms}", va="center_baseline")
 
 
 def draw(samples: list[dict], path: Path) -> None:
@@ -56,7 +55,7 @@ def draw(samples: list[dict], path: Path) -> None:
         problem = sample["prompt"].split("problem: ")[1].split("\n")[0]
         axes.text(4, top + 14, f"prompt: ... {problem}", color=INK, family=MONOSPACE, size=9)
         draw_tokens(axes, sample, top + 28)
-        draw_groups(axes, sample, top + 28, scale)
+        draw_groups(axes, sample, top + 150, scale)
     save(axes.figure, path)
 
 

@@ -8,18 +8,18 @@ import json
 import sys
 from pathlib import Path
 
-from drawing import INK, ORANGE, TEAL, canvas, chip, save, set_style
+from drawing import INK, ORANGE, TEAL, WIDTH, canvas, chip, save, set_style
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
 COLORS = {"confident": TEAL, "unconfident": ORANGE}
-WIDTH, PAIR_AT, ROW_HEIGHT, HEADER = 460.8, 250, 19, 42
+PAIR_AT, ROW_HEIGHT, HEADER = 192, 20, 42
 
 
 def draw_halves(figure: Figure, results: dict) -> None:
-    axes = figure.add_axes((0.105, 0.13, 0.38, 0.8))
+    axes = figure.add_axes((0.12, 0.13, 0.36, 0.8))
     ranked = list(zip(results["half"], results["mean_perplexity"], strict=True))
     for half, color in COLORS.items():
         ranks = [rank for rank, (of_example, _) in enumerate(ranked, start=1) if of_example == half]
@@ -34,7 +34,7 @@ def draw_halves(figure: Figure, results: dict) -> None:
 
 def draw_pair(axes: Axes, pair: dict) -> None:
     """The labels of both examples, the n-th beside the n-th; those that are mixed are filled."""
-    columns = {"confident": 66, "unconfident": 166}
+    columns = {"confident": 58, "unconfident": 152}
     shares = {"confident": f"λ = {pair['lambda']:.2f}", "unconfident": f"1 − λ = {1 - pair['lambda']:.2f}"}
     axes.text(10, 30, "n", size=9, ha="center")
     for half, x in columns.items():
@@ -45,9 +45,9 @@ def draw_pair(axes: Axes, pair: dict) -> None:
             chip(axes, x - width / 2, y, width, token, COLORS[half], filled=row < pair["mixed_positions"])
     for row in range(max(len(pair[half]) for half in columns)):
         y = HEADER + ROW_HEIGHT * row + 8
-        axes.text(10, y, row + 1, size=8, ha="center", va="center_baseline")
+        axes.text(10, y, row + 1, size=9, ha="center", va="center_baseline")
         if row < pair["mixed_positions"]:
-            axes.text(116, y, "+", size=9, ha="center", va="center_baseline")
+            axes.text(105, y, "+", size=9, ha="center", va="center_baseline")
 
 
 def draw(results: dict, path: Path) -> None:
