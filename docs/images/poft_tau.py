@@ -8,20 +8,17 @@ import json
 import sys
 from pathlib import Path
 
+from drawing import INK, ORANGE, TEAL, WIDTH, save, set_style
 from matplotlib import pyplot as plt
 
 
-# Readable on white and on black
-COLORS = {"clean": "#2a9d8f", "corrupted": "#e76f51"}
-INK = "#808080"
+COLORS = {"clean": TEAL, "corrupted": ORANGE}
 
 
 def draw(runs: list[dict], path: Path) -> None:
     """Mean over the seeds, and the range from the lowest to the highest seed behind it."""
-    plt.rcParams.update({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.family": "sans-serif"})
-    for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
-        plt.rcParams[name] = INK
-    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    set_style()
+    figure, axes = plt.subplots(figsize=(WIDTH / 72, 3.2), layout="constrained")
     for kind, color in COLORS.items():
         steps = [step for step, _ in runs[0]["tau"][kind]]
         seeds = list(zip(*([tau for _, tau in run["tau"][kind]] for run in runs), strict=True))
@@ -31,7 +28,7 @@ def draw(runs: list[dict], path: Path) -> None:
     axes.set_ylabel("mean weight τ of the examples")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, labelcolor=INK)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    save(figure, path)
 
 
 if __name__ == "__main__":
