@@ -33,6 +33,7 @@ METHODS = {
     "_save_checkpoint": ["model", "trial"],
     "_set_signature_columns_if_needed": [],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "create_model_card": ["model_name", "dataset_name", "tags"],
     "create_scheduler": ["num_training_steps", "optimizer"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
