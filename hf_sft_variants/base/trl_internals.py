@@ -39,6 +39,7 @@ METHODS = {
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
     "get_tp_size": [],
     "log": ["logs", "start_time"],
+    "save_model": ["output_dir", "_internal_call"],
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
 }
 

@@ -94,6 +94,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         "citation": textwrap.dedent("""\
             @article{sftmix2024,
                 title  = {{SFTMix: Elevating Language Model Instruction Tuning with Mixup Recipe}},
+                author = {Yuxin Xiao and Shujian Zhang and Wenxuan Zhou and Marzyeh Ghassemi and Sanqiang Zhao},
                 year   = 2024,
                 eprint = {arXiv:2410.05248},
             }"""),
