@@ -21,7 +21,12 @@ from hf_sft_variants.recipe import make_parser, parse
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "recipes" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 HUB_MODELS = re.compile(r'"((?:Qwen|HuggingFaceH4|meta-llama|01-ai)/[\w.-]+)"')
 TRAINERS = {"sft_go": "SFTGO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
 
