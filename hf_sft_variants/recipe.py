@@ -164,7 +164,8 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
         raise InputError(str(error)) from error
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"`model_name_or_path` is {model!r}, which can't be loaded: {error}") from error
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "true" else resume)  # a flag is text
     trainer.accelerator.print("✅ Training completed.")
     trainer.create_model_card(dataset_name=script_args.dataset_name)  # `trl sft` writes one with checkpoints only
     trainer.save_model(training_args.output_dir)
