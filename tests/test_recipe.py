@@ -441,6 +441,7 @@ def assert_sft_go_trained(folder, steps, worst_group_weight):
     assert (folder / "adapter_model.safetensors").is_file()
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card and "- sft-go\n" in card and "trained with SFT-GO" in card
+    assert "# Model Card for run\n" in card and "None" not in card and "huggingface.co/datasets" not in card
     state = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     assert state["log_history"][0]["sft_go/worst_group_weight"] == worst_group_weight
     return state["log_history"]
