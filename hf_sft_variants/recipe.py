@@ -165,7 +165,7 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"`model_name_or_path` is {model!r}, which can't be loaded: {error}") from error
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "true" else resume)  # a flag is text
+    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)  # a flag is text
     trainer.accelerator.print("✅ Training completed.")
     trainer.create_model_card(dataset_name=script_args.dataset_name)  # `trl sft` writes one with checkpoints only
     trainer.save_model(training_args.output_dir)
