@@ -100,7 +100,7 @@ def train(folder: Path, run: dict[str, Any]) -> None:
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - start,
         "seconds_before_training": clock.time - start,
-        "tokens": max((log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log), default=None),
+        "tokens": max(log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log),
         **peak_memory(trainer.args.device),
         "extra_passes": extra_passes(trainer),
         "log_history": trainer.state.log_history,

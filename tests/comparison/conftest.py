@@ -1,7 +1,10 @@
-import json
+import traceback
 
+import datasets
 import pytest
 import yaml
+
+from hf_sft_variants.comparison import run, runs
 
 
 RECIPE = {
@@ -60,6 +63,33 @@ def write_study(folder):
     return write
 
 
-def read_results(folder="study"):
-    with open(f"{folder}/results.json") as file:
-        return json.load(file)
+class RunInThisProcess:
+    """What stands for the process of a run: imports take ten times as long as a tiny model's training."""
+
+    def __init__(self, folder, device=None):
+        self.folder, self.device = folder, device
+
+    def wait(self):
+        try:
+            run.do_run(self.folder)
+        except Exception:
+            (self.folder / "log.txt").write_text(traceback.format_exc())
+            return 1
+        return 0
+
+    def kill(self):
+        pass
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The folders of the runs that are started, in their order; they run in this process."""
+    started = []
+
+    def start(folder, device=None):
+        started.append(str(folder))
+        return RunInThisProcess(folder, device)
+
+    monkeypatch.setattr(runs, "start_process", start)
+    yield started
+    datasets.enable_caching()
