@@ -4,7 +4,7 @@ import argparse
 import sys
 
 
-EXAMPLE = "example: hf-sft-variants compare --config recipes/studies/quickstart.yaml"
+EXAMPLE = "example: hf-sft-variants compare --config studies/quickstart.yaml"
 
 
 def add_parser(subparsers) -> None:

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from hf_sft_variants.comparison import plan_runs, read_study
-from hf_sft_variants.comparison.plan import description
+from hf_sft_variants.comparison.plan import description, merged_recipe
 from hf_sft_variants.errors import InputError
 
 
+ROOT = Path(__file__).parents[2]
 SFT, SFT_GO = {"recipe": "sft.yaml"}, {"recipe": "sft_go.yaml"}
 
 
@@ -173,3 +174,13 @@ def test_a_folder_of_another_run(write_study):
         with pytest.raises(InputError, match=f"with other settings: {names}. Remove the folder"):
             plan_runs(read_study(write_study(**changes)))
     assert plan_runs(read_study(write_study(evaluations={"batch_size": 3})))  # evaluated again, not trained again
+
+
+@pytest.mark.parametrize("path", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("studies/*.yaml")))
+def test_committed_studies_name_recipes_that_are_there(path, monkeypatch):
+    """Their data is not: `hf-sft-variants quickstart` makes it."""
+    monkeypatch.chdir(ROOT)
+    study = read_study(path)
+    for data in study.data:
+        for arm in study.arms.values():
+            assert merged_recipe(study, arm, data, path)["dataset_name"]
