@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             Arguments, by default those of the process.
 
     Returns:
-        `int`: The exit status: 0, or 2 for input that cannot be used.
+        `int`: The exit status: 0, 1 if runs of a study failed, or 2 for input that cannot be used.
     """
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        args.run(args)
+        return args.run(args) or 0
     except InputError as error:
         print(f"hf-sft-variants: error: {error}", file=sys.stderr)
         return 2
-    return 0

@@ -72,13 +72,14 @@ def steps_of_seconds(seconds: float, folder: Path, run: dict[str, Any]) -> int:
         `InputError`: If what comes before the first step takes longer.
     """
     few, many = CALIBRATION_STEPS
-    time_of_few, time_of_many = (_seconds_of_steps(steps, folder, run) for steps in CALIBRATION_STEPS)
-    per_step = (time_of_many - time_of_few) / (many - few)
-    fixed = time_of_few - few * per_step
+    (preparing, of_few), (_, of_many) = (_seconds_of_steps(steps, folder, run) for steps in CALIBRATION_STEPS)
+    shutil.rmtree(folder / "calibration", ignore_errors=True)
+    per_step = (of_many - of_few) / (many - few)  # a reference that is trained first has its share in it
+    fixed = preparing + of_few - few * per_step
     if per_step <= 0:
         raise InputError(
-            f"{few} steps took {time_of_few:.2f} s and {many} steps {time_of_many:.2f} s, which says nothing about "
-            "the time of a step: the machine has other work, or the model is too small. Give a budget of `steps`."
+            f"{few} steps took {of_few:.2f} s and {many} steps {of_many:.2f} s, which says nothing about the time of "
+            "a step: the machine has other work, or the model is too small. Give a budget of `steps`."
         )
     if fixed + per_step > seconds:
         raise InputError(
@@ -88,8 +89,11 @@ def steps_of_seconds(seconds: float, folder: Path, run: dict[str, Any]) -> int:
     return int((seconds - fixed) / per_step)
 
 
-def _seconds_of_steps(steps: int, folder: Path, run: dict[str, Any]) -> float:
-    """In a process of its own: what it holds in memory must not count as the run's."""
+def _seconds_of_steps(steps: int, folder: Path, run: dict[str, Any]) -> tuple[float, float]:
+    """
+    Seconds of loading and scoring, and of what `train()` does, in a process of its own: what it holds in memory must
+    not count as the run's.
+    """
     calibration = folder / "calibration" / f"steps_{steps}"
     calibration.mkdir(parents=True)
     recipe = {**run["recipe"]}
@@ -99,6 +103,5 @@ def _seconds_of_steps(steps: int, folder: Path, run: dict[str, Any]) -> float:
     write_json(calibration / RUN_FILE, {**run, "recipe": recipe, "budget": {"steps": steps}, "evaluations": None})
     if start_process(calibration).wait() != 0:
         raise InputError(f"a run of {steps} steps, to learn how long one takes, failed:\n{last_lines(calibration)}")
-    seconds = read_json(calibration / TRAINING_FILE)["seconds"]
-    shutil.rmtree(calibration)
-    return seconds
+    costs = read_json(calibration / TRAINING_FILE)
+    return costs["seconds_preparing"], costs["seconds"] - costs["seconds_preparing"]

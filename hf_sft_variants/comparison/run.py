@@ -89,6 +89,7 @@ def train(folder: Path, run: dict[str, Any]) -> None:
     trainer_class, parsed = _parse(recipe, str(folder / RECIPE_FILE))
     start = time.perf_counter()
     trainer = build_trainer(trainer_class, *parsed)
+    built = time.perf_counter()
     if kind == "tokens" and not has_begun_before:
         trainer.args.max_steps = steps_of_tokens(amount, trainer)
         recipe = {**recipe, "max_steps": trainer.args.max_steps}
@@ -99,6 +100,7 @@ def train(folder: Path, run: dict[str, Any]) -> None:
     costs = {
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - start,
+        "seconds_preparing": built - start,
         "seconds_before_training": clock.time - start,
         "tokens": max(log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log),
         **peak_memory(trainer.args.device),

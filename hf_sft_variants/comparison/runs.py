@@ -56,6 +56,7 @@ def do_missing_runs(
                         failures[run] = f"exit status {future.result()}\n{last_lines(run.folder)}"
                     progress.update()
                     on_change(failures)
+            progress.set_postfix_str("")
         finally:
             for _, process, _ in running.values():
                 process.kill()

@@ -54,6 +54,7 @@ def make_run(number, arm, data, seed, rows):
         "seed": seed,
         "steps": 75,
         "seconds": 100.0 + 20 * number,
+        "seconds_preparing": 2.0 * number,
         "seconds_before_training": 3.0 * number,
         "tokens": 61234.0,
         "peak_memory_bytes": 2**31,

@@ -85,14 +85,14 @@ def test_without_a_budget_the_recipe_says(make_run, write_study):
 
 
 def test_seconds_are_the_steps_that_fit(monkeypatch):
-    monkeypatch.setattr(budgets, "_seconds_of_steps", lambda steps, folder, run: 5.0 + 0.5 * steps)
+    monkeypatch.setattr(budgets, "_seconds_of_steps", lambda steps, folder, run: (4.0, 1.0 + 0.5 * steps))
     assert steps_of_seconds(25.2, Path(), {}) == 40
     assert steps_of_seconds(5.5, Path(), {}) == 1
     with pytest.raises(
         InputError, match="the budget is 5.4 s, but what comes before the first step takes 5.0 s and a step"
     ):
         steps_of_seconds(5.4, Path(), {})
-    monkeypatch.setattr(budgets, "_seconds_of_steps", lambda steps, folder, run: 5.0)
+    monkeypatch.setattr(budgets, "_seconds_of_steps", lambda steps, folder, run: (9.0, 5.0))
     with pytest.raises(InputError, match="4 steps took 5.00 s and 12 steps 5.00 s, which says nothing"):
         steps_of_seconds(25.0, Path(), {})
 
@@ -104,10 +104,11 @@ class Clocked:
 
     def __init__(self, folder):
         description = read_json(folder / "run.json")
+        steps = description["budget"]["steps"]
         Clocked.started.append(description)
         assert description["evaluations"] is None and description["recipe"]["output_dir"] == str(folder)
         assert description["recipe"]["score_cache_dir"] == str(folder / "scores")
-        write_json(folder / "training.json", {"seconds": 3.0 + 2.0 * description["budget"]["steps"]})
+        write_json(folder / "training.json", {"seconds": 3.0 + 2.0 * steps, "seconds_preparing": 2.5})
 
     def wait(self):
         return 0
@@ -122,7 +123,7 @@ def test_calibration_is_thrown_away_and_its_result_kept(make_run, monkeypatch):
         {"steps": steps} for steps in CALIBRATION_STEPS
     ]
     assert read_json(run_folder / "training.json")["steps"] == 3
-    assert not list(run_folder.rglob("steps_*"))
+    assert not (run_folder / "calibration").exists()
     before = (run_folder / "recipe.yaml").read_bytes()
     (run_folder / "training.json").unlink()  # as if it had been killed
     run.do_run(run_folder)

@@ -8,7 +8,9 @@ import yaml
 from helpers import padded_document_log_probs
 
 from hf_sft_variants.comparison import plan_runs, read_study
-from hf_sft_variants.comparison.lm_eval_tasks import evaluate_tasks, import_lm_eval
+from hf_sft_variants.comparison.evaluations import evaluate_model
+from hf_sft_variants.comparison.lm_eval_tasks import import_lm_eval
+from hf_sft_variants.comparison.study import EVALUATION_DEFAULTS
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.loading import load_model_and_tokenizer
 
@@ -38,8 +40,10 @@ def tasks(folder):
 
 def test_a_local_task(tasks):
     model, tokenizer = load_model_and_tokenizer("model", device="cpu")
-    metrics = evaluate_tasks(model, tokenizer, 4, ["tiny_choice"], limit=None, num_fewshot=0, include_path="tasks")
-    assert list(metrics) == ["tiny_choice/acc"]
+    lm_eval = {"tasks": ["tiny_choice"], "limit": None, "num_fewshot": 0, "include_path": "tasks"}
+    settings = {**EVALUATION_DEFAULTS, "dataset_name": "data", "max_new_tokens": None, "lm_eval": lm_eval}
+    metrics = evaluate_model(model, tokenizer, settings)["evaluations"]
+    assert list(metrics) == ["nll", "tiny_choice/acc"]
     right = []
     for row in tasks:
         choices = [log_prob_of(model, tokenizer, row["question"], choice) for choice in TASK["doc_to_choice"]]
