@@ -1,6 +1,5 @@
 """What a run cost beside its time: the memory it took, and passes that plain fine-tuning does not have."""
 
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from trl import SFTTrainer
 
 from ..poft import PoFTTrainer
 from ..sft_go import SFTGOTrainer
+from ..sftkey import SFTKeyTrainer
 from ..sftmix import SFTMixTrainer
 
 
@@ -25,6 +25,8 @@ def _peak_resident_bytes() -> int:
     if status.is_file():  # `ru_maxrss` counts what the parent held when it started this process
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) * 2**10
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 2**10
 
@@ -36,10 +38,12 @@ def extra_passes(trainer: SFTTrainer) -> str:
         return _scored_by(len(args.reference_models or [])) if args.needs_references else "none"
     if isinstance(trainer, SFTGOTrainer):
         return _scored_by(1) if args.group_by in ("llmlingua2", "rho1") else "none"
-    if isinstance(trainer, SFTMixTrainer) and args.needs_reference:
+    if isinstance(trainer, SFTMixTrainer):
+        if not args.needs_reference:
+            return "none"
         evaluations = len(args.confidence_checkpoints) if args.confidence_checkpoints else "3 or more"
         return f"a reference is trained as long, and evaluated on the data {evaluations} times"
-    return "none"
+    return "none" if isinstance(trainer, SFTKeyTrainer) or type(trainer) is SFTTrainer else "not known"
 
 
 def _scored_by(models: int) -> str:

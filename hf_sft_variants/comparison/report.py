@@ -112,13 +112,12 @@ def _summary_cell(metric: str, row: dict[str, Any] | None, seeds: int) -> str:
 def _difference_cell(metric: str, row: dict[str, Any] | None, is_baseline: bool) -> str:
     if row is None:
         return _cell("baseline" if is_baseline else "–")
-    interval = (
-        f" [{_figure(metric, row['low'], '+')}, {_figure(metric, row['high'], '+')}]" if row["low"] is not None else ""
-    )
+    ends = [_figure(metric, end, "+") for end in (row["low"], row["high"]) if end is not None]
+    interval = f"<small>[{', '.join(ends)}]</small>" if ends else ""
     verdict = row["verdict"]
     return (
         f"<td>{_figure(metric, row['difference'], '+')}{interval}"
-        f'<small><span class="{verdict.split()[0]}">{escape(verdict)}</span></small></td>'
+        f'<small class="{verdict.split()[0]}">{escape(verdict)}</small></td>'
     )
 
 

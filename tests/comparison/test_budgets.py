@@ -69,10 +69,13 @@ def test_tokens_become_whole_steps(make_run, folder, method):
         assert training["extra_passes"] == "a reference is trained as long, and evaluated on the data 3 or more times"
 
 
-def test_tokens_with_accumulation_and_at_least_one_step(make_run):
-    run_folder = make_run({"tokens": 1}, gradient_accumulation_steps=3, per_device_train_batch_size=2)
+@pytest.mark.parametrize("epochs, steps", [(2, 4), (0.001, 1)])
+def test_tokens_with_accumulation_and_at_least_one_step(make_run, epochs, steps):
+    run_folder = make_run(
+        {"tokens": epochs * sum(tokens_of_rows())}, gradient_accumulation_steps=3, per_device_train_batch_size=2
+    )
     run.do_run(run_folder)
-    assert read_json(run_folder / "training.json")["steps"] == 1
+    assert read_json(run_folder / "training.json")["steps"] == steps
 
 
 def test_without_a_budget_the_recipe_says(make_run, write_study):
