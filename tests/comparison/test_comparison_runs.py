@@ -31,7 +31,8 @@ class StoppedOnceTrainer(SFTTrainer):
     def training_step(self, *args):
         if self.state.global_step == 1 and not os.path.exists("stopped"):
             open("stopped", "w").close()
-            FileLock("alive.lock").acquire()
+            self.lock = FileLock("alive.lock")  # held as long as this process is alive
+            self.lock.acquire()
             os.kill(os.getppid(), signal.SIGKILL)
             threading.Event().wait()
         return super().training_step(*args)
