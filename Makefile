@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 RUN = quickstart/runs/sft_go
-EVALUATE = $(BIN)/hf-sft-variants evaluate --max-new-tokens 64
+# CI makes them small
+TRAIN_FLAGS =
+EVALUATE_FLAGS = --max-new-tokens 64
+EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS)
 
 .PHONY: quickstart test test-versions lint format docs wheel
 
@@ -13,7 +16,7 @@ EVALUATE = $(BIN)/hf-sft-variants evaluate --max-new-tokens 64
 quickstart: $(INSTALLED)
 	$(BIN)/hf-sft-variants quickstart
 	$(EVALUATE) quickstart/model
-	$(BIN)/trl sft --config recipes/quickstart/sft_go.yaml
+	$(BIN)/trl sft --config recipes/quickstart/sft_go.yaml $(TRAIN_FLAGS)
 	$(EVALUATE) $(RUN)
 	@echo "The trained adapter is in $(RUN): load it with peft, its base model is quickstart/model."
 

@@ -179,7 +179,8 @@ def check_model_and_data(script_args, training_args, model_args, dataset_args) -
 def train(trainer_class, script_args, training_args, model_args, dataset_args) -> None:
     """Load, train and save what [`parse`] returned, step by step as `trl sft` does."""
     trainer = build_trainer(trainer_class, script_args, training_args, model_args, dataset_args)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "true" else resume)  # a flag is text
     trainer.accelerator.print("✅ Training completed.")
     save(trainer, script_args)
     if training_args.push_to_hub:

@@ -10,6 +10,10 @@ from transformers import TrainerCallback
 
 SMALL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1}
 
+# What tests/matrix/test_processes.py starts with each, and README and docs name
+LAUNCH = "trl sft --config RECIPE.yaml --accelerate_config recipes/accelerate/{}.yaml"
+STRATEGIES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
+
 
 class GradientRecorder(TrainerCallback):
     """Keeps a copy of every gradient of the first optimizer step."""

@@ -40,11 +40,5 @@ def test_named_files_are_there():
         assert (ROOT / name).is_file(), name
 
 
-def test_commands_of_make_are_there():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
 def test_no_placeholder_is_left():
     assert not re.search(r"\b[A-Z]{5,}\b", re.sub(r"`[^`]*`", "", README))

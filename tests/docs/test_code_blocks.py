@@ -1,12 +1,9 @@
 """Blocks of code in README, docs and public docstrings run, with a small model and data in place of the Hub's."""
 
 import re
-import shlex
 import textwrap
 from collections.abc import Callable
-from configparser import ConfigParser
 from functools import partial, partialmethod
-from importlib import import_module
 from pathlib import Path
 
 import datasets
@@ -16,33 +13,31 @@ from datasets import Dataset
 from trl import SFTConfig
 
 import hf_sft_variants
-from hf_sft_variants.cli import build_parser
 from hf_sft_variants.comparison.study import STUDY_KEYS, study_of
 from hf_sft_variants.recipe import make_parser, parse
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *(page for folder in ("docs", "recipes") for page in sorted((ROOT / folder).rglob("*.md"))),
+]
 HUB_MODELS = re.compile(r'"((?:Qwen|HuggingFaceH4|meta-llama|01-ai)/[\w.-]+)"')
-TRAINERS = {"sft_go": "SFTGO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
+
+
+def texts() -> dict[str, str]:
+    """The pages, and the docstrings of public names."""
+    pages = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES if "_build" not in page.parts}
+    names = [name for name in hf_sft_variants.__all__ if name != "__version__"]
+    return pages | {name: getattr(hf_sft_variants, name).__doc__ or "" for name in names}
 
 
 def blocks(language: str) -> list:
-    """Blocks of the pages, and of the docstrings of public names."""
-    texts = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES if "_build" not in page.parts}
-    names = [name for name in hf_sft_variants.__all__ if name != "__version__"]
-    texts |= {name: getattr(hf_sft_variants, name).__doc__ or "" for name in names}
     return [
         pytest.param(textwrap.dedent(code), id=f"{where}-{number}")
-        for where, text in texts.items()
+        for where, text in texts().items()
         for number, (_, code) in enumerate(re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.DOTALL | re.M))
     ]
-
-
-def commands() -> list:
-    """Lines of the shell, those that end in a backslash joined with the next, without comments."""
-    lines = [line for block in blocks("bash") for line in block.values[0].replace("\\\n", " ").split("\n")]
-    return sorted({line.strip() for line in lines if shlex.split(line, comments=True)})
 
 
 def small_data_set(chat_rows: Dataset, name: str, *args, **kwargs) -> Dataset:
@@ -81,70 +76,21 @@ def test_yaml(code, tmp_path):
         return
     recipe = {"model_name_or_path": "a/model", "dataset_name": "a/data", "output_dir": "out", **mapping}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    for method in TRAINERS:
-        read_recipe(method, ["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true", "--bf16", "false"])
+    for name in ("SFTGO", "SFTKey", "PoFT", "SFTMix"):
+        classes = [getattr(hf_sft_variants, name + part) for part in ("Trainer", "Config")]
+        flags = ["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true", "--bf16", "false"]
+        parse(make_parser(*classes), flags)
 
 
-def read_recipe(method: str, flags: list[str]) -> None:
-    classes = [getattr(hf_sft_variants, TRAINERS[method] + part) for part in ("Trainer", "Config")]
-    parse(make_parser(*classes), flags)
+@pytest.mark.parametrize("code", blocks("diff"))
+def test_diff(code):
+    """What was there, and what is there now."""
+    for sign in "-+":
+        exec("\n".join(line[1:].strip() for line in code.splitlines() if line.startswith(sign)))
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    program, *words = shlex.split(command, comments=True)
-    CHECKS[program](words)
-
-
-def check_recipe(words: list[str]) -> None:
-    """`trl sft`, `python -m` or `accelerate launch -m` with a recipe: it is there, and its trainer knows the flags."""
-    path = words[words.index("--config") + 1]
-    if path == "RECIPE.yaml":
-        path = "recipes/quickstart/sft_go.yaml"
-    recipe = yaml.safe_load(Path(path).read_text())
-    if "--accelerate_config" in words:
-        assert Path(words.pop(words.index("--accelerate_config") + 1)).is_file()
-        words.remove("--accelerate_config")
-    if "module" in recipe:  # others are plain SFT
-        method = recipe["module"].removeprefix("hf_sft_variants.")
-        assert "-m" not in words or words[words.index("-m") + 1] == recipe["module"]
-        read_recipe(method, ["--config", path, *words[words.index("--config") + 2 :]])
-
-
-def check_python(words: list[str]) -> None:
-    if words[0] != "-m":
-        source = Path(words[0]).read_text()
-        assert all(re.search(rf'"{word}"', source) for word in words if word.startswith("--")), words
-    elif "--help" in words:
-        import_module(words[1])
-    else:
-        check_recipe(words)
-
-
-def check_own_command(words: list[str]) -> None:
-    build_parser().parse_known_args([word.replace("RECIPE", "recipes/quickstart/sft_go.yaml") for word in words])
-
-
-def check_make(words: list[str]) -> None:
-    assert all(re.search(rf"^{target}:", Path("Makefile").read_text(), re.MULTILINE) for target in words)
-
-
-def check_pip(words: list[str]) -> None:
-    assert words[0] == "install"
-    if "-c" in words:
-        assert Path(words[words.index("-c") + 1]).is_file()
-    setup = ConfigParser()
-    setup.read("setup.cfg")
-    for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
-        assert extra in setup["options.extras_require"]
-
-
-CHECKS = {
-    "accelerate": check_recipe,
-    "hf-sft-variants": check_own_command,
-    "make": check_make,
-    "pip": check_pip,
-    "python": check_python,
-    "trl": check_recipe,
-}
+def test_no_block_is_left_out():
+    """`test_commands.py` runs those of bash."""
+    for where, text in texts().items():
+        for language in re.findall(r"^ *```(.*?)\n.*?^ *```", text, re.DOTALL | re.MULTILINE):
+            assert language in ("bash", "diff", "python", "yaml") or language.startswith("{"), where

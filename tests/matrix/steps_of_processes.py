@@ -175,7 +175,7 @@ def main(path: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[sys.argv.index("--config") + 1]))
+    main(Path(sys.argv[sys.argv.index("--config") + 1]).absolute())
     # All is done and written; a process that ends by itself is now and then aborted by a thread that still runs
     sys.stdout.flush()
     os._exit(0)

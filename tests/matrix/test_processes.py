@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_deepspeed_available
-from helpers import SMALL, folder_of_all_workers, make_trainer, once
+from helpers import LAUNCH, SMALL, STRATEGIES, folder_of_all_workers, make_trainer, once
 from methods import METHODS
 from process_cases import (
     AS_USED,
@@ -48,7 +48,6 @@ from hf_sft_variants.base.batch import NumItems, make_annotated_batch
 
 
 REPOSITORY = Path(__file__).parents[2]
-STRATEGIES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
 # CI has it, and fails without
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     not is_deepspeed_available() and "CI" not in os.environ, reason="DeepSpeed is not installed: pip install deepspeed"
@@ -95,7 +94,8 @@ def fill(folder, tiny_model_factory, tokenizer, token_rows):
             **SMALL,
             **STEPS,
         }
-        (folder / strategy / "recipe.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+        (folder / strategy / "RECIPE.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+        (folder / strategy / "recipes").symlink_to(REPOSITORY / "recipes")
     (folder / "one").mkdir()
 
 
@@ -152,11 +152,10 @@ def launch(folder, one_process):
 
 
 def launch_processes(folder, strategy):
+    program, *words = LAUNCH.format(strategy).split()
     finished = subprocess.run(
-        [
-            *(Path(sys.executable).with_name("trl"), "sft", "--config", folder / strategy / "recipe.yaml"),
-            *("--accelerate_config", REPOSITORY / "recipes" / "accelerate" / f"{strategy}.yaml"),
-        ],
+        [Path(sys.executable).with_name(program), *words],
+        cwd=folder / strategy,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
