@@ -22,6 +22,7 @@ __all__ = [
     "exact_match",
     "generate_answers",
     "held_out_nll",
+    "held_out_nll_of_rows",
     "last_number_match",
     "tagged_scores",
 ]
@@ -69,18 +70,36 @@ def held_out_nll(
     Raises:
         InputError: If the data set is empty, lacks a column or has no conversations.
     """
+    rows = held_out_nll_of_rows(model, tokenizer, dataset, batch_size, tagged, thinking_tags, answer_tags)
+    return sum(nll for nll, _ in rows) / sum(count for _, count in rows)
+
+
+def held_out_nll_of_rows(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    batch_size: int = 25,
+    tagged: bool = False,
+    thinking_tags: Sequence[str] = THINKING_TAGS,
+    answer_tags: Sequence[str] = ANSWER_TAGS,
+) -> list[tuple[float, int]]:
+    """
+    Of each row the negative log-likelihood of its completion, in nats, and the number of its tokens.
+
+    Arguments and errors are those of [`held_out_nll`], which is the ratio of the two sums.
+    """
     if tagged:
         check_tagged_dataset(dataset)
     else:
         check_dataset(dataset, ("prompt", "completion"))
     tags = (thinking_tags, answer_tags) if tagged else None
     rows = [_tokenize(tokenizer, row["prompt"], _completion(row, i, tags)) for i, row in enumerate(dataset)]
-    total, count = 0.0, 0
+    results = [(0.0, 0)] * len(rows)
     with evaluation_mode(model):
         for batch in batches([len(ids) for ids, _ in rows], batch_size, "Held-out NLL"):
-            batch_total, batch_count = _summed_nll(model, [rows[i] for i in batch])
-            total, count = total + batch_total, count + batch_count
-    return total / count
+            for i, result in zip(batch, _summed_nll(model, [rows[i] for i in batch]), strict=True):
+                results[i] = result
+    return results
 
 
 def exact_match(
@@ -115,7 +134,7 @@ def exact_match(
         InputError: If the data set is empty, lacks a column, has no conversations or has an answer that is no number.
     """
     check_dataset(dataset, ("prompt", "answer"))
-    _row_answers(dataset)  # what is wrong with them shows before the long step
+    numeric_answers(dataset)  # what is wrong with them shows before the long step
     generations = generate_answers(model, tokenizer, dataset["prompt"], max_new_tokens, batch_size)
     return _share_right(generations, dataset, extract_answer), generations
 
@@ -213,11 +232,17 @@ def check_tagged_dataset(dataset: Dataset) -> None:
 
 
 def _share_right(generations: list[str], dataset: Dataset, extract: Callable[[str], str | None]) -> float:
-    answers = _row_answers(dataset)
+    answers = numeric_answers(dataset)
     return sum(extract(text) == answer for text, answer in zip(generations, answers, strict=True)) / len(answers)
 
 
-def _row_answers(dataset: Dataset) -> list[str]:
+def numeric_answers(dataset: Dataset) -> list[str]:
+    """
+    The column `answer`, every number written the same way.
+
+    Raises:
+        InputError: If an answer is no number.
+    """
     answers = []
     for i, answer in enumerate(dataset["answer"]):
         try:
@@ -246,7 +271,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion
     return ids, len(list(same))
 
 
-def _summed_nll(model: torch.nn.Module, rows: list[tuple[list[int], int]]) -> tuple[float, int]:
+def _summed_nll(model: torch.nn.Module, rows: list[tuple[list[int], int]]) -> list[tuple[float, int]]:
     ids = [torch.tensor(ids, device=model.device) for ids, _ in rows]
     input_ids = pad_sequence(ids, batch_first=True)
     labels = pad_sequence(ids, batch_first=True, padding_value=-100)
@@ -258,5 +283,6 @@ def _summed_nll(model: torch.nn.Module, rows: list[tuple[list[int], int]]) -> tu
     positions = torch.arange(first - 1, input_ids.size(1) - 1, device=model.device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions).logits
     targets = labels[:, first:]
-    total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-    return total.item(), (targets != -100).sum().item()
+    nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    sums = nll.view(targets.shape).double().sum(1)
+    return list(zip(sums.tolist(), (targets != -100).sum(1).tolist(), strict=True))

@@ -56,7 +56,7 @@ def load_model_and_tokenizer(
     return loaded.to(target).eval(), tokenizer
 
 
-def load_split(dataset: str, split: str = "test") -> Dataset:
+def load_split(dataset: str, split: str = "test", config: str | None = None) -> Dataset:
     """
     Loads one split of a data set.
 
@@ -65,6 +65,8 @@ def load_split(dataset: str, split: str = "test") -> Dataset:
             Folder with data files, or Hub id.
         split (`str`, *optional*, defaults to `"test"`):
             Name of the split.
+        config (`str`, *optional*):
+            Name of the configuration, for data sets that have several.
 
     Returns:
         `Dataset`: The rows.
@@ -73,7 +75,7 @@ def load_split(dataset: str, split: str = "test") -> Dataset:
         InputError: If there is no such data set or split, or it is empty.
     """
     try:
-        rows = load_dataset(dataset, split=split)
+        rows = load_dataset(dataset, config, split=split)
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise InputError(
             f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({str(error).splitlines()[0]}): pass a "

@@ -1,5 +1,6 @@
 """What `python -m hf_sft_variants.<method>` runs: the steps and the keys of `trl sft`, with the method's trainer."""
 
+import importlib
 import importlib.resources
 import os
 import sys
@@ -13,6 +14,8 @@ from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
     TrlParser,
     get_dataset,
     get_peft_config,
@@ -47,6 +50,37 @@ def main(trainer_class: type, config_class: type, argv: list[str] | None = None)
         train(trainer_class, *parse(parser, sys.argv[1:] if argv is None else argv))
     except InputError as error:
         parser.error(str(error))
+
+
+def find_trainer_class(module: str) -> type[SFTTrainer]:
+    """
+    The one trainer that a package names: of those that inherit from each other, the most special one.
+
+    Raises:
+        `InputError`: If the package can't be imported, or has no trainer or several.
+    """
+    if os.getcwd() not in sys.path:  # `python -m` finds the modules of the current folder, a console script does not
+        sys.path.append(os.getcwd())
+    try:
+        names = vars(importlib.import_module(module)).values()
+    except ImportError as error:
+        raise InputError(f"`module` is {module!r}, which can't be imported: {error}.") from error
+    trainers = {name for name in names if isinstance(name, type) and issubclass(name, SFTTrainer)}
+    parents = {parent for trainer in trainers for parent in trainer.__mro__[1:]}
+    special = sorted(trainers - parents, key=lambda trainer: trainer.__name__)
+    if len(special) != 1:
+        found = ", ".join(trainer.__name__ for trainer in special) or "none"
+        raise InputError(f"`module` is {module!r}, which must have one subclass of SFTTrainer, but has {found}.")
+    return special[0]
+
+
+def trainer_and_parser(module: str | None) -> tuple[type[SFTTrainer], TrlParser]:
+    """What a recipe's `module` trains with, plain [`~trl.SFTTrainer`] without one, and the parser of its keys."""
+    trainer_class = SFTTrainer if module is None else find_trainer_class(module)
+    parser = make_parser(trainer_class, getattr(trainer_class, "config_class", SFTConfig))
+    if module is not None:  # a program of one's own may train a trainer of another package
+        parser.prog = f"python -m {module}"
+    return trainer_class, parser
 
 
 def make_parser(trainer_class: type, config_class: type) -> TrlParser:
@@ -87,6 +121,11 @@ def parse(parser: TrlParser, argv: list[str]) -> tuple:
         recipe = read_mapping(options.config)
         flags = without_repeated_keys(before_script, recipe) + flags
         apply_recipe(parser, recipe, options.config)
+    return parse_flags(parser, flags)
+
+
+def parse_flags(parser: TrlParser, flags: list[str]) -> tuple:
+    """What [`parse`] returns, of a command line without a recipe, or behind [`apply_recipe`]."""
     check_flags(parser, flags)
     try:
         parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
@@ -139,6 +178,25 @@ def check_model_and_data(script_args, training_args, model_args, dataset_args) -
 
 def train(trainer_class, script_args, training_args, model_args, dataset_args) -> None:
     """Load, train and save what [`parse`] returned, step by step as `trl sft` does."""
+    trainer = build_trainer(trainer_class, script_args, training_args, model_args, dataset_args)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)  # a flag is text
+    trainer.accelerator.print("✅ Training completed.")
+    save(trainer, script_args)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+    if hasattr(trainer, "end"):  # transformers 5.18 and later: finishes the trackers and the process group
+        trainer.end()
+
+
+def build_trainer(trainer_class, script_args, training_args, model_args, dataset_args):
+    """
+    The trainer of what [`parse`] returned, its model and its data loaded and prepared.
+
+    Raises:
+        `InputError`: If the model or the data can't be loaded, or the trainer refuses them.
+    """
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -152,7 +210,7 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
     eval_dataset = pick_split(dataset, "dataset_test_split", script_args) if evaluates else None
     model = model_args.model_name_or_path
     try:
-        trainer = trainer_class(
+        return trainer_class(
             model=model,
             args=training_args,
             train_dataset=train_dataset,
@@ -164,17 +222,19 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
         raise InputError(str(error)) from error
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"`model_name_or_path` is {model!r}, which can't be loaded: {error}") from error
+<<<<<<< HEAD
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)  # a flag is text
     trainer.accelerator.print("✅ Training completed.")
+=======
+
+
+def save(trainer, script_args) -> None:
+    """The trained model, its tokenizer and its model card."""
+>>>>>>> 7f09312e319f4369cde1cf4e15e09e90c4182471
     trainer.create_model_card(dataset_name=script_args.dataset_name)  # `trl sft` writes one with checkpoints only
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
-    if hasattr(trainer, "end"):  # transformers 5.18 and later: finishes the trackers and the process group
-        trainer.end()
+    trainer.save_model(trainer.args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {trainer.args.output_dir}.")
 
 
 def load_splits(script_args, dataset_args):

@@ -73,9 +73,9 @@ def launch_options() -> set[str]:
     return {"--accelerate_config", *launch_command_parser()._option_string_actions}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], otherwise: str = "`--help` lists what is known") -> str:
     matches = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean `{matches[0]}`?" if matches else "; `--help` lists what is known."
+    return f"; did you mean `{matches[0]}`?" if matches else f"; {otherwise}."
 
 
 def key_types(parser: TrlParser) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import sys
 
 from .. import __version__
 from ..errors import InputError
-from . import evaluate, inspect, prepare_data, quickstart, score
+from . import compare, evaluate, inspect, prepare_data, quickstart, score
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (quickstart, prepare_data, inspect, score, evaluate):
+    for module in (quickstart, prepare_data, inspect, score, evaluate, compare):
         module.add_parser(subparsers)
     return parser
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             Arguments, by default those of the process.
 
     Returns:
-        `int`: The exit status: 0, or 2 for input that cannot be used.
+        `int`: The exit status: 0, 1 if runs of a study failed, or 2 for input that cannot be used.
     """
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        args.run(args)
+        return args.run(args) or 0
     except InputError as error:
         print(f"hf-sft-variants: error: {error}", file=sys.stderr)
         return 2
-    return 0

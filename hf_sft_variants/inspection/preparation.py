@@ -1,8 +1,5 @@
 """A recipe's training data as its trainer prepares it, without the model's weights."""
 
-import importlib
-import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTra
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from ..errors import InputError
-from ..recipe import load_splits, make_parser, parse, pick_split
+from ..recipe import load_splits, parse, pick_split, trainer_and_parser
 from ..recipe_checks import read_mapping
 
 
@@ -71,37 +68,10 @@ def load_recipe(path: str, flags: list[str]) -> Recipe:
     Raises:
         `InputError`: If the recipe can't be read, a key, flag or value is wrong, or `module` has no trainer.
     """
-    module = read_mapping(path).get("module")
-    trainer_class = SFTTrainer if module is None else find_trainer_class(module)
-    config_class = getattr(trainer_class, "config_class", SFTConfig)
-    parser = make_parser(trainer_class, config_class)
-    if module is not None:  # a program of one's own may train a trainer of another package
-        parser.prog = f"python -m {module}"
+    trainer_class, parser = trainer_and_parser(read_mapping(path).get("module"))
     on_this_machine = [] if torch.accelerator.is_available() else _WITHOUT_ACCELERATOR
     parsed = parse(parser, ["--config", path, *flags, *on_this_machine])
-    return Recipe(path, trainer_class, config_class, *parsed)
-
-
-def find_trainer_class(module: str) -> type[SFTTrainer]:
-    """
-    The one trainer that a package names: of those that inherit from each other, the most special one.
-
-    Raises:
-        `InputError`: If the package can't be imported, or has no trainer or several.
-    """
-    if os.getcwd() not in sys.path:  # `python -m` finds the modules of the current folder, a console script does not
-        sys.path.append(os.getcwd())
-    try:
-        names = vars(importlib.import_module(module)).values()
-    except ImportError as error:
-        raise InputError(f"`module` is {module!r}, which can't be imported: {error}.") from error
-    trainers = {name for name in names if isinstance(name, type) and issubclass(name, SFTTrainer)}
-    parents = {parent for trainer in trainers for parent in trainer.__mro__[1:]}
-    special = sorted(trainers - parents, key=lambda trainer: trainer.__name__)
-    if len(special) != 1:
-        found = ", ".join(trainer.__name__ for trainer in special) or "none"
-        raise InputError(f"`module` is {module!r}, which must have one subclass of SFTTrainer, but has {found}.")
-    return special[0]
+    return Recipe(path, trainer_class, getattr(trainer_class, "config_class", SFTConfig), *parsed)
 
 
 def prepare(recipe: Recipe) -> SFTTrainer:

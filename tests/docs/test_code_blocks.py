@@ -13,6 +13,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 import hf_sft_variants
+from hf_sft_variants.comparison.study import STUDY_KEYS, study_of
 from hf_sft_variants.recipe import make_parser, parse
 
 
@@ -67,9 +68,12 @@ def test_python(code, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_yaml(code, tmp_path):
-    """Lines of a recipe: every method knows them."""
+    """Lines of a recipe, which every method knows, or of a study."""
     mapping = yaml.safe_load(code)
     assert mapping
+    if set(mapping) <= set(STUDY_KEYS):
+        study_of({**yaml.safe_load((ROOT / "studies" / "quickstart.yaml").read_text()), **mapping}, "study.yaml")
+        return
     recipe = {"model_name_or_path": "a/model", "dataset_name": "a/data", "output_dir": "out", **mapping}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for name in ("SFTGO", "SFTKey", "PoFT", "SFTMix"):

@@ -31,6 +31,7 @@ RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/quickstar
 LAUNCHES = [LAUNCH.format(strategy) for strategy in STRATEGIES]
 FOR_CI_ONLY = ("make", "pip")  # they change the checkout or the environment
 SMALL = {
+    "hf-sft-variants compare": "--jobs 2",
     "hf-sft-variants score --config recipes/quickstart/poft.yaml": "--reference_models quickstart/model",
     "python benchmarks/poft_corrupted_answers.py": "--seeds 1 --train_size 16",
     "python benchmarks/poft_reference_memory.py": "--references quickstart/model",
@@ -108,7 +109,8 @@ def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
     write_data(folder / "quickstart" / "tagged_data", tagged_splits(splits))
     tiny_model_factory().save_pretrained(folder / "quickstart" / "model")
     tokenizer.save_pretrained(folder / "quickstart" / "model")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "studies"):
+        (folder / name).symlink_to(ROOT / name)
     for scripts in ("benchmarks", "docs/images"):  # they write beside themselves
         shutil.copytree(ROOT / scripts, folder / scripts)
     keys = yaml.safe_load((ROOT / "recipes" / "quickstart" / "sft_go.yaml").read_text())

@@ -1,0 +1,84 @@
+"""Learning curves as inline SVG; the lines differ in colour and in dashes."""
+
+import statistics
+from html import escape
+from typing import Any
+
+
+_WIDTH, _HEIGHT = 640, 240
+_COLOURS = 7
+_DASHES = ("none", "7 4", "2 3", "10 3 2 3", "14 5", "4 2 1 2 1 2")
+_WIDTHS = (2, 1, 4)  # of the first arms, of those that have the first ones' dashes again, and so on
+
+
+def learning_curve(results: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """
+    The plain negative log-likelihood that the runs of an arm have logged, by step, as a mean over the seeds.
+
+    Args:
+        results (`list[dict[str, Any]]`):
+            Runs of `results.json`. Our trainers log `nll`; that of plain SFT is its loss.
+    """
+    by_step: dict[int, list[float]] = {}
+    for result in results:
+        for log in result["log_history"]:
+            if "loss" in log:  # not the summary at the end
+                by_step.setdefault(log["step"], []).append(log.get("nll", log["loss"]))
+    return [
+        (step, statistics.fmean(values)) for step, values in sorted(by_step.items()) if len(values) == len(results)
+    ]
+
+
+def line_styles(arms: list[str]) -> str:
+    """CSS of the arms' lines."""
+    return "\n".join(
+        f"svg .line-{i} {{ stroke: var(--arm-{i % _COLOURS}); stroke-dasharray: {_DASHES[i % len(_DASHES)]}; "
+        f"stroke-width: {_WIDTHS[i // len(_DASHES) % len(_WIDTHS)]}; }}"
+        for i in range(len(arms))
+    )
+
+
+def render_curves(curves: dict[str, list[tuple[int, float]]], arms: list[str], title: str) -> str:
+    """
+    Draw the arms' curves in one picture, with a legend.
+
+    Args:
+        curves (`dict[str, list[tuple[int, float]]]`):
+            By arm its points; an arm without points is left out.
+        arms (`list[str]`):
+            All arms, whose numbers choose the lines.
+        title (`str`):
+            What the picture shows.
+
+    Returns:
+        `str`: A `<figure>`, or a sentence where nothing was logged.
+    """
+    curves = {arm: points for arm, points in curves.items() if points}
+    if not curves:
+        return '<p class="note">No loss was logged: set <code>logging_steps</code>.</p>'
+    points = [point for curve in curves.values() for point in curve]
+    last, low, high = max(step for step, _ in points), min(y for _, y in points), max(y for _, y in points)
+    lines = [
+        f'<polyline class="curve line-{arms.index(arm)}" points="{_points(curve, last, low, high)}">'
+        f"<title>{escape(arm)}</title></polyline>"
+        for arm, curve in curves.items()
+    ]
+    legend = "".join(f"<li>{_sign(arms.index(arm))} {escape(arm)}</li>" for arm in curves)
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><ul class="legend">{legend}</ul>'
+        f'<svg viewBox="-50 -8 {_WIDTH + 60} {_HEIGHT + 34}" role="img" aria-label="{escape(title)}">'
+        f'<path class="axis" d="M0 0V{_HEIGHT}H{_WIDTH}"/>{"".join(lines)}'
+        f'<text x="-6" y="8" text-anchor="end">{high:.3g}</text>'
+        f'<text x="-6" y="{_HEIGHT}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="0" y="{_HEIGHT + 20}">0</text>'
+        f'<text x="{_WIDTH}" y="{_HEIGHT + 20}" text-anchor="end">{last} steps</text></svg></figure>'
+    )
+
+
+def _sign(number: int) -> str:
+    return f'<svg viewBox="0 0 40 8" aria-hidden="true"><path class="curve line-{number}" d="M0 4H40"/></svg>'
+
+
+def _points(curve: list[tuple[int, float]], last: int, low: float, high: float) -> str:
+    span = high - low or 1.0
+    return " ".join(f"{step / last * _WIDTH:.1f},{(high - value) / span * _HEIGHT:.1f}" for step, value in curve)

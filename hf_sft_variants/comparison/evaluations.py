@@ -1,0 +1,92 @@
+"""What is measured of a trained model, and of which rows it is the mean."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..answer_matching import same_answer
+from ..answers import extract_answer
+from ..evaluation import generate_answers, held_out_nll_of_rows, numeric_answers
+from ..loading import load_split
+from ..tagged_answers import extract_tagged_answer, follows_format
+from .lm_eval_tasks import evaluate_tasks
+
+
+# Generated answers that are kept to be read
+SAMPLES = 5
+
+
+def load_evaluation_data(settings: dict[str, Any]) -> Dataset:
+    """The rows that a study evaluates on."""
+    return load_split(*(settings[name] for name in ("dataset_name", "dataset_split", "dataset_config")))
+
+
+def evaluate_model(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Evaluate a model as a study asks.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, with a chat template.
+        settings (`dict[str, Any]`):
+            `evaluations` of the study.
+
+    Returns:
+        `dict[str, Any]`: `evaluations`, by metric its mean, the values of the rows and how much each row counts; and
+        `generations`, the first prompts and what the model writes.
+    """
+    dataset = load_evaluation_data(settings)
+    rows = held_out_nll_of_rows(model, tokenizer, dataset, settings["batch_size"], settings["tagged"])
+    metrics = {"nll": metric([nll for nll, _ in rows], [count for _, count in rows], higher_is_better=False)}
+    generations = []
+    if settings["max_new_tokens"] is not None:
+        has_answers = "answer" in dataset.column_names
+        prompts = dataset["prompt"][:] if has_answers else dataset["prompt"][:SAMPLES]
+        texts = generate_answers(model, tokenizer, prompts, settings["max_new_tokens"], settings["batch_size"])
+        if has_answers:
+            metrics |= answer_metrics(texts, dataset, settings["tagged"])
+        generations = samples(dataset, texts)
+    if settings["lm_eval"] is not None:
+        metrics |= evaluate_tasks(model, tokenizer, settings["batch_size"], **settings["lm_eval"])
+    return {"evaluations": metrics, "generations": generations}
+
+
+def answer_metrics(texts: list[str], dataset: Dataset, tagged: bool) -> dict[str, Any]:
+    """Right answers, and texts that have the form asked for."""
+    if tagged:
+        pairs = zip(texts, dataset["answer"], strict=True)
+        right = [same_answer(extract_tagged_answer(text), str(answer)) for text, answer in pairs]
+        formatted = [follows_format(text) for text in texts]
+    else:
+        found = [extract_answer(text) for text in texts]
+        right = [answer == expected for answer, expected in zip(found, numeric_answers(dataset), strict=True)]
+        formatted = [answer is not None for answer in found]
+    return {"accuracy": metric(list(map(int, right))), "format": metric(list(map(int, formatted)))}
+
+
+def metric(
+    rows: Sequence[float], counts: Sequence[int] | None = None, higher_is_better: bool = True
+) -> dict[str, Any]:
+    """A metric that is the ratio of two sums over the test rows; without `counts` every row counts once."""
+    mean = sum(rows) / (len(rows) if counts is None else sum(counts))
+    return {"mean": mean, "rows": rows, "counts": counts, "higher_is_better": higher_is_better}
+
+
+def samples(dataset: Dataset, texts: list[str]) -> list[dict[str, str]]:
+    """The first rows: what was asked, what the data says, and what the model wrote."""
+    rows = dataset.select(range(min(SAMPLES, len(dataset))))
+    return [
+        {"prompt": row["prompt"][-1]["content"], "expected": _expected(row), "generation": text}
+        for row, text in zip(rows, texts, strict=False)
+    ]
+
+
+def _expected(row: dict[str, Any]) -> str:
+    return row["completion"][-1]["content"] if "completion" in row else str(row["answer"])

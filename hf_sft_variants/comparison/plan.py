@@ -1,0 +1,221 @@
+"""The runs of a study: one for each arm, data set and seed, with the recipe that it trains."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..evaluation import check_tagged_dataset, numeric_answers
+from ..loading import check_dataset
+from ..recipe import apply_recipe, load_splits, parse_flags, pick_split, trainer_and_parser
+from ..recipe_checks import check_keys, key_types, nearest, read_mapping
+from .evaluations import load_evaluation_data
+from .files import EVALUATION_FILE, RUN_FILE, TRAINING_FILE, read_json
+from .lm_eval_tasks import check_tasks
+from .study import OTHER_RUN, Arm, Study, texts_in
+
+
+# The study says these itself
+RESERVED_KEYS = ("module", "output_dir", "seed")
+# Options of `accelerate launch` that change nothing where a run is one process
+LAUNCH_OPTIONS = {"num_processes": 1, "num_machines": 1, "num_cpu_threads_per_process": None}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """
+    One training with its evaluation.
+
+    Attributes:
+        arm (`str`), data (`str`), seed (`int`):
+            Which one.
+        folder (`Path`):
+            Where it is kept.
+        recipe (`dict[str, Any]`):
+            The arm's recipe with all overrides, for `trl sft`.
+        budget (`dict[str, Any]`):
+            How long it trains, as [`~hf_sft_variants.comparison.study.Arm`] has it.
+        evaluations (`dict[str, Any]`):
+            How it is evaluated.
+        others (`tuple[Path, ...]`):
+            Folders of the runs that it needs.
+    """
+
+    arm: str
+    data: str
+    seed: int
+    folder: Path
+    recipe: dict[str, Any]
+    budget: dict[str, Any]
+    evaluations: dict[str, Any]
+    others: tuple[Path, ...]
+
+    def __str__(self):
+        return f"{self.arm} on {self.data}, seed {self.seed}"
+
+    @property
+    def is_trained(self) -> bool:
+        return (self.folder / TRAINING_FILE).is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is trained, and evaluated as the study now asks."""
+        path = self.folder / EVALUATION_FILE
+        return self.is_trained and path.is_file() and read_json(path)["settings"] == self.evaluations
+
+
+def plan_runs(study: Study) -> list[Run]:
+    """
+    All runs of a study, checked as far as that is possible without training.
+
+    Args:
+        study ([`~hf_sft_variants.comparison.study.Study`]):
+            The study.
+
+    Raises:
+        `InputError`: If a recipe, a data set or what stands in a run's folder can't be used.
+    """
+    runs = []
+    for data in study.data:
+        evaluations = evaluations_on(study, data)
+        check_evaluations(evaluations)
+        for arm in study.arms.values():
+            where = f"{study.path}, arm `{arm.name}` on data `{data}`"
+            recipe = merged_recipe(study, arm, data, where)
+            check_recipe(recipe, where)
+            runs += [make_run(study, arm, data, seed, recipe, evaluations) for seed in study.seeds]
+    for run in runs:
+        check_folder(run)
+    return sorted(
+        runs, key=lambda run: study.seeds.index(run.seed)
+    )  # a seed of every arm first: stopped, it is a study
+
+
+def make_run(study, arm: Arm, data: str, seed: int, recipe: dict, evaluations: dict) -> Run:
+    folders = study.output_dir / "runs" / data
+    folder = folders / arm.name / f"seed_{seed}"
+    placeholders = {"{runs}": str(folders), "{folder}": str(folder), "{data}": data, "{seed}": str(seed)}
+    recipe = {**filled_in(recipe, placeholders), "seed": seed, "output_dir": str(folder)}
+    others = tuple(folders / other / folder.name for other in sorted(arm.others()))
+    return Run(arm.name, data, seed, folder, recipe, arm.budget, evaluations, others)
+
+
+def merged_recipe(study: Study, arm: Arm, data: str, where: str) -> dict[str, Any]:
+    """The arm's recipe without options of the launch, under the overrides of the study, the data and the arm."""
+    recipe = read_mapping(arm.recipe)
+    _, parser = trainer_and_parser(recipe.get("module"))
+    check_keys(parser, recipe)
+    known = key_types(parser)
+    for key in [key for key in recipe if key not in known and key not in ("module", "env")]:
+        value = recipe.pop(key)
+        if key not in LAUNCH_OPTIONS or LAUNCH_OPTIONS[key] not in (None, value):
+            raise InputError(
+                f"{arm.recipe} launches with `{key}: {value}`, but a run of a study is one process on one device: use "
+                "a copy of the recipe without it."
+            )
+    for overrides in (study.overrides, study.data[data], arm.overrides):
+        for key in overrides:
+            if key in RESERVED_KEYS:
+                raise InputError(f"{where}: `{key}` is the study's own to set. Remove it from the overrides.")
+            if key not in known:
+                raise InputError(f"{where}: unknown key `{key}`" + nearest(key, known))
+        recipe |= overrides
+    if "score_cache_dir" in known:
+        recipe.setdefault("score_cache_dir", "{folder}/scores")  # each run's time is that of its scores, too
+    for text in texts_in(recipe):
+        if "{runs}" in OTHER_RUN.sub("", text) or not set(OTHER_RUN.findall(text)) <= arm.others():
+            raise InputError(
+                f"{where}: {text!r} must name another arm's run as `{{runs}}/ARM/seed_{{seed}}`, in the arm's own "
+                "`overrides`."
+            )
+    return recipe
+
+
+def check_recipe(recipe: dict[str, Any], where: str) -> None:
+    """
+    Raises:
+        `InputError`: If the recipe's trainer would refuse its values, or its data set can't be loaded.
+    """
+    recipe = {
+        key: value for key, value in copy.deepcopy(recipe).items() if key != "env"
+    }  # it would become this process's
+    _, parser = trainer_and_parser(recipe.get("module"))
+    apply_recipe(parser, recipe, where)
+    try:
+        script_args, _, _, dataset_args = parse_flags(parser, [])
+        pick_split(load_splits(script_args, dataset_args), "dataset_train_split", script_args)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def evaluations_on(study: Study, data: str) -> dict[str, Any]:
+    """The study's evaluations with the data set they take place on."""
+    evaluations = dict(study.evaluations)
+    if evaluations["dataset_name"] is None:
+        keys = ("dataset_name", "dataset_config")
+        evaluations |= {key: study.data[data].get(key, evaluations[key]) for key in keys}
+    return evaluations
+
+
+def check_evaluations(evaluations: dict[str, Any]) -> None:
+    """
+    Raises:
+        `InputError`: If the data or a task can't be evaluated on.
+    """
+    dataset = load_evaluation_data(evaluations)
+    if evaluations["tagged"]:
+        check_tagged_dataset(dataset)
+    else:
+        check_dataset(dataset, ("prompt", "completion"))
+        if "answer" in dataset.column_names and evaluations["max_new_tokens"] is not None:
+            numeric_answers(dataset)
+    if evaluations["lm_eval"] is not None:
+        check_tasks(evaluations["lm_eval"])
+
+
+def check_folder(run: Run) -> None:
+    """
+    Raises:
+        `InputError`: If something else than this run is in its folder.
+    """
+    if not run.folder.is_dir() or not any(run.folder.iterdir()):
+        return
+    if not (run.folder / RUN_FILE).is_file():
+        raise InputError(
+            f"{run.folder} is to hold the run {run}, but has other files. Remove them, or choose another `output_dir`."
+        )
+    before, now = read_json(run.folder / RUN_FILE), as_json(description(run))
+    different = [key for key in ("recipe", "budget") if before[key] != now[key]]
+    if "recipe" in different:
+        keys = {**before["recipe"], **now["recipe"]}
+        different = [key for key in keys if before["recipe"].get(key) != now["recipe"].get(key)]
+    if different:
+        raise InputError(
+            f"{run.folder} holds the run {run} with other settings: {', '.join(f'`{key}`' for key in different)}. "
+            "Remove the folder to train it again, or choose another `output_dir`."
+        )
+
+
+def description(run: Run) -> dict[str, Any]:
+    """What [`RUN_FILE`] holds."""
+    names = ("arm", "data", "seed", "recipe", "budget", "evaluations")
+    return {name: getattr(run, name) for name in names}
+
+
+def filled_in(value: Any, texts: dict[str, str]) -> Any:
+    """A value of YAML with its placeholders replaced, however deep."""
+    if isinstance(value, dict):
+        return {key: filled_in(item, texts) for key, item in value.items()}
+    if isinstance(value, list):
+        return [filled_in(item, texts) for item in value]
+    if isinstance(value, str):
+        for placeholder, text in texts.items():
+            value = value.replace(placeholder, text)
+    return value
+
+
+def as_json(value: Any) -> Any:
+    """What is read back where this is written: keys are texts, and tuples lists."""
+    return json.loads(json.dumps(value))

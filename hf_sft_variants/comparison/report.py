@@ -1,0 +1,195 @@
+"""The results of a study as one HTML page that needs nothing else: no network, no other file."""
+
+import importlib.resources
+import statistics
+from collections.abc import Iterable
+from html import escape
+from shlex import quote
+from string import Template
+from typing import Any
+
+import yaml
+
+from .curves import learning_curve, line_styles, render_curves
+from .statistics import DRAWS, LEVEL
+
+
+_SHARES = ("accuracy", "format")
+_NAMES = {"nll": "held-out NLL", "accuracy": "accuracy", "format": "format"}
+
+
+def render_report(results: dict[str, Any]) -> str:
+    """
+    The page of a study's results, complete or not.
+
+    Args:
+        results (`dict[str, Any]`):
+            What [`~hf_sft_variants.comparison.results.collect_results`] returns.
+
+    Returns:
+        `str`: HTML, the same for the same results.
+    """
+    template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    study, machine = results["study"], results["machine"]
+    place = [
+        *machine["gpus"],
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB",
+    ]
+    header = {
+        "arms": ", ".join(study["arms"]),
+        "baseline": study["baseline"],
+        "seeds": ", ".join(map(str, study["seeds"])),
+        "runs": f"{len(results['runs'])} of {len(results['runs']) + len(results['missing'])} finished",
+        "machine": "; ".join(place),
+    }
+    return Template(template).substitute(
+        title=escape(results["study_file"]),
+        header=_definitions(header),
+        study=escape(yaml.safe_dump(study, sort_keys=False, allow_unicode=True)),
+        styles=line_styles(list(study["arms"])),
+        missing=_missing(results["missing"]),
+        sections="".join(_section(results, data) for data in study["data"]),
+        reading=_how_to_read(results),
+        command=escape(f"hf-sft-variants compare --config {quote(results['study_file'])}"),
+        versions=_definitions(results["versions"]),
+    )
+
+
+def _definitions(values: dict[str, Any]) -> str:
+    return "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values.items()
+    )
+
+
+def _missing(runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return ""
+    items = []
+    for run in runs:
+        error = f"<pre>{escape(run['error'])}</pre>" if run["error"] else ""
+        items.append(f"<li>{escape(run['arm'])} on {escape(run['data'])}, seed {run['seed']}{error}</li>")
+    return f'<div class="missing"><p>These runs are missing:</p><ul>{"".join(items)}</ul></div>'
+
+
+def _section(results: dict[str, Any], data: str) -> str:
+    arms = list(results["study"]["arms"])
+    runs = {arm: [run for run in results["runs"] if (run["data"], run["arm"]) == (data, arm)] for arm in arms}
+    runs = {arm: of_arm for arm, of_arm in runs.items() if of_arm}
+    if not runs:
+        return f"<h2>Data: {escape(data)}</h2><p>No run is finished.</p>"
+    curves = {arm: learning_curve(of_arm) for arm, of_arm in runs.items()}
+    title = "Training NLL as logged, nats per token in the loss, mean over seeds"
+    return (
+        f"<h2>Data: {escape(data)}</h2>{_metrics_table(results, data, list(runs))}"
+        f"<h3>Cost</h3>{_cost_table(runs, results['study']['baseline'])}"
+        f"<h3>Learning curves</h3>{render_curves(curves, arms, title)}{_answers(runs)}"
+    )
+
+
+def _metrics_table(results: dict[str, Any], data: str, arms: list[str]) -> str:
+    summary = {(row["arm"], row["metric"]): row for row in results["summary"] if row["data"] == data}
+    differences = {(row["arm"], row["metric"]): row for row in results["differences"] if row["data"] == data}
+    metrics = list(dict.fromkeys(metric for _, metric in summary))
+    rows = []
+    for arm in arms:
+        cells = []
+        for metric in metrics:
+            cells.append(_summary_cell(metric, summary.get((arm, metric)), len(results["study"]["seeds"])))
+            cells.append(_difference_cell(metric, differences.get((arm, metric)), arm == results["study"]["baseline"]))
+        rows.append([_head(arm), *cells])
+    headings = ["arm", *(text for metric in metrics for text in (_NAMES.get(metric, metric), "difference"))]
+    return _table(headings, rows)
+
+
+def _summary_cell(metric: str, row: dict[str, Any] | None, seeds: int) -> str:
+    if row is None:
+        return _cell("–")
+    spread = f" ± {_figure(metric, row['spread'])}" if row["spread"] is not None else ""
+    note = f"{len(row['seeds'])} of {seeds} seeds" if len(row["seeds"]) < seeds else ""
+    return _cell(_figure(metric, row["mean"]) + spread, note)
+
+
+def _difference_cell(metric: str, row: dict[str, Any] | None, is_baseline: bool) -> str:
+    if row is None:
+        return _cell("baseline" if is_baseline else "–")
+    ends = [_figure(metric, end, "+") for end in (row["low"], row["high"]) if end is not None]
+    interval = f"<small>[{', '.join(ends)}]</small>" if ends else ""
+    verdict = row["verdict"]
+    return (
+        f"<td>{_figure(metric, row['difference'], '+')}{interval}"
+        f'<small class="{verdict.split()[0]}">{escape(verdict)}</small></td>'
+    )
+
+
+def _figure(metric: str, value: float, sign: str = "") -> str:
+    """Shares as per cent, likelihoods and the metrics of tasks as they are."""
+    return f"{value:{sign}.1%}" if metric in _SHARES else f"{value:{sign}.4f}"
+
+
+def _cost_table(runs: dict[str, list[dict[str, Any]]], baseline: str) -> str:
+    reference = _mean(runs[baseline], "seconds") if baseline in runs else None
+    rows = []
+    for arm, of_arm in runs.items():
+        seconds, before = _mean(of_arm, "seconds"), _mean(of_arm, "seconds_before_training")
+        ratio = f"{seconds / reference:.2f} ×" if reference else "–"
+        kinds = sorted({run["memory_kind"] for run in of_arm})
+        rows.append(
+            [
+                _head(arm),
+                _cell(f"{_mean(of_arm, 'steps'):,.0f}"),
+                _cell(f"{seconds:,.1f} s", f"{before:,.1f} s of it before the first step"),
+                _cell(ratio),
+                _cell(f"{_mean(of_arm, 'tokens'):,.0f}"),
+                _cell(f"{max(run['peak_memory_bytes'] for run in of_arm) / 2**30:.2f} GiB", ", ".join(kinds)),
+                f'<td class="words">{escape(of_arm[0]["extra_passes"])}</td>',
+            ]
+        )
+    return _table(["arm", "steps", "time", f"time / {baseline}", "tokens", "peak memory", "extra passes"], rows)
+
+
+def _answers(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """What each arm writes for the same prompts, with its first seed."""
+    first = {arm: of_arm[0]["generations"] for arm, of_arm in runs.items()}
+    parts = []
+    for i, sample in enumerate(next(iter(first.values()))):
+        answers = {"expected": sample["expected"], **{arm: texts[i]["generation"] for arm, texts in first.items()}}
+        boxes = "".join(
+            f"<div><h4>{escape(name)}</h4><pre>{escape(text)}</pre></div>" for name, text in answers.items()
+        )
+        parts.append(f'<pre>{escape(sample["prompt"])}</pre><div class="answers">{boxes}</div>')
+    return f"<h3>Answers to the first prompts</h3>{''.join(parts)}" if parts else ""
+
+
+def _how_to_read(results: dict[str, Any]) -> str:
+    sentences = [
+        "± is the standard deviation over seeds"
+        + (", which is unknown with one seed." if len(results["study"]["seeds"]) == 1 else "."),
+        f"A difference is the arm minus {escape(results['study']['baseline'])}, seed by seed; in brackets its "
+        f"{LEVEL:.0%} interval of a paired bootstrap over seeds and test rows ({DRAWS:,} draws; over seeds alone for "
+        "metrics without rows).",
+        "An interval that holds 0 shows no difference, which does not show that there is none. With few seeds "
+        "intervals are too narrow, and of many intervals one in twenty misses.",
+        "Held-out NLL is in nats per token, lower is better; accuracy and format are shares of the test rows.",
+        "Time is that of a run's own process without imports and saving, with scoring and with training references; "
+        "tokens are those of the trained model without padding.",
+        "A curve is the plain NLL of the tokens in the loss, which a method may choose otherwise than SFT does.",
+    ]
+    return " ".join(sentences)
+
+
+def _mean(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(run[key] for run in runs)
+
+
+def _table(headings: Iterable[str], rows: list[list[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _head(text: str) -> str:
+    return f'<th scope="row">{escape(text)}</th>'
+
+
+def _cell(text: str, note: str = "") -> str:
+    return f"<td>{escape(text)}{f'<small>{escape(note)}</small>' if note else ''}</td>"

@@ -1,0 +1,113 @@
+"""All results of a study in one mapping, of which the report is made."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .files import EVALUATION_FILE, TRAINING_FILE, read_json
+from .plan import Run
+from .statistics import compare, summarize
+from .study import Study
+
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+def collect_results(study: Study, runs: list[Run], failures: dict[Run, str]) -> dict[str, Any]:
+    """
+    What is known so far.
+
+    Args:
+        study ([`~hf_sft_variants.comparison.study.Study`]):
+            The study.
+        runs (`list[Run]`):
+            All its runs.
+        failures (`dict[Run, str]`):
+            Why a run failed.
+
+    Returns:
+        `dict[str, Any]`: `study`, `machine`, `versions`, `runs`, `missing`, `summary` and `differences`.
+    """
+    finished = [result_of(run) for run in runs if run.is_finished]
+    missing = [
+        {"arm": run.arm, "data": run.data, "seed": run.seed, "error": failures.get(run)}
+        for run in runs
+        if not run.is_finished
+    ]
+    return {
+        "study": study.content,
+        "study_file": study.path,
+        "machine": describe_machine(),
+        "versions": {"hf_sft_variants": __version__, **{name: version(name) for name in PACKAGES}},
+        "runs": finished,
+        "missing": missing,
+        "summary": list(summaries(study, finished)),
+        "differences": list(differences(study, finished)),
+    }
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    evaluation = read_json(run.folder / EVALUATION_FILE)
+    return {
+        "arm": run.arm,
+        "data": run.data,
+        "seed": run.seed,
+        **read_json(run.folder / TRAINING_FILE),
+        "evaluations": evaluation["evaluations"],
+        "generations": evaluation["generations"],
+    }
+
+
+def summaries(study: Study, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for data in study.data:
+        for arm in study.arms:
+            by_seed = of_arm(results, data, arm)
+            for name in metric_names(by_seed):
+                metrics = [result["evaluations"][name] for result in by_seed.values()]
+                yield {"data": data, "arm": arm, "metric": name, **summarize(metrics), "seeds": list(by_seed)}
+
+
+def differences(study: Study, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for data in study.data:
+        baseline = of_arm(results, data, study.baseline)
+        for arm in study.arms:
+            by_seed = of_arm(results, data, arm)
+            seeds = [seed for seed in by_seed if seed in baseline]
+            if arm == study.baseline or not seeds:
+                continue
+            for name in metric_names(by_seed):
+                pairs = [[runs[seed]["evaluations"][name] for seed in seeds] for runs in (by_seed, baseline)]
+                labels = {"data": data, "arm": arm, "metric": name, "baseline": study.baseline, "seeds": seeds}
+                yield {**labels, **compare(*pairs)}
+
+
+def of_arm(results: list[dict[str, Any]], data: str, arm: str) -> dict[int, dict[str, Any]]:
+    """An arm's results on a data set, by seed."""
+    return {result["seed"]: result for result in results if (result["data"], result["arm"]) == (data, arm)}
+
+
+def metric_names(by_seed: dict[int, dict[str, Any]]) -> list[str]:
+    return list(next(iter(by_seed.values()))["evaluations"]) if by_seed else []
+
+
+def describe_machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "os": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

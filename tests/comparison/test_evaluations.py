@@ -1,0 +1,60 @@
+"""What is measured of a model, row by row."""
+
+import pytest
+from datasets import Dataset
+
+from hf_sft_variants.comparison.evaluations import answer_metrics, evaluate_model
+from hf_sft_variants.comparison.study import EVALUATION_DEFAULTS
+from hf_sft_variants.evaluation import held_out_nll, last_number_match, tagged_scores
+from hf_sft_variants.loading import load_model_and_tokenizer, load_split
+
+
+def mean_of(metric):
+    return sum(metric["rows"]) / sum(metric["counts"] or [1] * len(metric["rows"]))
+
+
+def test_tagged_answers_are_scored_as_evaluate_does():
+    texts = [
+        "<Thinking>a</Thinking>\n<Answer>5</Answer>",
+        "<Answer>6",
+        "7",
+        "<Thinking>a</Thinking><Answer>x</Answer>",
+    ]
+    rows = Dataset.from_dict({"answer": ["5", "6", "8", "9"]})
+    metrics, scores = answer_metrics(texts, rows, tagged=True), tagged_scores(texts, rows["answer"])
+    assert metrics["accuracy"]["rows"] == [1, 1, 0, 0] and metrics["format"]["rows"] == [1, 0, 0, 1]
+    assert metrics["accuracy"]["mean"] == scores["accuracy"] and metrics["format"]["mean"] == scores["format_rate"]
+
+
+def test_numbers_behind_the_mark():
+    texts = ["a\n#### 5.0", "6", "#### seven", "#### 1,000"]
+    metrics = answer_metrics(texts, Dataset.from_dict({"answer": ["5", "6", "7", "1000"]}), tagged=False)
+    assert metrics["accuracy"]["rows"] == [1, 0, 0, 1] and metrics["format"]["rows"] == [1, 0, 0, 1]
+    assert last_number_match(texts, Dataset.from_dict({"answer": ["5", "6", "7", "1000"]})) == 0.75
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_nll_of_each_row(folder, batch_size):
+    model, tokenizer = load_model_and_tokenizer("model", device="cpu")
+    rows = load_split("data", "train")
+    settings = {**EVALUATION_DEFAULTS, "dataset_name": "data", "dataset_split": "train", "batch_size": batch_size}
+    result = evaluate_model(model, tokenizer, {**settings, "max_new_tokens": None})
+    assert list(result["evaluations"]) == ["nll"] and result["generations"] == []
+    nll = result["evaluations"]["nll"]
+    assert nll["mean"] == mean_of(nll) == held_out_nll(model, tokenizer, rows, batch_size)
+    assert nll["higher_is_better"] is False
+    for i in range(len(rows)):
+        alone = held_out_nll(model, tokenizer, rows.select([i]))
+        assert nll["rows"][i] / nll["counts"][i] == pytest.approx(alone, rel=1e-5)
+
+
+def test_dialogues_have_no_answers_to_compare_with(folder):
+    """Only what is shown is generated."""
+    load_split("data", "train").remove_columns("answer").to_json("dialogues/test.jsonl")
+    model, tokenizer = load_model_and_tokenizer("model", device="cpu")
+    settings = {**EVALUATION_DEFAULTS, "dataset_name": "dialogues", "max_new_tokens": 2}
+    result = evaluate_model(model, tokenizer, settings)
+    assert list(result["evaluations"]) == ["nll"] and len(result["generations"]) == 5
+    first = load_split("dialogues")[0]
+    assert result["generations"][0]["prompt"] == first["prompt"][0]["content"]
+    assert result["generations"][0]["expected"] == first["completion"][0]["content"]

@@ -1,0 +1,186 @@
+"""What a study says, and what is wrong with it, before anything is trained."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_sft_variants.comparison import plan_runs, read_study
+from hf_sft_variants.comparison.plan import description, merged_recipe
+from hf_sft_variants.errors import InputError
+
+
+ROOT = Path(__file__).parents[2]
+SFT, SFT_GO = {"recipe": "sft.yaml"}, {"recipe": "sft_go.yaml"}
+
+
+def poft(**overrides):
+    return {"recipe": "poft.yaml", "overrides": overrides}
+
+
+def arms(**more):
+    return {"arms": {"sft": SFT, **more}}
+
+
+def test_values_and_defaults(write_study):
+    longer = {**SFT, "budget": {"seconds_of": "sft_go"}}
+    study = read_study(write_study(**arms(sft_go=SFT_GO, longer=longer), evaluations=None))
+    assert (study.seeds, study.baseline, study.output_dir) == ([0, 1], "sft", Path("study"))
+    assert study.arms["sft"].budget == {"steps": 2} and study.arms["longer"].budget == {"seconds_of": "sft_go"}
+    assert study.arms["longer"].others() == {"sft_go"} and study.arms["sft"].others() == set()
+    assert study.evaluations["dataset_split"] == "test" and study.evaluations["batch_size"] == 25
+    assert study.overrides == {}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": [1]}, "unknown key `seed`; did you mean `seeds`?"),
+        ({"zzz": 1}, "unknown key `zzz`; known are `output_dir`, `seeds`"),
+        ({"baseline": None}, "`baseline` is missing"),
+        ({"baseline": "sft_og"}, "`baseline` is 'sft_og', which is no arm; did you mean `sft_go`?"),
+        ({"output_dir": 3}, "`output_dir` must be a folder, got 3"),
+        ({"seeds": [0, 0]}, "`seeds` is [0, 0]: give a list of one or more different integers"),
+        ({"seeds": 3}, "`seeds` is 3"),
+        ({"seeds": []}, "`seeds` is []"),
+        ({"seeds": [True]}, "`seeds` is [True]"),
+        ({"data": {}}, "`data` is empty"),
+        ({"data": {"sums": {"max_length": 3}}}, "data set `sums` needs `dataset_name`"),
+        ({"data": {"a/b": {"dataset_name": "data"}}}, "`data` has the name 'a/b', which can't be a folder's"),
+        ({"arms": {"..": SFT}}, "`arms` has the name '..'"),
+        ({"arms": {"sft": "sft.yaml"}}, "must be lines of `key: value`, got 'sft.yaml'"),
+        (arms(x={"overrides": {}}), "arm `x` needs `recipe`"),
+        (arms(x={**SFT, "override": {}}), "arm `x`: unknown key `override`; did you mean `overrides`?"),
+        ({"budget": {"epochs": 1}}, "`budget`: unknown key `epochs`; known are `steps`, `tokens`, `seconds`"),
+        ({"budget": {"steps": 1, "tokens": 2}}, "`budget` is {'steps': 1, 'tokens': 2}: give one of"),
+        ({"budget": {"steps": 0}}, "`steps` is 0, but must be a positive number"),
+        ({"budget": {"steps": 1.5}}, "`steps` is 1.5"),
+        ({"budget": {"steps_of": "sft"}}, "`budget`: unknown key `steps_of`; did you mean `steps`?"),
+        (arms(x={**SFT, "budget": {"tokens": True}}), "`budget` of arm `x`: `tokens` is True"),
+        (arms(x={**SFT, "budget": {"steps_of": "stf"}}), "arm `x` needs `stf`, which is no arm; did you mean `sft`?"),
+        (arms(x={**SFT, "budget": {"steps_of": "x"}}), "the arms `x` wait for each other"),
+        (
+            arms(x={**SFT, "budget": {"steps_of": "y"}}, y={**SFT, "overrides": {"run_name": "{runs}/x/seed_{seed}"}}),
+            "the arms `x`, `y` wait for each other",
+        ),
+        (arms(x=poft(reference_models=["{runs}/z/seed_{seed}"])), "arm `x` needs `z`, which is no arm"),
+        ({"evaluations": {"batch": 1}}, "`evaluations`: unknown key `batch`; did you mean `batch_size`?"),
+        ({"evaluations": {"batch_size": 0}}, "`batch_size` is 0, but must be a positive integer"),
+        ({"evaluations": {"max_new_tokens": "many"}}, "`max_new_tokens` is 'many'"),
+        ({"evaluations": {"tagged": "yes"}}, "`tagged` must be true or false, got 'yes'"),
+        ({"evaluations": {"lm_eval": {"limit": 3}}}, "`tasks` is None: give a list of names"),
+        ({"evaluations": {"lm_eval": {"task": ["a"]}}}, "`lm_eval`: unknown key `task`; did you mean `tasks`?"),
+    ],
+)
+def test_what_is_wrong_with_the_study(write_study, changes, message):
+    path = write_study(**changes)
+    with pytest.raises(InputError) as error:
+        read_study(path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (arms(x={"recipe": "nowhere.yaml"}), "the recipe `--config nowhere.yaml` can't be read"),
+        (
+            arms(x={**SFT, "overrides": {"learnin_rate": 1}}),
+            "unknown key `learnin_rate`; did you mean `learning_rate`?",
+        ),
+        (arms(x={**SFT, "overrides": {"beta": 1.0}}), "arm `x` on data `sums`: unknown key `beta`"),
+        (arms(x={**SFT, "overrides": {"learning_rate": "fast"}}), "`learning_rate` must be float, got 'fast'"),
+        (
+            arms(x={**SFT_GO, "overrides": {"important_fraction": 2.0}}),
+            "`important_fraction` must be a number between",
+        ),
+        (arms(x={**SFT, "overrides": {"seed": 3}}), "`seed` is the study's own to set"),
+        (arms(x={**SFT, "overrides": {"module": "hf_sft_variants.poft"}}), "`module` is the study's own"),
+        ({"overrides": {"output_dir": "x"}}, "`output_dir` is the study's own"),
+        (
+            arms(x=poft(reference_models=["{runs}/sft/seed_0"])),
+            "must name another arm's run as `{runs}/ARM/seed_{seed}`",
+        ),
+        ({"overrides": {"run_name": "{runs}/sft/seed_{seed}"}}, "in the arm's own `overrides`"),
+        (
+            {"data": {"sums": {"dataset_name": "nowhere"}}},
+            "`dataset` 'nowhere' with `split` 'test' could not be loaded",
+        ),
+        ({"data": {"sums": {"dataset_name": "data", "dataset_train_split": "tr"}}}, "`dataset_train_split` is 'tr'"),
+        ({"evaluations": {"dataset_split": "dev"}}, "with `split` 'dev' could not be loaded"),
+        ({"evaluations": {"dataset_name": "texts"}}, "`dataset` has no column 'prompt', 'completion', only 'text'"),
+        ({"evaluations": {"dataset_name": "words"}}, "`answer` of row 0 is 'Paris', not a number"),
+    ],
+)
+def test_what_is_wrong_with_what_the_study_names(write_study, changes, message):
+    row = {"prompt": [{"role": "user", "content": "?"}], "completion": [{"role": "assistant", "content": "!"}]}
+    for name, content in {"texts": {"text": "a"}, "words": {**row, "answer": "Paris"}}.items():
+        os.mkdir(name)
+        Path(name, "test.jsonl").write_text(json.dumps(content))
+    study = read_study(write_study(**changes))
+    with pytest.raises(InputError) as error:
+        plan_runs(study)
+    assert message in str(error.value)
+    assert not Path("study").exists()
+
+
+@pytest.mark.parametrize("key, value", [("num_processes", 8), ("use_fsdp", True), ("accelerate_config", "zero2")])
+def test_a_recipe_of_several_processes_is_refused(write_study, folder, key, value):
+    recipe = yaml.safe_load((folder / "sft.yaml").read_text())
+    (folder / "sft.yaml").write_text(
+        yaml.safe_dump({key: value, **{k: v for k, v in recipe.items() if k != key}}, sort_keys=False)
+    )
+    with pytest.raises(
+        InputError, match=f"sft.yaml launches with `{key}: {value}`, but a run of a study is one process"
+    ):
+        plan_runs(read_study(write_study()))
+
+
+def test_runs_and_their_recipes(write_study):
+    references = ["model", "{runs}/sft/seed_{seed}"]
+    study = read_study(
+        write_study(
+            overrides={"learning_rate": 0.5, "lora_r": 4},
+            data={"sums": {"dataset_name": "data"}, "short": {"dataset_name": "data", "max_length": 32}},
+            arms={"poft": poft(reference_models=references, learning_rate="1e-4"), "sft": SFT},
+        )
+    )
+    runs = {(run.arm, run.data, run.seed): run for run in plan_runs(study)}
+    assert list(runs) == [(a, d, s) for s in (0, 1) for d in ("sums", "short") for a in ("poft", "sft")]
+    run = runs["poft", "short", 1]
+    assert run.folder == Path("study/runs/short/poft/seed_1")
+    assert run.others == (Path("study/runs/short/sft/seed_1"),)
+    assert run.recipe["reference_models"] == ["model", "study/runs/short/sft/seed_1"]
+    assert (run.recipe["learning_rate"], run.recipe["lora_r"], run.recipe["max_length"]) == ("1e-4", 4, 32)
+    assert (run.recipe["seed"], run.recipe["output_dir"]) == (1, str(run.folder))
+    assert run.recipe["score_cache_dir"] == str(run.folder / "scores")
+    assert run.evaluations["dataset_name"] == "data"
+    assert "num_processes" not in run.recipe and "score_cache_dir" not in runs["sft", "sums", 0].recipe
+
+
+def test_a_folder_of_another_run(write_study):
+    (run, *_) = plan_runs(read_study(write_study()))
+    run.folder.mkdir(parents=True)
+    (run.folder / "notes.txt").touch()
+    with pytest.raises(InputError, match="study/runs/sums/sft/seed_0 is to hold the run .* but has other files"):
+        plan_runs(read_study(write_study()))
+    (run.folder / "run.json").write_text(json.dumps(description(run)))
+    assert plan_runs(read_study(write_study()))
+    for changes, names in [
+        ({"overrides": {"learning_rate": 0.5, "max_length": 32}}, "`max_length`, `learning_rate`"),
+        ({"budget": {"steps": 3}}, "`budget`"),
+    ]:
+        with pytest.raises(InputError, match=f"with other settings: {names}. Remove the folder"):
+            plan_runs(read_study(write_study(**changes)))
+    assert plan_runs(read_study(write_study(evaluations={"batch_size": 3})))  # evaluated again, not trained again
+
+
+@pytest.mark.parametrize("path", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("studies/*.yaml")))
+def test_committed_studies_name_recipes_that_are_there(path, monkeypatch):
+    """Their data is not: `hf-sft-variants quickstart` makes it."""
+    monkeypatch.chdir(ROOT)
+    study = read_study(path)
+    for data in study.data:
+        for arm in study.arms.values():
+            assert merged_recipe(study, arm, data, path)["dataset_name"]
