@@ -3,8 +3,9 @@ Data of the comparison study: sums, word problems and human dialogues, each as i
 
     python benchmarks/study_data.py --tasks chain_sum --train_size 200 --test_size 84 --output studies/data
 
-writes a folder for each: `<task>`, `<task>_corrupted`, and for the control of SFT-GO `<task>_random_groups` and
-`<task>_corrupted_random_groups`, tokenized, with a random score for each token. The test split is never corrupted.
+writes a folder for each: `<task>`, `<task>_corrupted`, for the control of SFT-GO `<task>_random_groups` and
+`<task>_corrupted_random_groups`, tokenized, with a random score for each token, and for PoFT's reference model
+`<task>_reference`, other rows of the task. The test split is never corrupted.
 Dialogues are those of the package chitchat-dataset: `pip install chitchat-dataset==0.9.0`.
 """
 
@@ -33,8 +34,10 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     for task in options.tasks:
-        sizes = options.train_size, options.test_size
+        sizes = 2 * options.train_size, options.test_size
         splits = dialogue_splits(*sizes) if task == "chitchat" else build_splits(task, *sizes)
+        splits["train"], others = splits["train"][: options.train_size], splits["train"][options.train_size :]
+        write_data(options.output / f"{task}_reference", {"train": others})
         corrupted = {**splits, "train": corrupt(splits["train"], options.corrupted)}
         for name, rows in ((task, splits), (f"{task}_corrupted", corrupted)):
             write_data(options.output / name, rows)
