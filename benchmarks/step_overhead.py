@@ -6,6 +6,11 @@ both; the figure is the median of the pairs' ratios, with its quartiles. Memory:
 for each trainer (on a GPU, the peak the allocator saw).
 
     python benchmarks/step_overhead.py --model quickstart/model --batch_size 8 --length 256 --pairs 12
+
+With `--vocab_sizes`, a model of Llama-3.2-1B's shape with random weights in bfloat16, once for each size; made for a
+GPU. `--packing off on` measures padded and packed rows; packed ones hold four samples each.
+
+    python benchmarks/step_overhead.py --vocab_sizes 32000 128256 262144 --packing off on --length 2048
 """
 
 import argparse
@@ -18,11 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import (
@@ -49,14 +57,22 @@ METHODS = {
 }
 
 
-def make_trainer(method: str, options: argparse.Namespace, output_dir: str):
+@dataclass
+class Setting:
+    """What a trainer is measured on."""
+
+    vocab_size: int | None  # of a model with random weights; None: `--model`
+    packing: bool
+
+
+def make_trainer(method: str, setting: Setting, options: argparse.Namespace, output_dir: str):
     trainer_class, config_class, method_options = METHODS[method]
     on_gpu = torch.cuda.is_available()
     args = config_class(
         output_dir,
         per_device_train_batch_size=options.batch_size,
         max_length=options.length,
-        packing=options.packing,
+        packing=setting.packing,
         use_cpu=not on_gpu,
         bf16=on_gpu,
         gradient_checkpointing=False,
@@ -64,16 +80,40 @@ def make_trainer(method: str, options: argparse.Namespace, output_dir: str):
         **method_options,
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.batch_size * (options.pairs + options.warm_up), options.length)
-    input_ids = torch.randint(0, len(tokenizer), shape, generator=generator).tolist()
-    key_mask = [[int(position > 0.8 * options.length) for position in range(options.length)]] * len(input_ids)
-    references = [[-2.0, -2.5, -3.0]] * len(input_ids)
-    rows = Dataset.from_dict({"input_ids": input_ids, "key_mask": key_mask, "ref_logps": references})
-    trainer = trainer_class(options.model, args, train_dataset=rows, processing_class=tokenizer)
+    model = options.model if setting.vocab_size is None else random_model(setting.vocab_size, options)
+    rows = random_rows(setting.vocab_size or len(tokenizer), setting.packing, options)
+    trainer = trainer_class(model, args, train_dataset=rows, processing_class=tokenizer)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     return trainer, iter(trainer.get_train_dataloader())
+
+
+def random_model(vocab_size: int, options: argparse.Namespace):
+    """Llama-3.2-1B's shape by default."""
+    heads = options.hidden_size // 64
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=options.hidden_size,
+        intermediate_size=4 * options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 4, 1),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def random_rows(vocab_size: int, packing: bool, options: argparse.Namespace) -> Dataset:
+    """Rows of full length; to be packed, four to a row."""
+    length = options.length // 4 if packing else options.length
+    num_rows = options.batch_size * (options.pairs + options.warm_up) * options.length // length
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, vocab_size, (num_rows, length), generator=generator).tolist()
+    key_mask = [[int(position > 0.8 * length) for position in range(length)]] * num_rows
+    return Dataset.from_dict(
+        {"input_ids": input_ids, "key_mask": key_mask, "ref_logps": [[-2.0, -2.5, -3.0]] * num_rows}
+    )
 
 
 def step(trainer, batches) -> float:
@@ -88,9 +128,9 @@ def step(trainer, batches) -> float:
     return time.perf_counter() - start
 
 
-def time_ratio(method: str, options: argparse.Namespace) -> dict:
+def time_ratio(method: str, setting: Setting, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {name: make_trainer(name, options, folder) for name in ("sft", method)}
+        trainers = {name: make_trainer(name, setting, options, folder) for name in ("sft", method)}
         seconds = {name: [] for name in trainers}
         for pair in tqdm(range(options.warm_up + options.pairs), desc=method):
             for name in sorted(trainers, reverse=pair % 2 == 1):
@@ -106,10 +146,10 @@ def time_ratio(method: str, options: argparse.Namespace) -> dict:
     }
 
 
-def peak_memory(method: str, options: argparse.Namespace) -> float:
+def peak_memory(method: str, setting: Setting, options: argparse.Namespace) -> float:
     """Peak memory in MiB of a process that takes three steps with one trainer."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer, batches = make_trainer(method, options, folder)
+        trainer, batches = make_trainer(method, setting, options, folder)
         for _ in range(3):
             step(trainer, batches)
     if torch.cuda.is_available():
@@ -117,45 +157,68 @@ def peak_memory(method: str, options: argparse.Namespace) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def peak_memory_of_a_process(method: str, arguments: list[str]) -> float:
-    command = [sys.executable, __file__, *arguments, "--only_memory_of", method]
+def peak_memory_of_a_process(method: str, setting: Setting) -> float:
+    only = json.dumps([method, setting.vocab_size, setting.packing])
+    command = [sys.executable, __file__, *sys.argv[1:], "--only_memory_of", only]
     # Without it, what glibc keeps of freed memory changes from run to run, by up to a half of the peak
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(run.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def measure(setting: Setting, options: argparse.Namespace) -> Iterator[dict]:
+    plain_memory = peak_memory_of_a_process("sft", setting)
+    for method in options.methods:
+        memory = peak_memory_of_a_process(method, setting)
+        yield {
+            "method": method,
+            **vars(setting),
+            **time_ratio(method, setting, options),
+            "memory_ratio": round(memory / plain_memory, 4),
+            "memory_mib": round(memory),
+            "memory_mib_sft": round(plain_memory),
+        }
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="quickstart/model")
+    parser.add_argument("--model", default="quickstart/model", help="also the tokenizer of the random models")
+    parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[None], help="models with random weights")
+    parser.add_argument("--hidden_size", type=int, default=2048, help="of the random models")
+    parser.add_argument("--layers", type=int, default=16, help="of the random models")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=256, help="tokens of each row")
     parser.add_argument("--pairs", type=int, default=12, help="timed pairs of steps")
     parser.add_argument("--warm_up", type=int, default=2, help="pairs before the timed ones")
-    parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--packing", nargs="+", choices=("off", "on"), default=["off"])
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--only_memory_of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     if options.only_memory_of:
-        print(peak_memory(options.only_memory_of, options))
+        method, *setting = json.loads(options.only_memory_of)
+        print(peak_memory(method, Setting(*setting), options))
         return
+    settings = [Setting(size, word == "on") for size in options.vocab_sizes for word in options.packing]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "only_memory_of")}
-    results = {"device": device, "machine": platform.machine(), "torch": torch.__version__, "options": settings}
-    plain_memory = peak_memory_of_a_process("sft", sys.argv[1:])
-    for method in options.methods:
-        memory = peak_memory_of_a_process(method, sys.argv[1:])
-        results[method] = {
-            **time_ratio(method, options),
-            "memory_ratio": round(memory / plain_memory, 4),
-            "memory_mib": round(memory),
-            "memory_mib_sft": round(plain_memory),
-        }
-        print(json.dumps({method: results[method]}), flush=True)
-    if options.output:
-        with open(options.output, "w") as file:
-            json.dump(results, file, indent=2)
+    asked = {name: value for name, value in vars(options).items() if name not in ("output", "only_memory_of")}
+    results = {
+        "device": device,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "options": asked,
+        "runs": [],
+    }
+    for setting in settings:
+        for run in measure(setting, options):
+            print(json.dumps(run), flush=True)
+            results["runs"].append(run)
+            if options.output:  # after each: a run on a GPU may be cut off
+                Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
