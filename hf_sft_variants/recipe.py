@@ -222,16 +222,10 @@ def build_trainer(trainer_class, script_args, training_args, model_args, dataset
         raise InputError(str(error)) from error
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"`model_name_or_path` is {model!r}, which can't be loaded: {error}") from error
-<<<<<<< HEAD
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)  # a flag is text
-    trainer.accelerator.print("✅ Training completed.")
-=======
 
 
 def save(trainer, script_args) -> None:
     """The trained model, its tokenizer and its model card."""
->>>>>>> 7f09312e319f4369cde1cf4e15e09e90c4182471
     trainer.create_model_card(dataset_name=script_args.dataset_name)  # `trl sft` writes one with checkpoints only
     trainer.save_model(trainer.args.output_dir)
     trainer.accelerator.print(f"💾 Model saved to {trainer.args.output_dir}.")
