@@ -5,8 +5,8 @@ Data of the comparison study: sums, word problems and human dialogues, each as i
 
 writes a folder for each: `<task>`, `<task>_corrupted`, for the control of SFT-GO `<task>_random_groups` and
 `<task>_corrupted_random_groups`, tokenized, with a random score for each token, and for PoFT's reference model
-`<task>_reference`, other rows of the task. The test split is never corrupted.
-Dialogues are those of the package chitchat-dataset: `pip install chitchat-dataset==0.9.0`.
+`<task>_reference` and `<task>_corrupted_reference`, other rows of the task, as they are. The test split is never
+corrupted. Dialogues are those of the package chitchat-dataset: `pip install chitchat-dataset==0.9.0`.
 """
 
 import argparse
@@ -37,10 +37,10 @@ def main() -> None:
         sizes = 2 * options.train_size, options.test_size
         splits = dialogue_splits(*sizes) if task == "chitchat" else build_splits(task, *sizes)
         splits["train"], others = splits["train"][: options.train_size], splits["train"][options.train_size :]
-        write_data(options.output / f"{task}_reference", {"train": others})
         corrupted = {**splits, "train": corrupt(splits["train"], options.corrupted)}
         for name, rows in ((task, splits), (f"{task}_corrupted", corrupted)):
             write_data(options.output / name, rows)
+            write_data(options.output / f"{name}_reference", {"train": others})
             train = [random_scores(tokenizer, row, random.Random(i)) for i, row in enumerate(rows["train"])]
             write_data(options.output / f"{name}_random_groups", {"train": train})
             print(f"{options.output / name}: {len(rows['train'])} training rows, {len(rows['test'])} test rows")
