@@ -335,6 +335,39 @@ def test_quickstart_recipes_of_sftkey_differ_in_stages_and_epochs_alone():
         assert recipe == recipes["sftkey"] | {"output_dir": f"quickstart/runs/{name}"}
 
 
+# What LoRA and QLoRA on one GPU need; all of the method stays
+LORA_KEYS = {"num_processes", "accelerate_config", "dtype", "output_dir", "learning_rate", "reference_batch_tokens"}
+LORA_KEYS |= {"use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "optim", "load_in_4bit"}
+LORA_KEYS |= {"use_bnb_nested_quant", "per_device_train_batch_size", "gradient_accumulation_steps"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "own_keys"),
+    [
+        ("_lora", LORA_KEYS),
+        ("_qlora", LORA_KEYS),
+        ("_rho1", {"group_by", "reference_model", "output_dir"}),
+        ("_llmlingua2", {"group_by", "importance_model", "output_dir"}),
+    ],
+)
+def test_variants_of_recipes_differ_in_their_own_keys_alone(suffix, own_keys):
+    variants = [path for path in RECIPES if path.stem.endswith(suffix)]
+    assert variants
+    for path in variants:
+        main_path = path.with_name(path.name.replace(suffix, ""))
+        recipe, main_recipe = (yaml.safe_load(path.read_text()) for path in (path, main_path))
+        keys = recipe.keys() | main_recipe.keys()
+        assert {key for key in keys if recipe.get(key) != main_recipe.get(key)} <= own_keys
+        assert recipe["output_dir"] == main_recipe["output_dir"] + suffix
+
+
+def test_each_method_has_recipes_for_lora_and_qlora():
+    methods = {
+        suffix: {path.parent.name for path in RECIPES if path.stem.endswith(suffix)} for suffix in ("_lora", "_qlora")
+    }
+    assert methods["_lora"] == methods["_qlora"] == {"sft_go", "sftkey", "poft", "sftmix"}
+
+
 # The commands themselves, on a tiny model.
 
 
@@ -408,6 +441,7 @@ def assert_sft_go_trained(folder, steps, worst_group_weight):
     assert (folder / "adapter_model.safetensors").is_file()
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card and "- sft-go\n" in card and "trained with SFT-GO" in card
+    assert "# Model Card for run\n" in card and "None" not in card and "huggingface.co/datasets" not in card
     state = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     assert state["log_history"][0]["sft_go/worst_group_weight"] == worst_group_weight
     return state["log_history"]

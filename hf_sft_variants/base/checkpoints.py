@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from trl import SFTConfig
 
 from ..errors import InputError
+from .field_checks import as_json_values
 
 
 logger = get_logger(__name__)
@@ -96,7 +97,7 @@ def describe_settings(args: SFTConfig) -> dict[str, Any]:
     """
     left_out = {*SFTConfig.__dataclass_fields__, *getattr(args, "_MAY_CHANGE_ON_RESUME", ())}
     settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in left_out}
-    return json.loads(json.dumps(settings, default=str))
+    return as_json_values(settings)
 
 
 def describe_examples(dataset: Dataset) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Whether the fields of a configuration have values of their types, and of their choices."""
+"""Whether the fields of a configuration have values of their types, and of their choices; the values as JSON."""
 
 import inspect
+import json
 import os
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
@@ -59,3 +60,8 @@ def has_type(value: Any, wanted: Any, text_types: tuple[type, ...] = (str,)) -> 
     if wanted in (int, float):  # Python counts booleans among the integers
         return isinstance(value, Integral if wanted is int else Real) and not isinstance(value, bool)
     return isinstance(value, origin or wanted)
+
+
+def as_json_values(value: Any) -> Any:
+    """A value as JSON holds it; what JSON can't hold, such as a `dtype` or a quantization, is a text."""
+    return json.loads(json.dumps(value, default=str))

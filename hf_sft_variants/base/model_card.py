@@ -1,8 +1,11 @@
 """The model card: TRL's, with what is known of the method's settings."""
 
+import os
+import shutil
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCard
 from trl import SFTConfig
 
 from .. import __version__
@@ -13,23 +16,49 @@ _VERSIONS = "### Framework versions\n\n"
 
 
 class ModelCardMixin:
-    """Completes the card that TRL writes."""
+    """Completes the card that TRL writes, and puts it beside each model that the user saves."""
+
+    _card_dataset_name: str | None = None
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
         As [`~trl.SFTTrainer.create_model_card`]; with the method's settings, as keys of a recipe, and the version of
-        this library. What TRL fills in for models of the Hub alone says what is there.
+        this library. What TRL fills in for models and data sets of the Hub alone says what is there. A card that is
+        written later without a data set, such as a checkpoint's, keeps it.
         """
+        self._card_dataset_name = dataset_name = dataset_name or self._card_dataset_name
+        model_name = model_name or Path(self.args.hub_model_id or self._output_dir).name
         super().create_model_card(model_name, dataset_name, tags)
-        if not self.is_world_process_zero():
-            return
-        path = Path(self.args.output_dir, "README.md")
-        card = path.read_text(encoding="utf-8")
+        if self.is_world_process_zero():
+            self._complete_card(self._output_dir / "README.md", dataset_name)
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(self.args.output_dir).resolve()
+
+    def _complete_card(self, path: Path, dataset_name: str | None) -> None:
+        card = ModelCard.load(path)
         start = Path(self.model.config.name_or_path).name or type(self.model).__name__
-        card = card.replace("[None](https://huggingface.co/None)", f"`{start}`")
-        card = card.replace('model="None"', f'model="{Path(self.args.output_dir).name}"')
-        card = card.replace(_VERSIONS, f"{_settings(self.args)}{_VERSIONS}- hf_sft_variants: {__version__}\n")
-        path.write_text(card, encoding="utf-8")
+        text = card.text.replace("[None](https://huggingface.co/None)", f"`{start}`")
+        text = text.replace('model="None"', f'model="{self._output_dir.name}"')
+        text = text.replace(_VERSIONS, f"{_settings(self.args)}{_VERSIONS}- hf_sft_variants: {__version__}\n")
+        if dataset_name is not None and os.path.exists(dataset_name):
+            card.data.datasets = None  # the Hub refuses a card with a data set that it does not have
+            link = f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
+            text = text.replace(link, f"`{Path(dataset_name).name}`")
+        card.text = text
+        card.save(path)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As [`~transformers.Trainer.save_model`]; with the card, which PEFT completes where it finds one."""
+        if not _internal_call:
+            self.create_model_card()
+            if output_dir is not None and self.is_world_process_zero():
+                folder = Path(output_dir).resolve()
+                folder.mkdir(parents=True, exist_ok=True)
+                if folder != self._output_dir:
+                    shutil.copy(self._output_dir / "README.md", folder)
+        super().save_model(output_dir, _internal_call)
 
 
 def _settings(args: SFTConfig) -> str:

@@ -6,8 +6,12 @@ No other module imports names that TRL does not export.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import transformers.trainer
+from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -29,6 +33,7 @@ METHODS = {
     "_move_model_to_device": ["model", "device"],
     "_prepare_dataset": ["dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
     "_prepare_inputs": ["inputs"],
+    "_push_from_checkpoint": ["checkpoint_folder"],
     "_reject_skip_prepare_without_labels": ["datasets", "data_collator"],
     "_save_checkpoint": ["model", "trial"],
     "_set_signature_columns_if_needed": [],
@@ -39,6 +44,8 @@ METHODS = {
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
     "get_tp_size": [],
     "log": ["logs", "start_time"],
+    "push_to_hub": ["commit_message", "blocking", "token", "revision", "private", "kwargs"],
+    "save_model": ["output_dir", "_internal_call"],
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
 }
 
@@ -80,6 +87,7 @@ __all__ = [
     "get_config_model_id",
     "get_dataset_column_names",
     "global_then_local_main_first",
+    "leave_out_of_push",
     "maybe_gather_lm_head_ctx",
 ]
 
@@ -97,3 +105,33 @@ def fused_lm_head_settings(model: PreTrainedModel) -> dict[str, Any]:
     if "final_logit_softcapping" not in settings:
         raise ValueError("The model's forward is not that of TRL's fused LM head. Call `add_fused_lm_head` first.")
     return dict(settings)
+
+
+@contextmanager
+def leave_out_of_push(patterns: list[str]) -> Iterator[None]:
+    """
+    Let `Trainer` push its `output_dir` without some files: it leaves out its checkpoints, and has no option for more.
+
+    Args:
+        patterns (`list[str]`):
+            As `ignore_patterns` of [`~huggingface_hub.HfApi.upload_folder`].
+    """
+    make_api = transformers.trainer.hf_api
+    transformers.trainer.hf_api = lambda: _SelectiveApi(make_api(), patterns)
+    try:
+        yield
+    finally:
+        transformers.trainer.hf_api = make_api
+
+
+class _SelectiveApi:
+    """The Hub's API, with more that is left out of a folder."""
+
+    def __init__(self, api: HfApi, patterns: list[str]):
+        self._api, self._patterns = api, patterns
+
+    def __getattr__(self, name):
+        return getattr(self._api, name)
+
+    def upload_folder(self, *, ignore_patterns=None, **options):
+        return self._api.upload_folder(ignore_patterns=[*(ignore_patterns or []), *self._patterns], **options)

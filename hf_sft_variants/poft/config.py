@@ -4,7 +4,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..base.field_checks import require_valid_fields
+from ..base.field_checks import as_json_values, require_valid_fields
 
 
 @dataclass
@@ -47,7 +47,8 @@ class PoFTConfig(SFTConfig):
     Parameters of scoring:
         score_cache_dir (`str`, *optional*):
             Folder where scores are kept, one Parquet file for each data set, model and set of options. Defaults to
-            `hf_sft_variants/scores` in the Hugging Face home folder.
+            `hf_sft_variants/scores` in the Hugging Face home folder. A folder inside `output_dir` goes to the Hub with
+            the model: hashes of the examples and numbers, no texts.
         reference_batch_tokens (`int`, *optional*, defaults to `4096`):
             Most tokens in a batch when scoring, padding included.
         reference_model_init_kwargs (`dict[str, Any]`, *optional*):
@@ -130,6 +131,11 @@ class PoFTConfig(SFTConfig):
         if self.reference_models is not None and len(set(self.reference_models)) < len(self.reference_models):
             raise ValueError(f"`reference_models={self.reference_models}` has a model twice; give each once.")
         self._check_cuts()
+
+    def to_dict(self):
+        """As [`~trl.SFTConfig.to_dict`], from which trackers take the settings: a quantization, too, is JSON."""
+        kwargs = as_json_values(self.reference_model_init_kwargs)
+        return {**super().to_dict(), "reference_model_init_kwargs": kwargs}
 
     def _check_cuts(self) -> None:
         if self.truncation_mode == "keep_end" and self.needs_references:

@@ -83,6 +83,8 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             @inproceedings{poft2025,
                 title     = {{Preference-Oriented Supervised Fine-Tuning: Favoring Target Model Over Aligned Large
                              Language Models}},
+                author    = {Yuchen Fan and Yuzhong Hong and Qiushi Wang and Junwei Bao and Hongfei Jiang and
+                             Yang Song},
                 booktitle = {AAAI},
                 year      = 2025,
                 eprint    = {arXiv:2412.12865},

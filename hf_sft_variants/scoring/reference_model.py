@@ -185,7 +185,9 @@ def identify_model(model: str | PreTrainedModel, model_init_kwargs: dict | None 
     itself and its base model; a loaded model by a hash of its parameters. The default `dtype` is among the options.
     """
     options = with_default_dtype(model_init_kwargs)
-    described = {"options": str({name: str(value) for name, value in sorted(options.items())})}
+    # `dtype` may be a text, and trackers make it one; the token is a secret, and these values stand in files
+    names = {name: str(value).removeprefix("torch.") for name, value in sorted(options.items()) if name != "token"}
+    described = {"options": str(names)}
     if not isinstance(model, str):
         return {"model": type(model).__name__, "version": _hash_of_parameters(model), **described}
     adapter = _adapter_config(model, options)

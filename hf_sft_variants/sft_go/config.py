@@ -3,7 +3,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..base.field_checks import require_valid_fields
+from ..base.field_checks import as_json_values, require_valid_fields
 
 
 @dataclass
@@ -51,7 +51,8 @@ class SFTGOConfig(SFTConfig):
             of the gradient: the model may not learn to stop.
         tfidf_file (`str`, *optional*):
             Where the fitted document frequencies are kept (`.npz`): read if the file is there, else fitted on the
-            training set and written. Needed for a streaming training set, which can't be read beforehand.
+            training set and written. Needed for a streaming training set, which can't be read beforehand. Inside
+            `output_dir` it goes to the Hub with the model: a number for each token of the vocabulary.
         importance_model (`str`, *optional*, defaults to `"microsoft/llmlingua-2-xlm-roberta-large-meetingbank"`):
             For `group_by="llmlingua2"`: id or path of a token-classification model with two labels, 1 for "keep".
         reference_model (`str`, *optional*):
@@ -63,7 +64,8 @@ class SFTGOConfig(SFTConfig):
         score_cache_dir (`str`, *optional*):
             Folder where the scores of `importance_model` and `reference_model` are kept, one Parquet file for each
             data set, model and set of options. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder.
-            Other values of `important_fraction` use the same scores.
+            Other values of `important_fraction` use the same scores. A folder inside `output_dir` goes to the Hub with
+            the model: hashes of the examples and a number for each token, no texts.
         score_batch_tokens (`int`, *optional*, defaults to `4096`):
             Most tokens in a batch when scoring, padding included.
         importance_column (`str`, *optional*):
@@ -178,6 +180,11 @@ class SFTGOConfig(SFTConfig):
         if self.group_by == "rho1" and self.reference_model is None:
             raise ValueError("`group_by='rho1'` needs `reference_model`: the id or path of a causal language model.")
         self._check_columns()
+
+    def to_dict(self):
+        """As [`~trl.SFTConfig.to_dict`], from which trackers take the settings: a quantization, too, is JSON."""
+        kwargs = as_json_values(self.reference_model_init_kwargs)
+        return {**super().to_dict(), "reference_model_init_kwargs": kwargs}
 
     def _check_columns(self) -> None:
         columns = [name for name in ("importance_column", "group_column") if getattr(self, name) is not None]

@@ -67,6 +67,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         "citation": textwrap.dedent("""\
             @article{sftgo2025,
                 title  = {{SFT-GO: Supervised Fine-Tuning with Group Optimization for Large Language Models}},
+                author = {Gyuhak Kim and Sumiran Singh Thakur and Su Min Park and Wei Wei and Yujia Bao},
                 year   = 2025,
                 eprint = {arXiv:2506.15021},
             }"""),

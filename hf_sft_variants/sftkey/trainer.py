@@ -74,6 +74,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             @article{sftkey2025,
                 title  = {{Rethinking Supervised Fine-Tuning: Emphasizing Key Answer Tokens for Improved LLM
                           Accuracy}},
+                author = {Xiaofeng Shi and Qian Kou and Yuduo Li and Hua Zhou},
                 year   = 2025,
                 eprint = {arXiv:2512.21017},
             }"""),

@@ -55,7 +55,14 @@ class SFTMixConfig(SFTConfig):
             not say.
         confidence_measure (`str`, *optional*, defaults to `"perplexity"`):
             What is averaged over the checkpoints: `"perplexity"`, the paper's, or `"mean_nll"`.
+        push_confidence (`bool`, *optional*, defaults to `False`):
+            For `confidence_source="reference"`: whether a push to the Hub takes along `reference/confidence.parquet`
+            and `reference/settings.json`, with which a run goes on elsewhere without training the reference again. In
+            them are hashes of the examples (or your own column `example_key`), numbers and settings, no texts. The
+            reference model is never pushed.
     """
+
+    _MAY_CHANGE_ON_RESUME = ["push_confidence"]
 
     mixup_weight: float = field(
         default=0.2,
@@ -104,6 +111,10 @@ class SFTMixConfig(SFTConfig):
         default="perplexity",
         metadata={"help": "What is averaged over the checkpoints.", "choices": ["perplexity", "mean_nll"]},
     )
+    push_confidence: bool = field(
+        default=False,
+        metadata={"help": "Whether a push to the Hub takes the confidence along (hashes and numbers, no texts)."},
+    )
 
     @property
     def needs_confidence(self) -> bool:
@@ -147,8 +158,9 @@ class SFTMixConfig(SFTConfig):
             ("confidence_file", "file"),
             ("reference_model", "reference"),
             ("confidence_checkpoints", "reference"),
+            ("push_confidence", "reference"),
         ):
-            if getattr(self, name) is not None and source != its_source:
+            if getattr(self, name) not in (None, False) and source != its_source:
                 reason = f"`confidence_source` is {source!r}" if source else "no confidence is needed here"
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is used with `confidence_source={its_source!r}` only, but "

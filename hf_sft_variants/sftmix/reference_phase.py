@@ -23,6 +23,7 @@ from ..base.checkpoints import last_checkpoint
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY, require_same_vocabulary
 from .confidence import ConfidenceTrackingCallback
+from .config import SFTMixConfig
 
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ _SETTINGS = [
 # Those of them that a resumed run keeps, too
 _FIXED = ["start", "confidence_checkpoints"]
 
+_CONFIDENCE, _SETTINGS_OF_RUN = "confidence.parquet", "settings.json"
+
 
 class ReferencePhase:
     """
@@ -57,7 +60,7 @@ class ReferencePhase:
     name, or copied if it was passed as an object), data, seed and adapter; or another model, `reference_model`. It
     reports to no tracker, pushes nothing, and has none of the user's callbacks. The trained model is kept in
     `<output_dir>/reference`, its checkpoints as long as it is trained; then comes `confidence.parquet`: where that is,
-    the phase is over. With `push_to_hub` the folder goes to the Hub with the rest of `output_dir`.
+    the phase is over. Of the folder nothing goes to the Hub but what `push_confidence` asks for.
 
     Meanwhile the model that waits for its turn stands on the CPU, unless it is quantized or split over devices.
 
@@ -111,8 +114,8 @@ class ReferencePhase:
         Raises:
             `InputError`: If it was done, or begun, before with other settings.
         """
-        path = reference_folder(trainer.args) / "confidence.parquet"
-        settings_path, settings = path.with_name("settings.json"), self._settings(trainer)
+        path = reference_folder(trainer.args) / _CONFIDENCE
+        settings_path, settings = path.with_name(_SETTINGS_OF_RUN), self._settings(trainer)
         if resume and checkpoint is None:  # a checkpoint of mixup has its own
             _require_same_settings(settings_path, {name: settings[name] for name in _FIXED})
         if all(gather_object([path.is_file()])):
@@ -208,7 +211,7 @@ def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
         raise InputError(
             f"{path.parent} has a reference that was trained with `{name}={recorded.get(name)!r}`, but now it is "
             f"{settings[name]!r}. Remove the folder to train it again, choose another `output_dir`, or use this one "
-            f"with `confidence_source='file'` and `confidence_file={str(path.parent / 'confidence.parquet')!r}`."
+            f"with `confidence_source='file'` and `confidence_file={str(path.with_name(_CONFIDENCE))!r}`."
         )
 
 
@@ -241,6 +244,13 @@ class _SaveModelCallback(TrainerCallback):
 def reference_folder(args: SFTConfig) -> Path:
     """Where the reference model of a run is kept."""
     return Path(args.output_dir) / "reference"
+
+
+def not_pushed(args: SFTMixConfig) -> list[str]:
+    """What of the reference stays here when `output_dir` goes to the Hub, as patterns."""
+    folder, pushed = reference_folder(args), (_CONFIDENCE, _SETTINGS_OF_RUN) if args.push_confidence else ()
+    here = [path for path in folder.glob("*") if path.name not in pushed]
+    return [f"{folder.name}/{path.name}{'/' if path.is_dir() else ''}" for path in here]
 
 
 def _reference_args(args: SFTConfig, loads_model: bool) -> SFTConfig:

@@ -14,7 +14,7 @@ from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import at_least_float32
 from ..base.checkpoints import last_checkpoint
 from ..base.preparation import map_description
-from ..base.trl_internals import get_dataset_column_names
+from ..base.trl_internals import get_dataset_column_names, leave_out_of_push
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY
 from .confidence_file import halves_from_file, with_content_keys
@@ -32,7 +32,7 @@ from .pairing import (
     number_example,
     random_halves,
 )
-from .reference_phase import ReferencePhase, reference_folder
+from .reference_phase import ReferencePhase, not_pushed, reference_folder
 
 
 class SFTMixTrainer(AnnotatedSFTTrainer):
@@ -94,6 +94,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         "citation": textwrap.dedent("""\
             @article{sftmix2024,
                 title  = {{SFTMix: Elevating Language Model Instruction Tuning with Mixup Recipe}},
+                author = {Yuxin Xiao and Shujian Zhang and Wenxuan Zhou and Marzyeh Ghassemi and Sanqiang Zhao},
                 year   = 2024,
                 eprint = {arXiv:2410.05248},
             }"""),
@@ -270,3 +271,14 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         if self._online is not None:
             self._online.save(self.checkpoint_folder(trial), self.accelerator)
         super()._save_checkpoint(model, trial)
+
+    # The Hub: the reference stays here
+
+    def push_to_hub(self, *args, **kwargs):
+        """As [`~transformers.Trainer.push_to_hub`], without `<output_dir>/reference`; see `push_confidence`."""
+        with leave_out_of_push(not_pushed(self.args)):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        with leave_out_of_push(not_pushed(self.args)):
+            super()._push_from_checkpoint(checkpoint_folder)

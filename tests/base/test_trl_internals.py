@@ -138,6 +138,11 @@ def test_loss_calls_the_model_with_the_fused_head():
     assert "aux_loss_enabled" in source and "router_aux_loss_coef" in source
 
 
+def test_a_push_leaves_out_what_the_api_is_told_to():
+    for method in (Trainer.push_to_hub, Trainer._push_from_checkpoint):
+        assert "hf_api().upload_folder(" in inspect.getsource(method), "more than was asked for may go to the Hub"
+
+
 def test_settings_of_the_fused_head_are_in_its_closure(tiny_model, trl_internals):
     trl_internals.add_fused_lm_head(tiny_model, temperature=0.5)
     settings = trl_internals.fused_lm_head_settings(tiny_model)

@@ -311,7 +311,9 @@ class TestReferenceModels:
         tiny_model.save_pretrained(tmp_path)
         saved = identify_model(str(tmp_path))
         assert identify_model(str(tmp_path)) == saved
-        assert identify_model(str(tmp_path), {"dtype": torch.bfloat16}) != saved
+        in_bfloat16 = identify_model(str(tmp_path), {"dtype": torch.bfloat16})
+        assert in_bfloat16 != saved and identify_model(str(tmp_path), {"dtype": "bfloat16"}) == in_bfloat16
+        assert identify_model(str(tmp_path), {"token": "hf_secret"}) == saved  # which stands in the files of scores
         os.utime(tmp_path / "model.safetensors", ns=(1, 1))
         assert identify_model(str(tmp_path)) != saved
 

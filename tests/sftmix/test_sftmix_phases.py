@@ -184,7 +184,7 @@ class TestTwoPhases:
             train(*arguments, max_steps=2, **changed)
 
     def test_its_checkpoints_go_when_it_is_trained(self, tiny_model, tokenizer, chat_rows, tmp_path):
-        """So no optimizer's state goes to the Hub: what is left out there are checkpoints of the first level alone."""
+        """So no optimizer's state is left behind."""
         train(tiny_model, tokenizer, chat_rows, tmp_path)
         assert (tmp_path / "checkpoint-6").is_dir() and (tmp_path / "reference" / "model.safetensors").is_file()
         assert not list((tmp_path / "reference").glob("checkpoint-*"))
