@@ -34,7 +34,9 @@ def is_result(output: dict) -> bool:
     """Not a warning, a widget or the trainer's progress bar."""
     data = output.get("data", {})
     is_progress = "application/vnd.jupyter.widget-view+json" in data or "<progress" in data.get("text/html", "")
-    return output.get("name") != "stderr" and not is_progress
+    # DeepSpeed, where it is installed, logs to stdout
+    is_warning = output.get("name") == "stderr" or "[WARNING]" in output.get("text", "")
+    return not is_progress and not is_warning
 
 
 def main() -> None:
