@@ -39,8 +39,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the data and the model, and says what to run next."""
-    from ..quickstart import build_splits, write_data, write_model
-    from ..quickstart.data import tagged_splits
+    from ..quickstart import build_splits, tagged_splits, write_data, write_model
 
     model, data, tagged = (Path(args.output_dir, name) for name in ("model", "data", "tagged_data"))
     splits = build_splits(args.task, args.train_size, args.test_size, args.seed)

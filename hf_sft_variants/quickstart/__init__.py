@@ -1,7 +1,7 @@
 """A real model and real data on any machine, with or without the Hub."""
 
-from .data import TASKS, build_splits, write_data
+from .data import TASKS, build_splits, tagged_splits, write_data
 from .model import MODEL_SOURCES, write_model
 
 
-__all__ = ["MODEL_SOURCES", "TASKS", "build_splits", "write_data", "write_model"]
+__all__ = ["MODEL_SOURCES", "TASKS", "build_splits", "tagged_splits", "write_data", "write_model"]

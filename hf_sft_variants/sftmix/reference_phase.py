@@ -145,6 +145,7 @@ class ReferencePhase:
         }
         arguments["args"] = _reference_args(trainer.args, loads_model=isinstance(arguments["model"], str))
         reference = ReferenceTrainer(**arguments)
+        _cast_as(trainer.model, reference.model)
         reference.add_callback(_SaveModelCallback(reference))
         tracking = ConfidenceTrackingCallback(
             reference,
@@ -213,6 +214,14 @@ def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
             f"{settings[name]!r}. Remove the folder to train it again, choose another `output_dir`, or use this one "
             f"with `confidence_source='file'` and `confidence_file={str(path.with_name(_CONFIDENCE))!r}`."
         )
+
+
+def _cast_as(model, reference) -> None:
+    """Give the reference the dtypes of the model that waits, whose adapter may be float32 by the user's will."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in reference.named_parameters():
+        if parameter.requires_grad and dtypes.get(name, parameter.dtype) != parameter.dtype:
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 class ReferenceTrainer(SFTTrainer):

@@ -78,7 +78,7 @@ def test_metrics(method, options, tiny_model, tokenizer, chat_rows, tmp_path):
 def test_every_page_is_reached(site):
     """Also those that are named in no table of contents would be warnings; this one sees a page that is left out."""
     start = (site / "index.html").read_text()
-    for page in DOCS.rglob("*.md"):
+    for page in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]:
         if "_build" not in page.parts and page.name != "index.md":
             assert f'href="{page.relative_to(DOCS).with_suffix(".html")}"' in start, page
 

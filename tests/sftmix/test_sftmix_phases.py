@@ -143,6 +143,27 @@ class TestTwoPhases:
         assert all(torch.equal(weights, plain[name]) for name, weights in reference.items())
         assert not all(torch.equal(weights, plain[name]) for name, weights in mixed.items())
 
+    def test_the_reference_has_the_dtype_of_the_adapter(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """fp16 training on a GPU can't use the bfloat16 that TRL gives the adapter of a quantized model."""
+        pytest.importorskip("bitsandbytes")
+        tiny_model.config.update({"hidden_size": 64, "head_dim": 16})  # less, and bitsandbytes can't compute
+        type(tiny_model)(tiny_model.config).save_pretrained(tmp_path / "start")
+        trainer = SFTMixTrainer(
+            str(tmp_path / "start"),
+            SFTMixConfig(str(tmp_path), **SMALL, **RUN, save_strategy="no"),
+            train_dataset=chat_rows,
+            processing_class=tokenizer,
+            peft_config=lora(),
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+        )
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        assert {parameter.dtype for parameter in trained} == {torch.bfloat16}
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        trainer.train()
+        weights = load_file(tmp_path / "reference" / "adapter_model.safetensors")
+        assert {values.dtype for values in weights.values()} == {torch.float32}
+
     def test_another_reference_model(self, tiny_model, tokenizer, chat_rows, token_rows, tmp_path):
         from tokenizers_on_the_spot import byte_fallback
 
