@@ -6,6 +6,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from filelock import FileLock
+from helpers import folder_of_all_workers
 from nbclient import NotebookClient
 
 from hf_sft_variants.quickstart import write_model
@@ -28,20 +30,22 @@ def code_cells(name: str) -> list[nbformat.NotebookNode]:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """Where they run, with the model that each of them would write."""
-    folder = tmp_path_factory.mktemp("notebooks")
-    write_model(folder / "quickstart" / "model", source="package")
+def model(tmp_path_factory) -> Path:
+    """The model that each of them would write, here written once."""
+    folder = folder_of_all_workers(tmp_path_factory) / "quickstart_model"
+    with FileLock(f"{folder}.lock"):
+        write_model(folder, source="package")
     return folder
 
 
-@pytest.mark.xdist_group("notebooks")
 @each_notebook
-def test_runs(name, folder, monkeypatch):
+def test_runs(name, model, tmp_path, monkeypatch):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "model").symlink_to(model)
     monkeypatch.setenv("SMALL_RUN", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    resources = {"metadata": {"path": str(folder)}}
+    resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(read(name), timeout=None, skip_cells_with_tag="install", resources=resources).execute()
 
 
@@ -60,13 +64,22 @@ def test_it_opens_in_colab(name):
 def test_the_first_code_installs_from_the_repository(name):
     install, *others = code_cells(name)
     assert install.metadata.tags == ["install"]
-    (extra,) = re.fullmatch(
-        rf'%pip install -q "hf_sft_variants\[(\w+)\] @ git\+https://github\.com/{REPOSITORY}"', install.source
+    (extras,) = re.search(
+        rf'^%pip install -q "hf_sft_variants\[([\w,]+)\] @ git\+https://github\.com/{REPOSITORY}"$',
+        install.source,
+        re.M,
     ).groups()
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert extra in setup["options.extras_require"]
+    assert set(extras.split(",")) <= setup["options.extras_require"].keys()
     assert not any("install" in cell.metadata.get("tags", []) for cell in others)
+
+
+@pytest.mark.parametrize("name", sorted(NOTEBOOKS.keys() - {"compare"}))
+def test_the_change_it_shows_is_made(name):
+    texts = [cell.source for cell in read(name).cells if cell.cell_type == "markdown"]
+    (change,) = re.findall(r"^\+ (.+)$", "\n".join(texts), re.MULTILINE)
+    assert any(change in cell.source.splitlines() for cell in code_cells(name))
 
 
 @each_notebook
