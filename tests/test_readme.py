@@ -40,5 +40,16 @@ def test_named_files_are_there():
         assert (ROOT / name).is_file(), name
 
 
+def test_links_lead_somewhere():
+    """The build of the site looks at those of its own pages."""
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", README)
+    assert links
+    for path, anchor in links:
+        assert (ROOT / path).exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / (path or "README.md")).read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
 def test_no_placeholder_is_left():
-    assert not re.search(r"\b[A-Z]{5,}\b", re.sub(r"`[^`]*`", "", README))
+    assert not re.search(r"\b[A-Z]{5,}\b", re.sub(r"`[^`]*`|\]\([^)]*\)", "", README))

@@ -16,6 +16,8 @@ def to_restructured_text(text: str) -> str:
     text = re.sub(r"\[`~?hf_sft_variants\.([\w.]+)`\]", r":py:obj:`~hf_sft_variants.\1`", text)
     text = re.sub(r"\[`([A-Z]\w+(?:\.\w+)?)`\]", r":py:obj:`~hf_sft_variants.\1`", text)
     text = re.sub(r"\[`~?([\w.]+)`\]", _as_last_name, text)
+    # Sphinx takes the backslashes out of code between single backticks, those of regular expressions too
+    text = re.sub(r"(?<![:`\w])`([^`\n]*\\[^`\n]*)`", r"``\1``", text)
     return re.sub(r"\[([^\]`]+)\]\((http[^)]+)\)", r"`\1 <\2>`__", text)
 
 

@@ -27,7 +27,7 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "prepare-data", help="write the data of the SFTKey paper", description=description, epilog=EXAMPLE
     )
-    parser.add_argument("data", choices=RECIPES, help="data set of the paper")
+    parser.add_argument("data", choices=RECIPES, metavar="DATA", help=f"data set of the paper: {', '.join(RECIPES)}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--source", metavar="DATA", help="folder, file or Hub id with such rows (the paper's)")
     parser.add_argument("--subset", metavar="NAME", help="subset on the Hub, e.g. all for openr1-math")

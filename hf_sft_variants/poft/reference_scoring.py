@@ -152,8 +152,9 @@ class ReferenceScoringCallback(TrainerCallback):
             `ValueError`: If a model can't be loaded, or can't render or score the data.
         """
         tables = []
-        for model in self.models:
-            own_tokenizer = load_reference_tokenizer(model, self.model_init_kwargs)
+        # All of them first: a misspelt name is an error before the others have scored for hours
+        tokenizers = [load_reference_tokenizer(model, self.model_init_kwargs) for model in self.models]
+        for model, own_tokenizer in zip(self.models, tokenizers, strict=True):
             if has_responses:
                 fn_kwargs = {
                     "tokenizer": own_tokenizer,

@@ -14,7 +14,7 @@ class SFTMixConfig(SFTConfig):
     Only the parameters that [`~trl.SFTConfig`] does not have are listed. Method: [SFTMix: mixup between confident and
     unconfident examples](https://huggingface.co/papers/2410.05248).
 
-    Parameters of the loss, \\( \text{ntp\_weight} \cdot L_\text{NTP} + \mu \cdot L_\text{Mixup} \\):
+    Parameters of the loss, ntp_weight · L_NTP + μ · L_Mixup:
         mixup_weight (`float`, *optional*, defaults to `0.2`):
             Weight μ of the mixup loss. 0 is the control without mixup but with the same batches.
         mixup_alpha (`float`, *optional*, defaults to `0.5`):

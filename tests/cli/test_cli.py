@@ -31,7 +31,8 @@ def test_help_fits_a_screen_and_shows_an_example(arguments, capsys, monkeypatch)
         main([*arguments, "--help"])
     text = capsys.readouterr().out
     assert "example: hf-sft-variants" in text
-    assert len(text.splitlines()) <= 30
+    lines = text.splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 80
 
 
 def test_help_does_not_wait_for_torch():

@@ -1,5 +1,6 @@
 """The site is built without a warning, and names all that is public: classes, fields of configurations, metrics."""
 
+import ast
 import html
 import re
 import subprocess
@@ -23,7 +24,7 @@ METHODS = {"sft_go": "SFTGO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFT
 RUNS = [
     ("sft_go", {"min_grouped_tokens": 2}),
     ("sft_go", {"group_by": "column", "group_column": "groups", "min_grouped_tokens": 2}),
-    ("sftkey", {"key_pattern": r"#### (?P<key>.+)"}),
+    ("sftkey", {"key_pattern": r"#### (?P<key>.+)", "answer_eval_steps": 5, "answer_eval_max_new_tokens": 2}),
     ("poft", {}),
     ("sftmix", {"confidence_split": "random"}),
 ]
@@ -55,10 +56,24 @@ def test_fields(method, site):
     assert own <= described, own - described
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults(method):
+    """Of its own fields, as the docstring has them, from which the page is made."""
+    config_class = getattr(hf_sft_variants, f"{METHODS[method]}Config")
+    for name, value in vars(config_class("out", use_cpu=True, bf16=False)).items():
+        if name in config_class.__dataclass_fields__ and name not in SFTConfig.__dataclass_fields__:
+            found = re.search(
+                rf"^ +{name} \(`.+?`, \*optional\*(?:, defaults to `(.+?)`)?\):", config_class.__doc__, re.M
+            )
+            assert found and ast.literal_eval(found[1] or "None") == value, name
+
+
 @pytest.mark.parametrize("method, options", RUNS)
 def test_metrics(method, options, tiny_model, tokenizer, chat_rows, tmp_path):
     if method == "poft":
         chat_rows = chat_rows.add_column("ref_logps", [[-2.0, -3.0]] * len(chat_rows))
+    if "answer_eval_steps" in options:
+        chat_rows = chat_rows.add_column("answer", ["7"] * len(chat_rows))
     if "group_column" in options:
         chat_rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "groups": [0, 0, 1, 1]}] * 4)
     classes = [getattr(hf_sft_variants, f"{METHODS[method]}{part}") for part in ("Trainer", "Config")]

@@ -369,6 +369,12 @@ class TestBadReferences:
         with pytest.raises(ValueError, match="The reference model .*nowhere' has no tokenizer that can be loaded"):
             make(conversations, [str(tmp_path / "nowhere")])
 
+    def test_no_second_model(self, folders, conversations, make, tmp_path):
+        """Found before the first one scores."""
+        with pytest.raises(ValueError, match="nowhere' has no tokenizer that can be loaded"):
+            make(conversations, [str(folders["chatml"]), str(tmp_path / "nowhere")])
+        assert not (tmp_path / "scores").exists()
+
     def test_no_chat_template(self, folders, conversations, make, tmp_path):
         shutil.copytree(folders["chatml"], tmp_path / "base")
         (tmp_path / "base" / "chat_template.jinja").unlink()
