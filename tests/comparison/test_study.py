@@ -161,14 +161,15 @@ def test_runs_and_their_recipes(write_study):
 
 def test_data_of_the_runs_own(write_study, folder):
     """The name of a data set may have the run's data and seed in it, and all of them are looked for."""
-    overrides = {"dataset_name": "{data}_{seed}", "dataset_train_split": "train"}
+    # From the root: a name that is not found is looked for among what was loaded before
+    overrides = {"dataset_name": f"{folder}/{{data}}_{{seed}}", "dataset_train_split": "train"}
     study = read_study(write_study(arms={"sft": SFT, "other": {**SFT, "overrides": overrides}}))
     (folder / "sums_0").symlink_to(folder / "data")
-    with pytest.raises(InputError, match="arm `other` on data `sums`: `dataset_name` is 'sums_1', which can't be"):
+    with pytest.raises(InputError, match="arm `other` on data `sums`: `dataset_name` is '.*/sums_1', which can't be"):
         plan_runs(study)
     (folder / "sums_1").symlink_to(folder / "data")
     runs = [run for run in plan_runs(study) if run.arm == "other"]
-    assert [run.recipe["dataset_name"] for run in runs] == ["sums_0", "sums_1"]
+    assert [run.recipe["dataset_name"] for run in runs] == [f"{folder}/sums_0", f"{folder}/sums_1"]
     assert all(run.evaluations["dataset_name"] == "data" for run in runs)
 
 
