@@ -10,7 +10,7 @@ TRAIN_FLAGS =
 EVALUATE_FLAGS = --max-new-tokens 64
 EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS)
 
-.PHONY: quickstart test test-versions lint format docs wheel
+.PHONY: quickstart study test test-versions lint format docs wheel
 
 # Fine-tunes a small real model on the CPU, and measures it on unseen questions before and after
 quickstart: $(INSTALLED)
@@ -19,6 +19,12 @@ quickstart: $(INSTALLED)
 	$(BIN)/trl sft --config recipes/quickstart/sft_go.yaml $(TRAIN_FLAGS)
 	$(EVALUATE) $(RUN)
 	@echo "The trained adapter is in $(RUN): load it with peft, its base model is quickstart/model."
+
+# The comparison study in its small form: an hour or more on a CPU. The report is studies/small/report.html
+study: $(INSTALLED)
+	$(BIN)/hf-sft-variants quickstart
+	$(BIN)/python benchmarks/study_data.py --tasks chain_sum --train_size 200 --test_size 84
+	$(BIN)/hf-sft-variants compare --config studies/small.yaml
 
 # One thread per process: pytest-xdist has a process on each core
 test: $(INSTALLED)
