@@ -23,7 +23,7 @@ HEAD_TILE = 4096 * 32768 * 2  # bytes of logits at a time: TRL's fused LM head
 GPUS = 8  # processes of TRL's named configurations, where a recipe does not say another number
 OVERHEAD = 2e9  # bytes of CUDA's context, NCCL and fragmentation: assumed
 LLMLINGUA2 = 0.3e9  # parameters in products of XLM-RoBERTa large, the scoring model of `llmlingua2`
-BASELINE_MINUTES = 6  # of `sft_baseline.yaml`: measured once, 600 rows on 2 CPU cores
+BASELINE_MINUTES = 6  # 600 rows on 2 CPU cores: one early run with the settings of `sft_baseline.yaml`, not repeated
 
 
 class Model(NamedTuple):
