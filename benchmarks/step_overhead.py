@@ -16,8 +16,6 @@ GPU. `--packing off on` measures padded and packed rows; packed ones hold four s
 import argparse
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,17 +41,17 @@ from hf_sft_variants import (
     SFTMixConfig,
     SFTMixTrainer,
 )
+from hf_sft_variants.comparison.costs import peak_memory
+from hf_sft_variants.comparison.results import describe_machine
 
 
 METHODS = {
     "sft": (SFTTrainer, SFTConfig, {}),
     "sft_go": (SFTGOTrainer, SFTGOConfig, {}),
-    "sft_go_uniform": (SFTGOTrainer, SFTGOConfig, {"sample_weighting": "uniform"}),
     "sftkey_full": (SFTKeyTrainer, SFTKeyConfig, {"stages": ["full"]}),
     "sftkey_key": (SFTKeyTrainer, SFTKeyConfig, {"stages": ["key"]}),
     "poft": (PoFTTrainer, PoFTConfig, {}),
     "sftmix": (SFTMixTrainer, SFTMixConfig, {"confidence_split": "random"}),
-    "sftmix_mu0": (SFTMixTrainer, SFTMixConfig, {"confidence_split": "random", "mixup_weight": 0.0}),
 }
 
 
@@ -146,18 +144,16 @@ def time_ratio(method: str, setting: Setting, options: argparse.Namespace) -> di
     }
 
 
-def peak_memory(method: str, setting: Setting, options: argparse.Namespace) -> float:
-    """Peak memory in MiB of a process that takes three steps with one trainer."""
+def memory_of_three_steps(method: str, setting: Setting, options: argparse.Namespace) -> float:
+    """Peak memory in MiB of this process, which takes three steps with one trainer."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, batches = make_trainer(method, setting, options, folder)
         for _ in range(3):
             step(trainer, batches)
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_memory(trainer.args.device)["peak_memory_bytes"] / 2**20
 
 
-def peak_memory_of_a_process(method: str, setting: Setting) -> float:
+def memory_of_a_process(method: str, setting: Setting) -> float:
     only = json.dumps([method, setting.vocab_size, setting.packing])
     command = [sys.executable, __file__, *sys.argv[1:], "--only_memory_of", only]
     # Without it, what glibc keeps of freed memory changes from run to run, by up to a half of the peak
@@ -167,9 +163,9 @@ def peak_memory_of_a_process(method: str, setting: Setting) -> float:
 
 
 def measure(setting: Setting, options: argparse.Namespace) -> Iterator[dict]:
-    plain_memory = peak_memory_of_a_process("sft", setting)
+    plain_memory = memory_of_a_process("sft", setting)
     for method in options.methods:
-        memory = peak_memory_of_a_process(method, setting)
+        memory = memory_of_a_process(method, setting)
         yield {
             "method": method,
             **vars(setting),
@@ -201,14 +197,13 @@ def main() -> None:
     options = build_parser().parse_args()
     if options.only_memory_of:
         method, *setting = json.loads(options.only_memory_of)
-        print(peak_memory(method, Setting(*setting), options))
+        print(memory_of_three_steps(method, Setting(*setting), options))
         return
     settings = [Setting(size, word == "on") for size in options.vocab_sizes for word in options.packing]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     asked = {name: value for name, value in vars(options).items() if name not in ("output", "only_memory_of")}
     results = {
-        "device": device,
-        "machine": platform.machine(),
+        "machine": describe_machine(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "options": asked,
         "runs": [],

@@ -81,24 +81,45 @@ def _section(results: dict[str, Any], data: str) -> str:
     title = "Training NLL as logged, nats per token in the loss, mean over seeds"
     return (
         f"<h2>Data: {escape(data)}</h2>{_metrics_table(results, data, list(runs))}"
-        f"<h3>Cost</h3>{_cost_table(runs, results['study']['baseline'])}"
+        f"{_controls_table(results, data)}<h3>Cost</h3>{_cost_table(runs, results['study']['baseline'])}"
         f"<h3>Learning curves</h3>{render_curves(curves, arms, title)}{_answers(runs)}"
     )
 
 
 def _metrics_table(results: dict[str, Any], data: str, arms: list[str]) -> str:
     summary = {(row["arm"], row["metric"]): row for row in results["summary"] if row["data"] == data}
-    differences = {(row["arm"], row["metric"]): row for row in results["differences"] if row["data"] == data}
+    baseline = results["study"]["baseline"]
+    differences = _differences(results, data)
     metrics = list(dict.fromkeys(metric for _, metric in summary))
     rows = []
     for arm in arms:
         cells = []
         for metric in metrics:
             cells.append(_summary_cell(metric, summary.get((arm, metric)), len(results["study"]["seeds"])))
-            cells.append(_difference_cell(metric, differences.get((arm, metric)), arm == results["study"]["baseline"]))
+            cells.append(_difference_cell(metric, differences.get((arm, baseline, metric)), arm == baseline))
         rows.append([_head(arm), *cells])
     headings = ["arm", *(text for metric in metrics for text in (_NAMES.get(metric, metric), "difference"))]
     return _table(headings, rows)
+
+
+def _controls_table(results: dict[str, Any], data: str) -> str:
+    """Differences of arms from controls of their own, if any has one."""
+    differences = _differences(results, data)
+    pairs = dict.fromkeys((arm, other) for arm, other, _ in differences if other != results["study"]["baseline"])
+    if not pairs:
+        return ""
+    metrics = list(dict.fromkeys(metric for *_, metric in differences))
+    rows = [
+        [_head(arm), _cell(other), *(_difference_cell(m, differences.get((arm, other, m)), False) for m in metrics)]
+        for arm, other in pairs
+    ]
+    headings = ["arm", "control", *(f"difference in {_NAMES.get(metric, metric)}" for metric in metrics)]
+    return f"<h3>Against controls</h3>{_table(headings, rows)}"
+
+
+def _differences(results: dict[str, Any], data: str) -> dict[tuple[str, str, str], dict[str, Any]]:
+    rows = [row for row in results["differences"] if row["data"] == data]
+    return {(row["arm"], row["baseline"], row["metric"]): row for row in rows}
 
 
 def _summary_cell(metric: str, row: dict[str, Any] | None, seeds: int) -> str:
@@ -164,7 +185,8 @@ def _how_to_read(results: dict[str, Any]) -> str:
     sentences = [
         "± is the standard deviation over seeds"
         + (", which is unknown with one seed." if len(results["study"]["seeds"]) == 1 else "."),
-        f"A difference is the arm minus {escape(results['study']['baseline'])}, seed by seed; in brackets its "
+        f"A difference is the arm minus {escape(results['study']['baseline'])}, or minus a control, seed by seed; in "
+        "brackets its "
         f"{LEVEL:.0%} interval of a paired bootstrap over seeds and test rows ({DRAWS:,} draws; over seeds alone for "
         "metrics without rows).",
         "An interval that holds 0 shows no difference, which does not show that there is none. With few seeds "

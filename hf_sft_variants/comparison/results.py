@@ -74,17 +74,20 @@ def summaries(study: Study, results: list[dict[str, Any]]) -> Iterator[dict[str,
 
 
 def differences(study: Study, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each arm from the baseline, and from its controls."""
     for data in study.data:
-        baseline = of_arm(results, data, study.baseline)
-        for arm in study.arms:
-            by_seed = of_arm(results, data, arm)
-            seeds = [seed for seed in by_seed if seed in baseline]
-            if arm == study.baseline or not seeds:
-                continue
-            for name in metric_names(by_seed):
-                pairs = [[runs[seed]["evaluations"][name] for seed in seeds] for runs in (by_seed, baseline)]
-                labels = {"data": data, "arm": arm, "metric": name, "baseline": study.baseline, "seeds": seeds}
-                yield {**labels, **compare(*pairs)}
+        for arm in study.arms.values():
+            for other in dict.fromkeys((study.baseline, *arm.controls)):
+                if other != arm.name:
+                    yield from differences_from(other, arm.name, data, results)
+
+
+def differences_from(other: str, arm: str, data: str, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    by_seed, other_by_seed = of_arm(results, data, arm), of_arm(results, data, other)
+    seeds = [seed for seed in by_seed if seed in other_by_seed]
+    for name in metric_names(by_seed) if seeds else []:
+        pairs = [[runs[seed]["evaluations"][name] for seed in seeds] for runs in (by_seed, other_by_seed)]
+        yield {"data": data, "arm": arm, "metric": name, "baseline": other, "seeds": seeds, **compare(*pairs)}
 
 
 def of_arm(results: list[dict[str, Any]], data: str, arm: str) -> dict[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ from ..recipe_checks import nearest, read_mapping
 
 STUDY_KEYS = ("output_dir", "seeds", "baseline", "overrides", "data", "arms", "budget", "evaluations")
 REQUIRED_KEYS = ("output_dir", "seeds", "baseline", "data", "arms")
-ARM_KEYS = ("recipe", "overrides", "budget")
+ARM_KEYS = ("recipe", "overrides", "budget", "controls")
 EVALUATION_DEFAULTS = {
     "dataset_name": None,
     "dataset_config": None,
@@ -48,12 +48,15 @@ class Arm:
             Keys of the recipe with other values.
         budget (`dict[str, Any]`):
             One of [`BUDGET_KEYS`] with its amount, or nothing: then the recipe says how long it trains.
+        controls (`list[str]`):
+            Other arms that differences are taken from, beside the baseline.
     """
 
     name: str
     recipe: str
     overrides: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
+    controls: list[str] = field(default_factory=list)
 
     def others(self) -> set[str]:
         """Arms whose runs this one needs."""
@@ -142,6 +145,14 @@ def study_of(content: dict[str, Any], path: str) -> Study:
         raise InputError(
             f"`baseline` is {study.baseline!r}, which is no arm" + nearest_name(study.baseline, study.arms)
         )
+    for arm in study.arms.values():
+        others = [name for name in study.arms if name != arm.name]
+        for control in arm.controls:
+            if control not in others:
+                raise InputError(
+                    f"`controls` of arm `{arm.name}` has {control!r}, which is no other arm"
+                    + nearest_name(control, others)
+                )
     for name, values in study.data.items():
         if not isinstance(values.get("dataset_name"), str):
             raise InputError(f"data set `{name}` needs `dataset_name`, a folder or an id on the Hub; got {values}.")
@@ -155,7 +166,9 @@ def make_arm(name: str, values: dict[str, Any], study_budget: dict[str, Any]) ->
         raise InputError(f"arm `{name}` needs `recipe`, the path of a recipe; got {values}.")
     overrides = mapping(f"overrides` of arm `{name}", values.get("overrides"))
     budget = checked_budget(f"`budget` of arm `{name}`", values["budget"], BUDGET_KEYS) if "budget" in values else None
-    return Arm(name, values["recipe"], overrides, study_budget if budget is None else budget)
+    controls = values.get("controls", [])
+    require_type(f"controls` of arm `{name}", controls, list, "a list of other arms")
+    return Arm(name, values["recipe"], overrides, study_budget if budget is None else budget, controls)
 
 
 def checked_seeds(seeds: Any) -> list[int]:

@@ -8,6 +8,7 @@ from hf_sft_variants.comparison.study import study_of
 
 
 ARMS = ("sft", "sft_go", "sft_go_random", "poft", "sft_longer", "sftmix", "sftkey")
+CONTROLS = {"sft_go": ["sft_go_random", "sft"], "sftmix": ["sft"]}
 EXTRA = {"poft": "2 models read the data once", "sftmix": "a reference is trained as long"}
 
 
@@ -20,6 +21,9 @@ def make_results(arms=ARMS, seeds=(0, 1, 2), data=("clean", "corrupted"), rows=4
         "data": {name: {"dataset_name": f"quickstart/{name}"} for name in data},
         "arms": {arm: {"recipe": f"recipes/{arm}.yaml"} for arm in arms},
     }
+    for arm, controls in CONTROLS.items():
+        if arm in arms:
+            content["arms"][arm]["controls"] = controls
     study = study_of(content, "recipes/studies/small.yaml")
     names = [(arm, name, seed) for name in data for arm in arms for seed in seeds]
     runs = [

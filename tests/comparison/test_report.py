@@ -51,7 +51,7 @@ class Page(HTMLParser):
 def test_structure():
     results = make_results()
     page = Page(render_report(results))
-    parts = ["Cost", "Learning curves", "Answers to the first prompts"]
+    parts = ["Against controls", "Cost", "Learning curves", "Answers to the first prompts"]
     assert page.headings == [
         "Data: clean",
         *parts,
@@ -78,7 +78,14 @@ def test_structure():
         row for row in results["summary"] if (row["data"], row["arm"], row["metric"]) == ("clean", "poft", "nll")
     ]
     assert metrics[3][1].strip() == f"{summary['mean']:.4f} ± {summary['spread']:.4f}"
-    costs = [[text.strip() for text in row] for row in page.rows[8:16]]
+    controls = [[text.strip() for text in row] for row in page.rows[8:10]]  # the baseline is in the first table
+    assert controls[0] == [
+        "arm",
+        "control",
+        *(f"difference in {name}" for name in ("held-out NLL", "accuracy", "my_task/acc")),
+    ]
+    assert controls[1][:2] == ["sft_go", "sft_go_random"] and controls[1][3].startswith("-")
+    costs = [[text.strip() for text in row] for row in page.rows[10:18]]
     assert costs[0] == ["arm", "steps", "time", "time / sft", "tokens", "peak memory", "extra passes"]
     assert costs[4] == [
         "poft",

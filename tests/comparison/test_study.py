@@ -65,6 +65,12 @@ def test_values_and_defaults(write_study):
             arms(x={**SFT, "budget": {"steps_of": "y"}}, y={**SFT, "overrides": {"run_name": "{runs}/x/seed_{seed}"}}),
             "the arms `x`, `y` wait for each other",
         ),
+        (
+            arms(x={**SFT, "controls": ["sft", "stf"]}),
+            "`controls` of arm `x` has 'stf', which is no other arm; did you",
+        ),
+        (arms(x={**SFT, "controls": ["x"]}), "`controls` of arm `x` has 'x', which is no other arm"),
+        (arms(x={**SFT, "controls": "sft"}), "`controls` of arm `x` must be a list of other arms, got 'sft'"),
         (arms(x=poft(reference_models=["{runs}/z/seed_{seed}"])), "arm `x` needs `z`, which is no arm"),
         ({"evaluations": {"batch": 1}}, "`evaluations`: unknown key `batch`; did you mean `batch_size`?"),
         ({"evaluations": {"batch_size": 0}}, "`batch_size` is 0, but must be a positive integer"),
