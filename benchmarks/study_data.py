@@ -1,11 +1,12 @@
 """
 Data of the comparison study: sums, word problems and human dialogues, each as it is and with a share of wrong answers.
 
-    python benchmarks/study_data.py --tasks chain_sum --train_size 200 --test_size 84 --output studies/data
+    python benchmarks/study_data.py --tasks chain_sum --train_size 200 --test_size 84 --output studies/small_data
 
 writes a folder for each: `<task>`, `<task>_corrupted`, for the control of SFT-GO `<task>_random_groups` and
-`<task>_corrupted_random_groups`, tokenized, with a random score for each token, and for PoFT's reference model
-`<task>_reference` and `<task>_corrupted_reference`, other rows of the task, as they are. The test split is never
+`<task>_corrupted_random_groups`, tokenized, with a random score for each token, and `<task>_reference`, as many other
+rows as they are, for PoFT's and rho1's reference model, with `<task>_all`, these and those of `<task>`, for what the
+reference model's rows do by themselves; both again as `<task>_corrupted_…`. The splits validation and test are never
 corrupted. Dialogues are those of the package chitchat-dataset: `pip install chitchat-dataset==0.9.0`.
 """
 
@@ -16,37 +17,49 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_sft_variants.answers import ANSWER_MARK
+from hf_sft_variants.errors import InputError
 from hf_sft_variants.quickstart import build_splits, write_data
 
 
 TURNS = 6  # of a dialogue: the last one is the response
+MAX_LENGTH = 512  # the recipes'; PoFT drops longer rows, which other trainers cut
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = ("chain_sum", "gsm_symbolic", "chitchat")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
-    parser.add_argument("--train_size", type=int, default=2000)
+    parser.add_argument("--train_size", type=int, default=1100)
+    parser.add_argument("--validation_size", type=int, default=200, help="rows to choose the learning rate by")
     parser.add_argument("--test_size", type=int, default=500)
     parser.add_argument("--corrupted", type=float, default=0.3, help="share of the training rows (%(default)s)")
     parser.add_argument("--model", default="quickstart/model", help="its tokenizer makes the tokenized folders")
     parser.add_argument("--output", default="studies/data", type=Path)
     options = parser.parse_args()
+    try:
+        for task in options.tasks:
+            write_task(task, options)
+    except InputError as error:
+        raise SystemExit(str(error)) from error
+
+
+def write_task(task: str, options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    for task in options.tasks:
-        sizes = 2 * options.train_size, options.test_size
-        splits = dialogue_splits(*sizes) if task == "chitchat" else build_splits(task, *sizes)
-        splits["train"], others = splits["train"][: options.train_size], splits["train"][options.train_size :]
-        corrupted = {**splits, "train": corrupt(splits["train"], options.corrupted)}
-        for name, rows in ((task, splits), (f"{task}_corrupted", corrupted)):
-            write_data(options.output / name, rows)
-            write_data(options.output / f"{name}_reference", {"train": others})
-            train = [random_scores(tokenizer, row, random.Random(i)) for i, row in enumerate(rows["train"])]
-            write_data(options.output / f"{name}_random_groups", {"train": train})
-            print(f"{options.output / name}: {len(rows['train'])} training rows, {len(rows['test'])} test rows")
+    sizes = 2 * options.train_size, options.validation_size + options.test_size
+    splits = dialogue_splits(*sizes, tokenizer) if task == "chitchat" else build_splits(task, *sizes)
+    train, others = splits["train"][: options.train_size], splits["train"][options.train_size :]
+    held_out = {"test": splits["test"][: options.test_size], "validation": splits["test"][options.test_size :]}
+    held_out = {split: rows for split, rows in held_out.items() if rows}
+    for name, rows in ((task, train), (f"{task}_corrupted", corrupt(train, options.corrupted))):
+        write_data(options.output / name, {"train": rows, **held_out})
+        write_data(options.output / f"{name}_reference", {"train": others})
+        write_data(options.output / f"{name}_all", {"train": rows + others})
+        scored = [random_scores(tokenizer, row, random.Random(i)) for i, row in enumerate(rows)]
+        write_data(options.output / f"{name}_random_groups", {"train": scored})
+        print(f"{options.output / name}: {len(rows)} training rows, {len(held_out['test'])} test rows")
 
 
-def dialogue_splits(train_size: int, test_size: int) -> dict[str, list[dict]]:
+def dialogue_splits(train_size: int, test_size: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict]]:
     """The sixth turn of each dialogue, given the five before it."""
     from chitchat_dataset import Dataset  # needed for these only
 
@@ -57,10 +70,12 @@ def dialogue_splits(train_size: int, test_size: int) -> dict[str, list[dict]]:
             roles = ("user", "assistant") * (TURNS // 2)
             messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
             rows.append({"prompt": messages[:-1], "completion": messages[-1:]})
+    rows = [row for row in rows if len(token_ids(tokenizer, row)) <= MAX_LENGTH]
     random.Random(0).shuffle(rows)
     if len(rows) < train_size + test_size:
-        raise SystemExit(
-            f"There are {len(rows)} such dialogues, fewer than {train_size} + {test_size}: ask for fewer."
+        raise InputError(
+            f"there are {len(rows)} dialogues of {TURNS} turns and at most {MAX_LENGTH} tokens, fewer than "
+            f"{train_size} + {test_size}: ask for fewer."
         )
     return {"train": rows[test_size : test_size + train_size], "test": rows[:test_size]}
 
@@ -80,15 +95,20 @@ def with_answer_of(row: dict, rows: list[dict], generator: random.Random) -> dic
     return {**row, "completion": [{"role": "assistant", "content": content}], "answer": wrong}
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, row: dict) -> list[int]:
+    return tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+
+
 def random_scores(tokenizer: PreTrainedTokenizerBase, row: dict, generator: random.Random) -> dict:
-    """The row's tokens as SFTTrainer makes them, with a random score for each."""
+    """The row's tokens and labels as SFTTrainer makes them, with a random score for each."""
     prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    input_ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+    input_ids = token_ids(tokenizer, row)
     if input_ids[: len(prompt)] != prompt:
-        raise SystemExit("The chat template renders the prompt alone differently: take another model.")
+        raise InputError("the chat template renders the prompt alone differently: take another model.")
     return {
         "input_ids": input_ids,
-        "completion_mask": [0] * len(prompt) + [1] * (len(input_ids) - len(prompt)),
+        # Not `completion_mask`: without columns `prompt` and `completion`, SFTTrainer does not look at it by itself
+        "labels": [-100] * len(prompt) + input_ids[len(prompt) :],
         "random_scores": [round(generator.random(), 6) for _ in input_ids],
     }
 

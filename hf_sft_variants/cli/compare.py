@@ -28,7 +28,11 @@ def run(args: argparse.Namespace) -> int:
     """Does what is missing of the study, and writes its results; 1 if a run failed."""
     from ..comparison import compare_study
 
-    failures, report = compare_study(args.config, args.devices or [None] * args.jobs)
+    try:
+        failures, report = compare_study(args.config, args.devices or [None] * args.jobs)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
     for failed, reason in failures.items():
         print(f"{failed} failed: {reason}", file=sys.stderr)
     print(f"wrote {report.parent / 'results.json'} and {report}")

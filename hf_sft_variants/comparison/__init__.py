@@ -7,7 +7,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..errors import InputError
-from .files import write_json, write_text
+from .files import read_json, write_json, write_text
 from .plan import Run, plan_runs
 from .report import render_report
 from .results import collect_results
@@ -35,12 +35,13 @@ def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[d
         `InputError`: If the study, or anything it names, can't be used, or it is being run already.
     """
     devices = devices or [None]
-    if None in devices and torch.cuda.device_count() > 1:
-        raise InputError(
-            f"{torch.cuda.device_count()} GPUs are visible, but a run takes one: pass --devices, e.g. --devices 0 1."
-        )
+    check_devices(devices)
     study = read_study(path)
+    check_output_dir(study)
     runs = plan_runs(study)
+    for run in runs:
+        if None not in devices and run.recipe.get("use_cpu"):
+            raise InputError(f"--devices: the run {run} has `use_cpu: true`, so it would take no GPU.")
     study.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(study.output_dir / ".lock", timeout=0):
@@ -51,6 +52,37 @@ def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[d
     except Timeout as error:
         raise InputError(f"`output_dir` {study.output_dir} is in use: this study is being run already.") from error
     return failures, study.output_dir / "report.html"
+
+
+def check_devices(devices: list[str | None]) -> None:
+    """
+    Raises:
+        `InputError`: If a run would see several GPUs, or none of those asked for.
+    """
+    there = [str(i) for i in range(torch.cuda.device_count())]
+    if None in devices:
+        if len(there) > 1:
+            raise InputError(
+                f"{len(there)} GPUs are visible, but a run takes one: pass --devices, e.g. --devices 0 1."
+            )
+    elif not set(devices) <= set(there) or len(set(devices)) < len(devices):
+        raise InputError(
+            f"--devices is {' '.join(devices)}, but has to name different ones of "
+            f"{len(there)} visible GPUs: {' '.join(there) or 'there is none'}."
+        )
+
+
+def check_output_dir(study: Study) -> None:
+    """
+    Raises:
+        `InputError`: If the folder has the results of another study.
+    """
+    path = study.output_dir / "results.json"
+    other = read_json(path)["study_file"] if path.is_file() else study.path
+    if Path(other).name != Path(study.path).name:
+        raise InputError(
+            f"`output_dir` {study.output_dir} has the results of {other}: choose another folder, or move {path} away."
+        )
 
 
 def _write(study: Study, runs: list[Run], failures: dict[Run, str]) -> None:

@@ -13,8 +13,9 @@ from .files import RUN_FILE, TRAINING_FILE, read_json, write_json
 from .process import last_lines, start_process
 
 
-# Steps of two runs whose times tell a step's from what comes before
-CALIBRATION_STEPS = (4, 12)
+# Steps of runs whose times tell a step's from what comes before: the first, and the first of the others that takes
+# longer by so many seconds, beside which the noise of starting is small
+FEW_STEPS, MANY_STEPS, ENOUGH_SECONDS = 4, (12, 48, 192), 10.0
 
 
 def amount_of(budget: dict[str, Any], folder: Path) -> tuple[str | None, float | None]:
@@ -58,7 +59,7 @@ def steps_of_tokens(tokens: float, trainer: SFTTrainer) -> int:
 
 def steps_of_seconds(seconds: float, folder: Path, run: dict[str, Any]) -> int:
     """
-    Number of optimizer steps for which a run takes a time, found by two short runs that are thrown away.
+    Number of optimizer steps for which a run takes a time, found by short runs that are thrown away.
 
     Args:
         seconds (`float`):
@@ -71,8 +72,12 @@ def steps_of_seconds(seconds: float, folder: Path, run: dict[str, Any]) -> int:
     Raises:
         `InputError`: If what comes before the first step takes longer.
     """
-    few, many = CALIBRATION_STEPS
-    (preparing, of_few), (_, of_many) = (_seconds_of_steps(steps, folder, run) for steps in CALIBRATION_STEPS)
+    few = FEW_STEPS
+    preparing, of_few = _seconds_of_steps(few, folder, run)
+    for many in MANY_STEPS:
+        _, of_many = _seconds_of_steps(many, folder, run)
+        if of_many - of_few >= ENOUGH_SECONDS:
+            break
     shutil.rmtree(folder / "calibration", ignore_errors=True)
     per_step = (of_many - of_few) / (many - few)  # a reference that is trained first has its share in it
     fixed = preparing + of_few - few * per_step

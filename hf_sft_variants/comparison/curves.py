@@ -22,8 +22,9 @@ def learning_curve(results: list[dict[str, Any]]) -> list[tuple[int, float]]:
     by_step: dict[int, list[float]] = {}
     for result in results:
         for log in result["log_history"]:
-            if "loss" in log:  # not the summary at the end
-                by_step.setdefault(log["step"], []).append(log.get("nll", log["loss"]))
+            value = log.get("nll", log.get("loss"))  # neither is in the summary at the end
+            if value is not None:  # as it is where training has diverged
+                by_step.setdefault(log["step"], []).append(value)
     return [
         (step, statistics.fmean(values)) for step, values in sorted(by_step.items()) if len(values) == len(results)
     ]

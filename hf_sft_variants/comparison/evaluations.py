@@ -1,5 +1,6 @@
 """What is measured of a trained model, and of which rows it is the mean."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..answer_matching import same_answer
 from ..answers import extract_answer
+from ..errors import InputError
 from ..evaluation import generate_answers, held_out_nll_of_rows, numeric_answers
 from ..loading import load_split
 from ..tagged_answers import extract_tagged_answer, follows_format
@@ -41,9 +43,18 @@ def evaluate_model(
     Returns:
         `dict[str, Any]`: `evaluations`, by metric its mean, the values of the rows and how much each row counts; and
         `generations`, the first prompts and what the model writes.
+
+    Raises:
+        `InputError`: If the model's likelihoods are not finite.
     """
     dataset = load_evaluation_data(settings)
     rows = held_out_nll_of_rows(model, tokenizer, dataset, settings["batch_size"], settings["tagged"])
+    for i, (nll, _) in enumerate(rows):
+        if not math.isfinite(nll):
+            raise InputError(
+                f"the model's NLL of test row {i} is {nll}: its training has diverged. Lower its learning rate, and "
+                "remove the run's folder."
+            )
     metrics = {"nll": metric([nll for nll, _ in rows], [count for _, count in rows], higher_is_better=False)}
     generations = []
     if settings["max_new_tokens"] is not None:
@@ -83,7 +94,11 @@ def samples(dataset: Dataset, texts: list[str]) -> list[dict[str, str]]:
     """The first rows: what was asked, what the data says, and what the model wrote."""
     rows = dataset.select(range(min(SAMPLES, len(dataset))))
     return [
-        {"prompt": row["prompt"][-1]["content"], "expected": _expected(row), "generation": text}
+        {
+            "prompt": "\n\n".join(message["content"] for message in row["prompt"]),
+            "expected": _expected(row),
+            "generation": text,
+        }
         for row, text in zip(rows, texts, strict=False)
     ]
 

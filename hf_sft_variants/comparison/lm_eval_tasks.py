@@ -39,7 +39,7 @@ def check_tasks(settings: dict[str, Any]) -> None:
     """
     manager = make_task_manager(settings["include_path"])
     for task in settings["tasks"]:
-        if not manager.match_tasks([task]):
+        if manager.match_tasks([task]) != [task]:
             raise InputError(
                 f"`lm_eval`: `tasks` has {task!r}, which lm-eval does not know: `lm_eval ls tasks` lists its own; "
                 "yours are YAML files in the folder `include_path`."
@@ -97,7 +97,7 @@ def evaluate_tasks(
                 "mean": value,
                 "rows": None,
                 "counts": None,
-                "higher_is_better": results["higher_is_better"].get(task, {}).get(name, True),
+                "higher_is_better": results["higher_is_better"].get(task, {}).get(name),
                 "stderr": stderr if isinstance(stderr, int | float) else None,
             }
     return metrics

@@ -1,10 +1,13 @@
 """The runs of a study: one for each arm, data set and seed, with the recipe that it trains."""
 
 import copy
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
 from ..evaluation import check_tagged_dataset, numeric_answers
@@ -41,6 +44,8 @@ class Run:
             How it is evaluated.
         others (`tuple[Path, ...]`):
             Folders of the runs that it needs.
+        training_rows (`str`, *optional*):
+            Hash of the rows that it is trained on; a stream has none.
     """
 
     arm: str
@@ -51,6 +56,7 @@ class Run:
     budget: dict[str, Any]
     evaluations: dict[str, Any]
     others: tuple[Path, ...]
+    training_rows: str | None = None
 
     def __str__(self):
         return f"{self.arm} on {self.data}, seed {self.seed}"
@@ -80,15 +86,16 @@ def plan_runs(study: Study) -> list[Run]:
     runs = []
     for data in study.data:
         evaluations = evaluations_on(study, data)
-        check_evaluations(evaluations)
+        evaluations["rows"] = check_evaluations(evaluations)
         for arm in study.arms.values():
             where = f"{study.path}, arm `{arm.name}` on data `{data}`"
             recipe = merged_recipe(study, arm, data, where)
             arm_runs = [make_run(study, arm, data, seed, recipe, evaluations) for seed in study.seeds]
             # The others differ in nothing that is checked, unless each has data of its own
-            for run in arm_runs if "{seed}" in str(recipe.get("dataset_name")) else arm_runs[:1]:
-                check_recipe(run.recipe, where)
-            runs += arm_runs
+            differ = "{seed}" in str(recipe.get("dataset_name"))
+            hashes = [check_recipe(run.recipe, where) for run in (arm_runs if differ else arm_runs[:1])]
+            hashes = hashes if differ else hashes * len(arm_runs)
+            runs += [replace(run, training_rows=rows) for run, rows in zip(arm_runs, hashes, strict=True)]
     for run in runs:
         check_folder(run)
     return sorted(
@@ -136,8 +143,11 @@ def merged_recipe(study: Study, arm: Arm, data: str, where: str) -> dict[str, An
     return recipe
 
 
-def check_recipe(recipe: dict[str, Any], where: str) -> None:
+def check_recipe(recipe: dict[str, Any], where: str) -> str | None:
     """
+    Returns:
+        `str`, *optional*: Hash of the training rows.
+
     Raises:
         `InputError`: If the recipe's trainer would refuse its values, or its data set can't be loaded.
     """
@@ -148,7 +158,7 @@ def check_recipe(recipe: dict[str, Any], where: str) -> None:
     apply_recipe(parser, recipe, where)
     try:
         script_args, _, _, dataset_args = parse_flags(parser, [])
-        pick_split(load_splits(script_args, dataset_args), "dataset_train_split", script_args)
+        return hash_of_rows(pick_split(load_splits(script_args, dataset_args), "dataset_train_split", script_args))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -159,11 +169,20 @@ def evaluations_on(study: Study, data: str) -> dict[str, Any]:
     if evaluations["dataset_name"] is None:
         keys = ("dataset_name", "dataset_config")
         evaluations |= {key: study.data[data].get(key, evaluations[key]) for key in keys}
+    evaluations = filled_in(evaluations, {"{data}": data})
+    if "{seed}" in evaluations["dataset_name"]:
+        raise InputError(
+            f"{study.path}: all seeds are evaluated on the same rows, but data `{data}` has `{{seed}}` in its name: "
+            "give `dataset_name` in `evaluations`."
+        )
     return evaluations
 
 
-def check_evaluations(evaluations: dict[str, Any]) -> None:
+def check_evaluations(evaluations: dict[str, Any]) -> str | None:
     """
+    Returns:
+        `str`, *optional*: Hash of the rows.
+
     Raises:
         `InputError`: If the data or a task can't be evaluated on.
     """
@@ -176,6 +195,18 @@ def check_evaluations(evaluations: dict[str, Any]) -> None:
             numeric_answers(dataset)
     if evaluations["lm_eval"] is not None:
         check_tasks(evaluations["lm_eval"])
+    return hash_of_rows(dataset)
+
+
+def hash_of_rows(dataset: Dataset | IterableDataset) -> str | None:
+    """Of what the rows hold, in their order."""
+    if isinstance(dataset, IterableDataset):
+        return None
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        for batch in table.replace_schema_metadata().combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()[:16]
 
 
 def check_folder(run: Run) -> None:
@@ -183,27 +214,29 @@ def check_folder(run: Run) -> None:
     Raises:
         `InputError`: If something else than this run is in its folder.
     """
-    if not run.folder.is_dir() or not any(run.folder.iterdir()):
+    if not run.folder.is_dir() or all(path.suffix == ".partial" for path in run.folder.iterdir()):
         return
     if not (run.folder / RUN_FILE).is_file():
         raise InputError(
             f"{run.folder} is to hold the run {run}, but has other files. Remove them, or choose another `output_dir`."
         )
     before, now = read_json(run.folder / RUN_FILE), as_json(description(run))
-    different = [key for key in ("recipe", "budget") if before[key] != now[key]]
-    if "recipe" in different:
-        keys = {**before["recipe"], **now["recipe"]}
-        different = [key for key in keys if before["recipe"].get(key) != now["recipe"].get(key)]
+    keys = {**before["recipe"], **now["recipe"]}
+    different = [f"`{key}`" for key in keys if before["recipe"].get(key) != now["recipe"].get(key)]
+    if before["budget"] != now["budget"]:
+        different.append("`budget`")
+    if before.get("training_rows") != now["training_rows"]:
+        different.append("the rows of its data set")
     if different:
         raise InputError(
-            f"{run.folder} holds the run {run} with other settings: {', '.join(f'`{key}`' for key in different)}. "
+            f"{run.folder} holds the run {run} with other settings: {', '.join(different)}. "
             "Remove the folder to train it again, or choose another `output_dir`."
         )
 
 
 def description(run: Run) -> dict[str, Any]:
     """What [`RUN_FILE`] holds."""
-    names = ("arm", "data", "seed", "recipe", "budget", "evaluations")
+    names = ("arm", "data", "seed", "recipe", "budget", "evaluations", "training_rows")
     return {name: getattr(run, name) for name in names}
 
 

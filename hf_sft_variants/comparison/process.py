@@ -16,12 +16,15 @@ def start_process(folder: Path, device: str | None = None) -> subprocess.Popen:
         folder (`Path`):
             Has the description of the run.
         device (`str`, *optional*):
-            The one GPU that it sees, as `CUDA_VISIBLE_DEVICES` names it. By default it sees what this process sees.
+            The one GPU that it sees, a number among those that this process sees. By default it sees them all.
 
     Returns:
         `subprocess.Popen`: The process, which ends with this one: it notices when its stdin closes.
     """
-    environment = os.environ if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+    environment = os.environ
+    if device is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment = {**environment, "CUDA_VISIBLE_DEVICES": visible.split(",")[int(device)] if visible else device}
     command = [sys.executable, "-m", "hf_sft_variants.comparison.run", str(folder)]
     with open(folder / LOG_FILE, "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)

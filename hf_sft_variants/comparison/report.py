@@ -12,6 +12,7 @@ import yaml
 
 from .curves import learning_curve, line_styles, render_curves
 from .statistics import DRAWS, LEVEL
+from .study import OTHER_RUN, texts_in
 
 
 _SHARES = ("accuracy", "format")
@@ -30,17 +31,13 @@ def render_report(results: dict[str, Any]) -> str:
         `str`: HTML, the same for the same results.
     """
     template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    study, machine = results["study"], results["machine"]
-    place = [
-        *machine["gpus"],
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB",
-    ]
+    study = results["study"]
     header = {
         "arms": ", ".join(study["arms"]),
         "baseline": study["baseline"],
         "seeds": ", ".join(map(str, study["seeds"])),
         "runs": f"{len(results['runs'])} of {len(results['runs']) + len(results['missing'])} finished",
-        "machine": "; ".join(place),
+        "machine": "; ".join(_distinct(_place(run["machine"]) for run in results["runs"])),
     }
     return Template(template).substitute(
         title=escape(results["study_file"]),
@@ -51,8 +48,17 @@ def render_report(results: dict[str, Any]) -> str:
         sections="".join(_section(results, data) for data in study["data"]),
         reading=_how_to_read(results),
         command=escape(f"hf-sft-variants compare --config {quote(results['study_file'])}"),
-        versions=_definitions(results["versions"]),
+        versions="".join(_distinct(_definitions(run["versions"]) for run in results["runs"])),
     )
+
+
+def _place(machine: dict[str, Any]) -> str:
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
+    return ", ".join([*machine["gpus"], cpu])
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
 
 
 def _definitions(values: dict[str, Any]) -> str:
@@ -79,9 +85,10 @@ def _section(results: dict[str, Any], data: str) -> str:
         return f"<h2>Data: {escape(data)}</h2><p>No run is finished.</p>"
     curves = {arm: learning_curve(of_arm) for arm, of_arm in runs.items()}
     title = "Training NLL as logged, nats per token in the loss, mean over seeds"
+    rows = len(next(iter(runs.values()))[0]["evaluations"]["nll"]["rows"])
     return (
-        f"<h2>Data: {escape(data)}</h2>{_metrics_table(results, data, list(runs))}"
-        f"{_controls_table(results, data)}<h3>Cost</h3>{_cost_table(runs, results['study']['baseline'])}"
+        f"<h2>Data: {escape(data)}</h2><p>{rows:,} test rows</p>{_metrics_table(results, data, list(runs))}"
+        f"{_controls_table(results, data)}<h3>Cost</h3>{_cost_table(runs, results['study'])}"
         f"<h3>Learning curves</h3>{render_curves(curves, arms, title)}{_answers(runs)}"
     )
 
@@ -147,7 +154,8 @@ def _figure(metric: str, value: float, sign: str = "") -> str:
     return f"{value:{sign}.1%}" if metric in _SHARES else f"{value:{sign}.4f}"
 
 
-def _cost_table(runs: dict[str, list[dict[str, Any]]], baseline: str) -> str:
+def _cost_table(runs: dict[str, list[dict[str, Any]]], study: dict[str, Any]) -> str:
+    baseline = study["baseline"]
     reference = _mean(runs[baseline], "seconds") if baseline in runs else None
     rows = []
     for arm, of_arm in runs.items():
@@ -162,15 +170,21 @@ def _cost_table(runs: dict[str, list[dict[str, Any]]], baseline: str) -> str:
                 _cell(ratio),
                 _cell(f"{_mean(of_arm, 'tokens'):,.0f}"),
                 _cell(f"{max(run['peak_memory_bytes'] for run in of_arm) / 2**30:.2f} GiB", ", ".join(kinds)),
-                f'<td class="words">{escape(of_arm[0]["extra_passes"])}</td>',
+                f'<td class="words">{escape(of_arm[0]["extra_passes"] + _needed(runs, study["arms"][arm]))}</td>',
             ]
         )
     return _table(["arm", "steps", "time", f"time / {baseline}", "tokens", "peak memory", "extra passes"], rows)
 
 
+def _needed(runs: dict[str, list[dict[str, Any]]], arm: dict[str, Any]) -> str:
+    """Models of other arms that an arm uses, whose time is not in its own."""
+    names = _distinct(name for text in texts_in(arm.get("overrides")) for name in OTHER_RUN.findall(text))
+    return "".join(f"; before it, {name}: {_mean(runs[name], 'seconds'):,.1f} s" for name in names if name in runs)
+
+
 def _answers(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """What each arm writes for the same prompts, with its first seed."""
-    first = {arm: of_arm[0]["generations"] for arm, of_arm in runs.items()}
+    """What the arms write for the same prompts, each with the first of its seeds."""
+    first = {f"{arm}, seed {of_arm[0]['seed']}": of_arm[0]["generations"] for arm, of_arm in runs.items()}
     parts = []
     for i, sample in enumerate(next(iter(first.values()))):
         answers = {"expected": sample["expected"], **{arm: texts[i]["generation"] for arm, texts in first.items()}}
@@ -187,13 +201,14 @@ def _how_to_read(results: dict[str, Any]) -> str:
         + (", which is unknown with one seed." if len(results["study"]["seeds"]) == 1 else "."),
         f"A difference is the arm minus {escape(results['study']['baseline'])}, or minus a control, seed by seed; in "
         "brackets its "
-        f"{LEVEL:.0%} interval of a paired bootstrap over seeds and test rows ({DRAWS:,} draws; over seeds alone for "
-        "metrics without rows).",
+        f"{LEVEL:.0%} interval of a paired bootstrap over seeds and test rows ({DRAWS:,} draws; for metrics without "
+        "rows, Student's over the seeds).",
         "An interval that holds 0 shows no difference, which does not show that there is none. With few seeds "
         "intervals are too narrow, and of many intervals one in twenty misses.",
         "Held-out NLL is in nats per token, lower is better; accuracy and format are shares of the test rows.",
-        "Time is that of a run's own process without imports and saving, with scoring and with training references; "
-        "tokens are those of the trained model without padding.",
+        "Time is that of a run's own process without imports and saving, with scoring, and with references that the "
+        "method itself trains; where another arm's model is used, that arm's time stands beside. Peak memory is the "
+        "highest of the seeds'; tokens are those of the trained model without padding.",
         "A curve is the plain NLL of the tokens in the loss, which a method may choose otherwise than SFT does.",
     ]
     return " ".join(sentences)

@@ -1,22 +1,12 @@
 """All results of a study in one mapping, of which the report is made."""
 
-import os
-import platform
 from collections.abc import Iterator
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import __version__
 from .files import EVALUATION_FILE, TRAINING_FILE, read_json
 from .plan import Run
 from .statistics import compare, summarize
 from .study import Study
-
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 def collect_results(study: Study, runs: list[Run], failures: dict[Run, str]) -> dict[str, Any]:
@@ -32,7 +22,7 @@ def collect_results(study: Study, runs: list[Run], failures: dict[Run, str]) -> 
             Why a run failed.
 
     Returns:
-        `dict[str, Any]`: `study`, `machine`, `versions`, `runs`, `missing`, `summary` and `differences`.
+        `dict[str, Any]`: `study`, `study_file`, `runs`, `missing`, `summary` and `differences`.
     """
     finished = [result_of(run) for run in runs if run.is_finished]
     missing = [
@@ -43,8 +33,6 @@ def collect_results(study: Study, runs: list[Run], failures: dict[Run, str]) -> 
     return {
         "study": study.content,
         "study_file": study.path,
-        "machine": describe_machine(),
-        "versions": {"hf_sft_variants": __version__, **{name: version(name) for name in PACKAGES}},
         "runs": finished,
         "missing": missing,
         "summary": list(summaries(study, finished)),
@@ -97,20 +85,3 @@ def of_arm(results: list[dict[str, Any]], data: str, arm: str) -> dict[int, dict
 
 def metric_names(by_seed: dict[int, dict[str, Any]]) -> list[str]:
     return list(next(iter(by_seed.values()))["evaluations"]) if by_seed else []
-
-
-def describe_machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "os": platform.platform(),
-    }
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

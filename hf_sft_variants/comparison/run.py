@@ -5,6 +5,7 @@ What a run's process does: train its recipe, measure what that costs, and evalua
 """
 
 import copy
+import math
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from .budgets import amount_of, steps_of_seconds, steps_of_tokens
 from .costs import extra_passes, peak_memory
 from .evaluations import evaluate_model
 from .files import EVALUATION_FILE, LOG_FILE, RECIPE_FILE, RUN_FILE, TRAINING_FILE, read_json, write_json, write_text
+from .machine import describe_machine, package_versions
 
 
 # What a run that begins anew keeps; the recipe says how many steps the budget was found to be
@@ -105,10 +107,17 @@ def train(folder: Path, run: dict[str, Any]) -> None:
         "tokens": max(log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log),
         **peak_memory(trainer.args.device),
         "extra_passes": extra_passes(trainer),
-        "log_history": trainer.state.log_history,
+        "machine": describe_machine(),
+        "versions": package_versions(),
+        "log_history": [_without_infinities(log) for log in trainer.state.log_history],
     }
     save(trainer, parsed[0])
     write_json(folder / TRAINING_FILE, costs)
+
+
+def _without_infinities(log: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no word for them, nor for NaN."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in log.items()}
 
 
 def evaluate(folder: Path, run: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A study: arms, data sets and seeds, as its YAML file says."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -115,6 +116,8 @@ def read_study(path: str) -> Study:
     Raises:
         `InputError`: If the file can't be read, or a key or value is unknown, missing or wrong.
     """
+    if not Path(path).is_file():
+        raise InputError(f"the study {path} can't be read: there is no such file.")
     content = read_mapping(path)
     try:
         return study_of(content, path)
@@ -128,6 +131,7 @@ def study_of(content: dict[str, Any], path: str) -> Study:
         if key not in content:
             raise InputError(f"`{key}` is missing.")
     require_type("output_dir", content["output_dir"], str, "a folder")
+    require_type("baseline", content["baseline"], str, "the name of an arm")
     budget = checked_budget("`budget`", content.get("budget"), AMOUNTS)
     arms = named_mappings(content, "arms")
     study = Study(
@@ -187,9 +191,10 @@ def checked_budget(where: str, budget: Any, known: tuple[str, ...]) -> dict[str,
         raise InputError(f"{where} is {budget!r}: give one of {', '.join(known)}, such as `{{steps: 100}}`.")
     refuse_unknown(budget, known, where)
     ((key, amount),) = budget.items()
+    number = int if key == "steps" else int | float
     if key.endswith("_of"):
-        require_type(f"{key}` of {where} is", amount, str, "the name of another arm")
-    elif isinstance(amount, bool) or not isinstance(amount, int if key == "steps" else int | float) or amount <= 0:
+        require_type(f"{key}` of {where.removesuffix('`')}", amount, str, "the name of another arm")
+    elif isinstance(amount, bool) or not isinstance(amount, number) or not 0 < amount < math.inf:
         raise InputError(f"{where}: `{key}` is {amount!r}, but must be a positive number.")
     return budget
 
@@ -218,6 +223,13 @@ def checked_lm_eval(given: Any) -> dict[str, Any]:
     tasks = settings["tasks"]
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
         raise InputError(f"`lm_eval`: `tasks` is {tasks!r}: give a list of names, such as [arc_easy].")
+    for name, types in (("limit", (int, float)), ("num_fewshot", (int,))):
+        value = settings[name]
+        if value is not None and (type(value) not in types or not value >= 0):
+            raise InputError(f"`lm_eval`: `{name}` is {value!r}, but must be a number from 0.")
+    folder = settings["include_path"]
+    if folder is not None and not (isinstance(folder, str) and Path(folder).is_dir()):
+        raise InputError(f"`lm_eval`: `include_path` is {folder!r}, which is no folder.")
     return settings
 
 
@@ -245,7 +257,8 @@ def named_mappings(content: dict[str, Any], key: str) -> dict[str, dict[str, Any
     for name, values in entries.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise InputError(
-                f"`{key}` has the name {name!r}, which can't be a folder's: use letters, digits and `_.-`."
+                f"`{key}` has the name {name!r}, which can't be a folder's: use letters, digits and `_.-`, and quotes "
+                "around a number."
             )
         require_type(f"{key}` entry `{name}", values, dict, "lines of `key: value`")
     return entries

@@ -34,8 +34,6 @@ def make_results(arms=ARMS, seeds=(0, 1, 2), data=("clean", "corrupted"), rows=4
     return {
         "study": content,
         "study_file": study.path,
-        "machine": {"cpu": "Some CPU", "cores": 8, "memory_bytes": 2**35, "gpus": [], "os": "Linux"},
-        "versions": {"hf_sft_variants": "0.1.0", "torch": "2.13.0"},
         "runs": runs,
         "missing": [{"arm": arm, "data": name, "seed": seed, "error": None} for arm, name, seed in without],
         "summary": list(summaries(study, runs)),
@@ -64,6 +62,8 @@ def make_run(number, arm, data, seed, rows):
         "peak_memory_bytes": 2**31,
         "memory_kind": "resident on the CPU",
         "extra_passes": EXTRA.get(arm, "none"),
+        "machine": {"cpu": "Some CPU", "cores": 8, "memory_bytes": 2**35, "gpus": [], "os": "Linux"},
+        "versions": {"hf_sft_variants": "0.1.0", "torch": "2.13.0"},
         "log_history": [*curve, {"train_loss": 0.5, "step": 75}],
         "evaluations": {
             "nll": metric([12 * loss for loss in losses], [12] * rows, higher_is_better=False),

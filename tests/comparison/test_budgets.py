@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from hf_sft_variants.comparison import budgets, plan_runs, read_study, run
-from hf_sft_variants.comparison.budgets import CALIBRATION_STEPS, amount_of, steps_of_seconds
+from hf_sft_variants.comparison.budgets import amount_of, steps_of_seconds
 from hf_sft_variants.comparison.files import read_json, write_json
 from hf_sft_variants.comparison.plan import description
 from hf_sft_variants.errors import InputError
@@ -95,8 +95,13 @@ def test_seconds_are_the_steps_that_fit(monkeypatch):
         InputError, match="the budget is 5.4 s, but what comes before the first step takes 5.0 s and a step"
     ):
         steps_of_seconds(5.4, Path(), {})
+    asked = []
+    monkeypatch.setattr(
+        budgets, "_seconds_of_steps", lambda steps, folder, run: asked.append(steps) or (4.0, 1.0 + 0.25 * steps)
+    )
+    assert steps_of_seconds(15.0, Path(), {}) == 40 and asked == [4, 12, 48]  # 2 s are too few to tell, 11 s are not
     monkeypatch.setattr(budgets, "_seconds_of_steps", lambda steps, folder, run: (9.0, 5.0))
-    with pytest.raises(InputError, match="4 steps took 5.00 s and 12 steps 5.00 s, which says nothing"):
+    with pytest.raises(InputError, match="4 steps took 5.00 s and 192 steps 5.00 s, which says nothing"):
         steps_of_seconds(25.0, Path(), {})
 
 
@@ -122,9 +127,7 @@ def test_calibration_is_thrown_away_and_its_result_kept(make_run, monkeypatch):
     monkeypatch.setattr(Clocked, "started", [])
     run_folder = make_run({"seconds": 9.5}, "sft_go.yaml")
     run.do_run(run_folder)
-    assert [description["budget"] for description in Clocked.started] == [
-        {"steps": steps} for steps in CALIBRATION_STEPS
-    ]
+    assert [description["budget"] for description in Clocked.started] == [{"steps": 4}, {"steps": 12}]
     assert read_json(run_folder / "training.json")["steps"] == 3
     assert not (run_folder / "calibration").exists()
     before = (run_folder / "recipe.yaml").read_bytes()

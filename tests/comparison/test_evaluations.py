@@ -5,6 +5,7 @@ from datasets import Dataset
 
 from hf_sft_variants.comparison.evaluations import answer_metrics, evaluate_model
 from hf_sft_variants.comparison.study import EVALUATION_DEFAULTS
+from hf_sft_variants.errors import InputError
 from hf_sft_variants.evaluation import held_out_nll, last_number_match, tagged_scores
 from hf_sft_variants.loading import load_model_and_tokenizer, load_split
 
@@ -46,6 +47,16 @@ def test_nll_of_each_row(folder, batch_size):
     for i in range(len(rows)):
         alone = held_out_nll(model, tokenizer, rows.select([i]))
         assert nll["rows"][i] / nll["counts"][i] == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_model_that_has_diverged_says_so(folder):
+    model, tokenizer = load_model_and_tokenizer("model", device="cpu")
+    model.lm_head.weight.data.fill_(float("nan"))
+    settings = {**EVALUATION_DEFAULTS, "dataset_name": "data", "max_new_tokens": None}
+    with pytest.raises(
+        InputError, match="NLL of test row 0 is nan: its training has diverged. Lower its learning rate"
+    ):
+        evaluate_model(model, tokenizer, settings)
 
 
 def test_dialogues_have_no_answers_to_compare_with(folder):

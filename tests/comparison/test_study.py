@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_sft_variants.comparison import plan_runs, read_study
-from hf_sft_variants.comparison.plan import description, merged_recipe
+from hf_sft_variants.comparison import compare_study, plan_runs, read_study
+from hf_sft_variants.comparison.plan import description
 from hf_sft_variants.errors import InputError
 
 
-ROOT = Path(__file__).parents[2]
 SFT, SFT_GO = {"recipe": "sft.yaml"}, {"recipe": "sft_go.yaml"}
 
 
@@ -41,6 +40,7 @@ def test_values_and_defaults(write_study):
         ({"zzz": 1}, "unknown key `zzz`; known are `output_dir`, `seeds`"),
         ({"baseline": None}, "`baseline` is missing"),
         ({"baseline": "sft_og"}, "`baseline` is 'sft_og', which is no arm; did you mean `sft_go`?"),
+        ({"baseline": ["sft"]}, "`baseline` must be the name of an arm, got ['sft']"),
         ({"output_dir": 3}, "`output_dir` must be a folder, got 3"),
         ({"seeds": [0, 0]}, "`seeds` is [0, 0]: give a list of one or more different integers"),
         ({"seeds": 3}, "`seeds` is 3"),
@@ -50,6 +50,7 @@ def test_values_and_defaults(write_study):
         ({"data": {"sums": {"max_length": 3}}}, "data set `sums` needs `dataset_name`"),
         ({"data": {"a/b": {"dataset_name": "data"}}}, "`data` has the name 'a/b', which can't be a folder's"),
         ({"arms": {"..": SFT}}, "`arms` has the name '..'"),
+        ({"arms": {1: SFT}}, "`arms` has the name 1, which can't be a folder's: use letters, digits and `_.-`, and"),
         ({"arms": {"sft": "sft.yaml"}}, "must be lines of `key: value`, got 'sft.yaml'"),
         (arms(x={"overrides": {}}), "arm `x` needs `recipe`"),
         (arms(x={**SFT, "override": {}}), "arm `x`: unknown key `override`; did you mean `overrides`?"),
@@ -57,6 +58,11 @@ def test_values_and_defaults(write_study):
         ({"budget": {"steps": 1, "tokens": 2}}, "`budget` is {'steps': 1, 'tokens': 2}: give one of"),
         ({"budget": {"steps": 0}}, "`steps` is 0, but must be a positive number"),
         ({"budget": {"steps": 1.5}}, "`steps` is 1.5"),
+        ({"budget": {"seconds": float("nan")}}, "`seconds` is nan, but must be a positive number"),
+        (
+            arms(x={**SFT, "budget": {"steps_of": 3}}),
+            "`steps_of` of `budget` of arm `x` must be the name of another arm",
+        ),
         ({"budget": {"steps_of": "sft"}}, "`budget`: unknown key `steps_of`; did you mean `steps`?"),
         (arms(x={**SFT, "budget": {"tokens": True}}), "`budget` of arm `x`: `tokens` is True"),
         (arms(x={**SFT, "budget": {"steps_of": "stf"}}), "arm `x` needs `stf`, which is no arm; did you mean `sft`?"),
@@ -77,6 +83,9 @@ def test_values_and_defaults(write_study):
         ({"evaluations": {"max_new_tokens": "many"}}, "`max_new_tokens` is 'many'"),
         ({"evaluations": {"tagged": "yes"}}, "`tagged` must be true or false, got 'yes'"),
         ({"evaluations": {"lm_eval": {"limit": 3}}}, "`tasks` is None: give a list of names"),
+        ({"evaluations": {"lm_eval": {"tasks": ["a"], "limit": "ten"}}}, "`lm_eval`: `limit` is 'ten'"),
+        ({"evaluations": {"lm_eval": {"tasks": ["a"], "num_fewshot": 1.5}}}, "`lm_eval`: `num_fewshot` is 1.5"),
+        ({"evaluations": {"lm_eval": {"tasks": ["a"], "include_path": "x"}}}, "`include_path` is 'x', which is no"),
         ({"evaluations": {"lm_eval": {"task": ["a"]}}}, "`lm_eval`: unknown key `task`; did you mean `tasks`?"),
     ],
 )
@@ -114,6 +123,10 @@ def test_what_is_wrong_with_the_study(write_study, changes, message):
             "`dataset` 'nowhere' with `split` 'test' could not be loaded",
         ),
         ({"data": {"sums": {"dataset_name": "data", "dataset_train_split": "tr"}}}, "`dataset_train_split` is 'tr'"),
+        (
+            {"data": {"sums": {"dataset_name": "data_{seed}"}}},
+            "all seeds are evaluated on the same rows, but data `sums`",
+        ),
         ({"evaluations": {"dataset_split": "dev"}}, "with `split` 'dev' could not be loaded"),
         ({"evaluations": {"dataset_name": "texts"}}, "`dataset` has no column 'prompt', 'completion', only 'text'"),
         ({"evaluations": {"dataset_name": "words"}}, "`answer` of row 0 is 'Paris', not a number"),
@@ -194,13 +207,51 @@ def test_a_folder_of_another_run(write_study):
         with pytest.raises(InputError, match=f"with other settings: {names}. Remove the folder"):
             plan_runs(read_study(write_study(**changes)))
     assert plan_runs(read_study(write_study(evaluations={"batch_size": 3})))  # evaluated again, not trained again
+    Path("data/train.jsonl").write_text("".join(Path("data/train.jsonl").read_text().splitlines(True)[1:]))
+    with pytest.raises(InputError, match="with other settings: the rows of its data set. Remove the folder"):
+        plan_runs(read_study(write_study()))
 
 
-@pytest.mark.parametrize("path", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("studies/*.yaml")))
-def test_committed_studies_name_recipes_that_are_there(path, monkeypatch):
-    """Their data is not: `hf-sft-variants quickstart` makes it."""
-    monkeypatch.chdir(ROOT)
-    study = read_study(path)
-    for data in study.data:
-        for arm in study.arms.values():
-            assert merged_recipe(study, arm, data, path)["dataset_name"]
+def test_what_a_full_disk_left_is_no_hindrance(write_study):
+    (run, *_) = plan_runs(read_study(write_study()))
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json.partial").touch()
+    assert plan_runs(read_study(write_study()))
+
+
+def test_other_test_rows_are_evaluated_again(write_study):
+    (run, *_) = plan_runs(read_study(write_study()))
+    (again, *_) = plan_runs(read_study(write_study()))
+    assert run.evaluations == again.evaluations
+    Path("data/test.jsonl").write_text("".join(Path("data/test.jsonl").read_text().splitlines(True)[::-1]))
+    (other, *_) = plan_runs(read_study(write_study()))
+    assert run.evaluations != other.evaluations and run.training_rows == other.training_rows
+
+
+def test_a_study_that_is_not_there():
+    with pytest.raises(InputError, match="the study nowhere.yaml can't be read: there is no such file"):
+        read_study("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "devices, message",
+    [(["0"], "0 visible GPUs: there is none"), (["0", "0"], "different ones"), (["0,1"], "--devices is 0,1")],
+)
+def test_devices_that_are_not_there(write_study, devices, message):
+    with pytest.raises(InputError, match=message):
+        compare_study(write_study(), devices)
+
+
+def test_a_run_on_the_cpu_takes_no_device(write_study, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(InputError, match="--devices: the run sft on sums, seed 0 has `use_cpu: true`"):
+        compare_study(write_study(), ["0", "1"])
+    with pytest.raises(InputError, match="2 GPUs are visible, but a run takes one"):
+        compare_study(write_study())
+
+
+def test_a_folder_of_another_study(write_study):
+    Path("study").mkdir()
+    Path("study/results.json").write_text('{"study_file": "studies/other.yaml"}')
+    with pytest.raises(InputError, match="`output_dir` study has the results of studies/other.yaml"):
+        compare_study(write_study())

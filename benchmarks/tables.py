@@ -1,0 +1,122 @@
+"""
+The tables of figures in README and docs, made from the results in `benchmarks/results`.
+
+    python benchmarks/tables.py
+
+writes, in every page, between `<!-- table: study sft sft_go -->` and `<!-- end of table -->` the table of these arms
+of the small study, and for `step_time sft_go` and `scoring` those of what a training step and scoring cost.
+"""
+
+import json
+import re
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE = re.compile(r"(?<=<!-- table: )(\w+)((?: \w+)*) -->\n.*?(?=\n<!-- end of table -->)", re.DOTALL)
+
+# The most that a step may cost beside SFTTrainer's, in time and in memory, as we set out to reach
+GOALS = {"sft_go": (1.03, 1.02), "poft": (1.03, 1.02), "sftmix": (1.08, 1.05)}
+# The least, for scoring beside a bare forward pass and beside the naive way
+SCORING_GOALS = {"bare": 0.9, "naive": 3.0}
+METHODS = {
+    "sft_go": "SFT-GO",
+    "sftkey_full": "SFTKey, first stage",
+    "sftkey_key": "SFTKey, second stage",
+    "poft": "PoFT, scores present",
+    "sftmix": "SFTMix",
+}
+
+
+def step_time_table(*methods: str) -> str:
+    """Medians of the ratios to `SFTTrainer`, in time with quartiles."""
+    rows = []
+    for run in read("step_overhead_cpu")["runs"]:
+        method, (first, third) = run["method"], run["time_ratio_quartiles"]
+        if method in (methods or METHODS):
+            time = f"{run['time_ratio']:.2f} × ({first:.2f} to {third:.2f})"
+            words = METHODS[method] + (", packed" if run["packing"] else "")
+            rows.append([words, time, f"{run['memory_ratio']:.2f} ×", *verdict_on_step(run)])
+    return table(["a training step of", "time", "memory", "goal", ""], rows)
+
+
+def verdict_on_step(run: dict) -> tuple[str, str]:
+    if run["method"] not in GOALS:
+        return "none set", ""
+    time, memory = GOALS[run["method"]]
+    missed = [name for name, most in (("time", time), ("memory", memory)) if run[f"{name}_ratio"] > most]
+    return f"{time} × and {memory} ×", f"**missed in {' and '.join(missed)}**" if missed else "met"
+
+
+def scoring_table() -> str:
+    result, rows = read("scoring_throughput_cpu"), []
+    for name, words in (
+        ("bare", "a bare forward pass, no padding"),
+        ("naive", "one padded sample at a time, all logits"),
+    ):
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in result[f"ratios_to_{name}"])
+        met = "met" if result[f"ratio_to_{name}"] >= SCORING_GOALS[name] else "**missed**"
+        rows.append([words, f"{result[f'ratio_to_{name}']:.2f} × ({ratios})", f"{SCORING_GOALS[name]} ×", met])
+    return table(["tokens per second of scoring, beside", "ratio (of each round)", "goal: at least", ""], rows)
+
+
+def study_table(*arms: str) -> str:
+    """Each arm with its difference from the baseline, then the arms' differences from their controls."""
+    study = read("study_small")
+    summary = {(row["arm"], row["metric"]): row for row in study["summary"]}
+    differences = {(row["arm"], row["baseline"], row["metric"]): row for row in study["differences"]}
+    baseline = study["study"]["baseline"]
+    rows = []
+    for arm in arms:
+        nll, accuracy = (summary[arm, metric] for metric in ("nll", "accuracy"))
+        rows.append(
+            [f"`{arm}`", f"{nll['mean']:.3f} ± {nll['spread']:.3f}", difference(differences, arm, baseline, "nll")]
+        )
+        rows[-1] += [
+            f"{accuracy['mean']:.1%} ± {accuracy['spread']:.1%}",
+            difference(differences, arm, baseline, "accuracy"),
+        ]
+    pairs = dict.fromkeys((arm, other) for arm, other, _ in differences if arm in arms and other != baseline)
+    for arm, other in pairs:
+        cells = (difference(differences, arm, other, metric) for metric in ("nll", "accuracy"))
+        rows.append([f"`{arm}` − `{other}`", "", next(cells), "", next(cells)])
+    return table(["", "held-out NLL", f"minus `{baseline}`", "accuracy", f"minus `{baseline}`"], rows)
+
+
+def difference(differences: dict, arm: str, other: str, metric: str) -> str:
+    if arm == other:
+        return ""
+    row = differences[arm, other, metric]
+    form = "+.1%" if metric == "accuracy" else "+.3f"
+    return f"{row['difference']:{form}} ({row['low']:{form}} to {row['high']:{form}}): {row['verdict']}"
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def made(match: re.Match) -> str:
+    kinds = {"step_time": step_time_table, "scoring": scoring_table, "study": study_table}
+    return f"{match[1]}{match[2]} -->\n{kinds[match[1]](*match[2].split())}"
+
+
+def filled(page: str) -> str:
+    """A page with its tables made anew."""
+    return TABLE.sub(made, page)
+
+
+def pages() -> list[Path]:
+    return [
+        path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if TABLE.search(path.read_text())
+    ]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(filled(page.read_text()))
