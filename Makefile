@@ -8,6 +8,7 @@ RUN = quickstart/runs/sft_go
 # CI makes them small
 TRAIN_FLAGS =
 EVALUATE_FLAGS = --max-new-tokens 64
+STUDY_SIZES = --train_size 200 --test_size 84
 EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS)
 
 .PHONY: quickstart study test test-versions lint format docs wheel
@@ -23,8 +24,8 @@ quickstart: $(INSTALLED)
 # The comparison study in its small form: an hour or more on a CPU. The report is studies/small/report.html
 study: $(INSTALLED)
 	$(BIN)/hf-sft-variants quickstart
-	$(BIN)/python benchmarks/study_data.py --tasks chain_sum --train_size 200 --test_size 84 \
-		--validation_size 0 --output studies/small_data
+	$(BIN)/python benchmarks/study_data.py --tasks chain_sum $(STUDY_SIZES) --validation_size 0 \
+		--output studies/small_data
 	$(BIN)/hf-sft-variants compare --config studies/small.yaml
 
 # One thread per process: pytest-xdist has a process on each core

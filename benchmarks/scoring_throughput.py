@@ -19,6 +19,7 @@ from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 
+from hf_sft_variants.comparison.machine import describe_machine
 from hf_sft_variants.scoring import add_example_keys, load_reference_model, score_log_probs
 
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch_tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", help="JSON file for the results")
     options = parser.parse_args()
     PartialState(cpu=not torch.cuda.is_available())
     rows, model = tokenized(options), load_reference_model(options.model)
@@ -81,11 +83,19 @@ def main() -> None:
         name: [ours / other for ours, other in zip(speeds["scoring"], speeds[name], strict=True)]
         for name in ("bare", "naive")
     }
-    result = {f"tokens_per_second_{name}": round(statistics.median(values), 1) for name, values in speeds.items()}
+    result = {
+        "machine": describe_machine(),
+        "torch": torch.__version__,
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
+    }
+    result |= {f"tokens_per_second_{name}": round(statistics.median(values), 1) for name, values in speeds.items()}
     for name, values in ratios.items():
         result[f"ratio_to_{name}"] = round(statistics.median(values), 3)
         result[f"ratios_to_{name}"] = [round(value, 3) for value in values]
-    print(json.dumps(result, indent=2))
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.output:
+        Path(options.output).write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from hf_sft_variants import (
     SFTMixTrainer,
 )
 from hf_sft_variants.comparison.costs import peak_memory
-from hf_sft_variants.comparison.results import describe_machine
+from hf_sft_variants.comparison.machine import describe_machine
 
 
 METHODS = {

@@ -111,8 +111,9 @@ def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
     tokenizer.save_pretrained(folder / "quickstart" / "model")
     for name in ("recipes", "studies"):
         (folder / name).symlink_to(ROOT / name)
-    for scripts in ("benchmarks", "docs/images"):  # they write beside themselves
-        shutil.copytree(ROOT / scripts, folder / scripts)
+    for written in ("benchmarks", "docs"):  # by scripts that are in them
+        shutil.copytree(ROOT / written, folder / written, ignore=shutil.ignore_patterns("_build", "notebooks"))
+    shutil.copy(ROOT / "README.md", folder)
     keys = yaml.safe_load((ROOT / "recipes" / "quickstart" / "sft_go.yaml").read_text())
     keys |= {"output_dir": "quickstart/runs/sft_go_own", "save_strategy": "steps", "save_steps": 1}
     (folder / "RECIPE.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))

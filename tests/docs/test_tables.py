@@ -1,0 +1,60 @@
+"""The tables of README and docs say what the committed results say."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from hf_sft_variants.comparison import read_study
+from hf_sft_variants.comparison.results import differences, summaries
+
+
+ROOT = Path(__file__).parents[2]
+TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+PAGES = [
+    "README.md",
+    "docs/reproducibility.md",
+    *(f"docs/methods/{m}.md" for m in ("poft", "sft_go", "sftkey", "sftmix")),
+]
+
+
+def test_tables_are_up_to_date():
+    assert sorted(str(path.relative_to(ROOT)) for path in TABLES["pages"]()) == sorted(PAGES)
+    for name in PAGES:
+        page = (ROOT / name).read_text()
+        assert TABLES["filled"](page) == page, "run: python benchmarks/tables.py"
+        assert page.count("<!-- table: ") == page.count("<!-- end of table -->") == len(TABLES["TABLE"].findall(page))
+
+
+def test_every_method_and_every_arm_is_in_the_docs():
+    overhead = json.loads((ROOT / "benchmarks/results/step_overhead_cpu.json").read_text())
+    assert {run["method"] for run in overhead["runs"]} == set(TABLES["METHODS"])
+    page = (ROOT / "docs/reproducibility.md").read_text()
+    assert all(f"| `{arm}` |" in page for arm in read_study(str(ROOT / "studies/small.yaml")).arms)
+
+
+def test_the_committed_results_are_those_of_the_committed_study():
+    """What is derived from the rows is derived again."""
+    results = json.loads((ROOT / "benchmarks/results/study_small.json").read_text())
+    study = read_study(str(ROOT / "studies/small.yaml"))
+    assert results["study"] == study.content and results["missing"] == []
+    assert list(summaries(study, results["runs"])) == results["summary"]
+    for again, committed in zip(differences(study, results["runs"]), results["differences"], strict=True):
+        assert again.keys() == committed.keys() and again["verdict"] == committed["verdict"]
+        for name in ("difference", "low", "high"):
+            assert again[name] == pytest.approx(committed[name], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "method, time, memory, verdict",
+    [
+        ("sft_go", 1.02, 1.0, "met"),
+        ("sft_go", 1.04, 1.0, "**missed in time**"),
+        ("sftmix", 1.09, 1.06, "**missed in time and memory**"),
+        ("sftkey_key", 2.0, 2.0, ""),
+    ],
+)
+def test_goals_that_are_missed_are_named(method, time, memory, verdict):
+    run = {"method": method, "time_ratio": time, "memory_ratio": memory}
+    assert TABLES["verdict_on_step"](run)[1] == verdict
