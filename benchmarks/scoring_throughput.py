@@ -84,7 +84,7 @@ def main() -> None:
         for name in ("bare", "naive")
     }
     result = {
-        "machine": describe_machine(),
+        "machine": describe_machine(model.device),
         "torch": torch.__version__,
         "options": {name: value for name, value in vars(options).items() if name != "output"},
     }

@@ -202,7 +202,7 @@ def main() -> None:
     settings = [Setting(size, word == "on") for size in options.vocab_sizes for word in options.packing]
     asked = {name: value for name, value in vars(options).items() if name not in ("output", "only_memory_of")}
     results = {
-        "machine": describe_machine(),
+        "machine": describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "options": asked,

@@ -9,12 +9,13 @@ of the small study, and for `step_time sft_go` and `scoring` those of what a tra
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TABLE = re.compile(r"(?<=<!-- table: )(\w+)((?: \w+)*) -->\n.*?(?=\n<!-- end of table -->)", re.DOTALL)
+TABLE = re.compile(r"(?<=<!-- table: )(\w+)((?: \w+)*) -->\n.*?(?=<!-- end of table -->)", re.DOTALL)
 
 # The most that a step may cost beside SFTTrainer's, in time and in memory, as we set out to reach
 GOALS = {"sft_go": (1.03, 1.02), "poft": (1.03, 1.02), "sftmix": (1.08, 1.05)}
@@ -35,9 +36,9 @@ def step_time_table(*methods: str) -> str:
     for run in read("step_overhead_cpu")["runs"]:
         method, (first, third) = run["method"], run["time_ratio_quartiles"]
         if method in (methods or METHODS):
-            time = f"{run['time_ratio']:.2f} × ({first:.2f} to {third:.2f})"
+            time = f"{run['time_ratio']:.3f} × ({first:.3f} to {third:.3f})"
             words = METHODS[method] + (", packed" if run["packing"] else "")
-            rows.append([words, time, f"{run['memory_ratio']:.2f} ×", *verdict_on_step(run)])
+            rows.append([words, time, f"{run['memory_ratio']:.3f} ×", *verdict_on_step(run)])
     return table(["a training step of", "time", "memory", "goal", ""], rows)
 
 
@@ -45,7 +46,7 @@ def verdict_on_step(run: dict) -> tuple[str, str]:
     if run["method"] not in GOALS:
         return "none set", ""
     time, memory = GOALS[run["method"]]
-    missed = [name for name, most in (("time", time), ("memory", memory)) if run[f"{name}_ratio"] > most]
+    missed = [name for name, most in (("time", time), ("memory", memory)) if round(run[f"{name}_ratio"], 3) > most]
     return f"{time} × and {memory} ×", f"**missed in {' and '.join(missed)}**" if missed else "met"
 
 
@@ -67,21 +68,20 @@ def study_table(*arms: str) -> str:
     summary = {(row["arm"], row["metric"]): row for row in study["summary"]}
     differences = {(row["arm"], row["baseline"], row["metric"]): row for row in study["differences"]}
     baseline = study["study"]["baseline"]
+    seconds = {arm: statistics.fmean(run["seconds"] for run in study["runs"] if run["arm"] == arm) for arm in arms}
     rows = []
     for arm in arms:
-        nll, accuracy = (summary[arm, metric] for metric in ("nll", "accuracy"))
-        rows.append(
-            [f"`{arm}`", f"{nll['mean']:.3f} ± {nll['spread']:.3f}", difference(differences, arm, baseline, "nll")]
-        )
-        rows[-1] += [
-            f"{accuracy['mean']:.1%} ± {accuracy['spread']:.1%}",
-            difference(differences, arm, baseline, "accuracy"),
-        ]
+        cells = [f"`{arm}`"]
+        for metric, form in (("nll", ".3f"), ("accuracy", ".1%")):
+            row = summary[arm, metric]
+            cells.append(f"{row['mean']:{form}} ± {row['spread']:{form}}")
+            cells.append(difference(differences, arm, baseline, metric))
+        rows.append([*cells, f"{seconds[arm] / seconds[baseline]:.1f} ×"])
     pairs = dict.fromkeys((arm, other) for arm, other, _ in differences if arm in arms and other != baseline)
     for arm, other in pairs:
         cells = (difference(differences, arm, other, metric) for metric in ("nll", "accuracy"))
-        rows.append([f"`{arm}` − `{other}`", "", next(cells), "", next(cells)])
-    return table(["", "held-out NLL", f"minus `{baseline}`", "accuracy", f"minus `{baseline}`"], rows)
+        rows.append([f"`{arm}` − `{other}`", "", next(cells), "", next(cells), ""])
+    return table(["", "held-out NLL", f"minus `{baseline}`", "accuracy", f"minus `{baseline}`", "time"], rows)
 
 
 def difference(differences: dict, arm: str, other: str, metric: str) -> str:
@@ -103,7 +103,7 @@ def read(name: str) -> dict:
 
 def made(match: re.Match) -> str:
     kinds = {"step_time": step_time_table, "scoring": scoring_table, "study": study_table}
-    return f"{match[1]}{match[2]} -->\n{kinds[match[1]](*match[2].split())}"
+    return f"{match[1]}{match[2]} -->\n{kinds[match[1]](*match[2].split())}\n"
 
 
 def filled(page: str) -> str:

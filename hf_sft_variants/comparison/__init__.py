@@ -35,13 +35,10 @@ def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[d
         `InputError`: If the study, or anything it names, can't be used, or it is being run already.
     """
     devices = devices or [None]
-    check_devices(devices)
     study = read_study(path)
     check_output_dir(study)
     runs = plan_runs(study)
-    for run in runs:
-        if None not in devices and run.recipe.get("use_cpu"):
-            raise InputError(f"--devices: the run {run} has `use_cpu: true`, so it would take no GPU.")
+    check_devices(devices, runs)
     study.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(study.output_dir / ".lock", timeout=0):
@@ -54,14 +51,15 @@ def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[d
     return failures, study.output_dir / "report.html"
 
 
-def check_devices(devices: list[str | None]) -> None:
+def check_devices(devices: list[str | None], runs: list[Run]) -> None:
     """
     Raises:
         `InputError`: If a run would see several GPUs, or none of those asked for.
     """
     there = [str(i) for i in range(torch.cuda.device_count())]
+    on_cpu = [run for run in runs if run.recipe.get("use_cpu")]
     if None in devices:
-        if len(there) > 1:
+        if len(there) > 1 and len(on_cpu) < len(runs):
             raise InputError(
                 f"{len(there)} GPUs are visible, but a run takes one: pass --devices, e.g. --devices 0 1."
             )
@@ -70,6 +68,8 @@ def check_devices(devices: list[str | None]) -> None:
             f"--devices is {' '.join(devices)}, but has to name different ones of "
             f"{len(there)} visible GPUs: {' '.join(there) or 'there is none'}."
         )
+    elif on_cpu:
+        raise InputError(f"--devices: the run {on_cpu[0]} has `use_cpu: true`, so it would take no GPU.")
 
 
 def check_output_dir(study: Study) -> None:
@@ -78,7 +78,7 @@ def check_output_dir(study: Study) -> None:
         `InputError`: If the folder has the results of another study.
     """
     path = study.output_dir / "results.json"
-    other = read_json(path)["study_file"] if path.is_file() else study.path
+    other = read_json(path).get("study_file", study.path) if path.is_file() else study.path
     if Path(other).name != Path(study.path).name:
         raise InputError(
             f"`output_dir` {study.output_dir} has the results of {other}: choose another folder, or move {path} away."

@@ -95,12 +95,18 @@ def samples(dataset: Dataset, texts: list[str]) -> list[dict[str, str]]:
     rows = dataset.select(range(min(SAMPLES, len(dataset))))
     return [
         {
-            "prompt": "\n\n".join(message["content"] for message in row["prompt"]),
+            "prompt": _asked(row["prompt"]),
             "expected": _expected(row),
             "generation": text,
         }
         for row, text in zip(rows, texts, strict=False)
     ]
+
+
+def _asked(prompt: list[dict[str, str]]) -> str:
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _expected(row: dict[str, Any]) -> str:

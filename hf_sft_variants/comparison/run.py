@@ -107,7 +107,7 @@ def train(folder: Path, run: dict[str, Any]) -> None:
         "tokens": max(log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log),
         **peak_memory(trainer.args.device),
         "extra_passes": extra_passes(trainer),
-        "machine": describe_machine(),
+        "machine": describe_machine(trainer.args.device),
         "versions": package_versions(),
         "log_history": [_without_infinities(log) for log in trainer.state.log_history],
     }

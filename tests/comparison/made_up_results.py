@@ -21,6 +21,8 @@ def make_results(arms=ARMS, seeds=(0, 1, 2), data=("clean", "corrupted"), rows=4
         "data": {name: {"dataset_name": f"quickstart/{name}"} for name in data},
         "arms": {arm: {"recipe": f"recipes/{arm}.yaml"} for arm in arms},
     }
+    if "sftmix" in arms:
+        content["arms"]["sftmix"]["overrides"] = {"confidence_file": "{runs}/sft_go/seed_{seed}/confidence.parquet"}
     for arm, controls in CONTROLS.items():
         if arm in arms:
             content["arms"][arm]["controls"] = controls

@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock
 
 from hf_sft_variants.cli import main as cli
-from hf_sft_variants.comparison import plan_runs, read_study, runs
+from hf_sft_variants.comparison import plan_runs, process, read_study, run, runs
 from hf_sft_variants.comparison.costs import peak_memory
 from hf_sft_variants.evaluation import exact_match, held_out_nll
 from hf_sft_variants.loading import load_model_and_tokenizer, load_split
@@ -166,6 +166,35 @@ def test_devices_are_shared_out(write_study, monkeypatch, in_this_process):
     monkeypatch.setattr(runs, "last_lines", lambda folder: "")
     runs.do_missing_runs(plan_runs(read_study(write_study())), ["3", "5"], lambda failures: None)
     assert sorted(seen[:2]) == ["3", "5"] and set(seen) == {"3", "5"} and len(seen) == 4
+
+
+@pytest.mark.parametrize("visible, device, seen", [(None, "1", "1"), ("4,6", "1", "6"), ("4,6", None, "4,6")])
+def test_a_device_is_one_of_those_that_are_visible(monkeypatch, tmp_path, visible, device, seen):
+    environments = []
+    monkeypatch.setattr(process.subprocess, "Popen", lambda *args, env, **kwargs: environments.append(env))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    process.start_process(tmp_path, device)
+    assert environments[0]["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_interrupted(write_study, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_sft_variants.comparison.do_missing_runs", interrupt)
+    assert cli(["compare", "--config", write_study()]) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+
+
+def test_logs_that_are_not_numbers():
+    assert run._without_infinities({"loss": float("nan"), "step": 1, "grad_norm": float("inf"), "nll": 0.5}) == {
+        "loss": None,
+        "step": 1,
+        "grad_norm": None,
+        "nll": 0.5,
+    }
 
 
 def test_a_study_that_is_being_run_is_refused(write_study, capsys):

@@ -96,6 +96,7 @@ def test_structure():
         "2.00 GiB resident on the CPU",
         "2 models read the data once",
     ]
+    assert costs[6][-1] == "a reference is trained as long; before it, sft_go: 120.0 s"
 
 
 def test_needs_nothing_from_elsewhere_and_is_the_same_again():
@@ -145,6 +146,7 @@ def test_learning_curve_is_the_plain_likelihood():
     results[0]["log_history"] = [
         {"loss": 5.0, "nll": 1.0, "step": 2},
         {"loss": 5.0, "step": 4},
+        {"loss": None, "step": 6},
         {"eval_loss": 9.0, "step": 4},
         {"train_loss": 9.0, "step": 4},
     ]
@@ -156,3 +158,12 @@ def test_learning_curve_is_the_plain_likelihood():
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_results_can_be_written_as_json(seeds):
     assert json.loads(json.dumps(make_results(seeds=seeds), allow_nan=False))
+
+
+def test_runs_of_several_machines():
+    results = make_results(seeds=(0,), data=("clean",))
+    results["runs"][1]["machine"] = {**results["runs"][1]["machine"], "gpus": ["Some GPU"]}
+    results["runs"][1]["versions"] = {"torch": "9.9"}
+    html = render_report(results)
+    assert "Some CPU, 8 cores, 32 GiB; Some GPU, Some CPU, 8 cores, 32 GiB" in html
+    assert "2.13.0" in html and "9.9" in html

@@ -2,12 +2,13 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from hf_sft_variants.comparison import compare_study, plan_runs, read_study
+from hf_sft_variants.comparison import check_devices, compare_study, plan_runs, read_study
 from hf_sft_variants.comparison.plan import description
 from hf_sft_variants.errors import InputError
 
@@ -246,8 +247,12 @@ def test_a_run_on_the_cpu_takes_no_device(write_study, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(InputError, match="--devices: the run sft on sums, seed 0 has `use_cpu: true`"):
         compare_study(write_study(), ["0", "1"])
+    plan = plan_runs(read_study(write_study()))
+    check_devices([None], plan)
+    on_gpu = [replace(run, recipe={**run.recipe, "use_cpu": False}) for run in plan]
+    check_devices(["1", "0"], on_gpu)
     with pytest.raises(InputError, match="2 GPUs are visible, but a run takes one"):
-        compare_study(write_study())
+        check_devices([None], on_gpu)
 
 
 def test_a_folder_of_another_study(write_study):

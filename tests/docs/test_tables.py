@@ -41,16 +41,25 @@ def test_the_committed_results_are_those_of_the_committed_study():
     assert results["study"] == study.content and results["missing"] == []
     assert list(summaries(study, results["runs"])) == results["summary"]
     for again, committed in zip(differences(study, results["runs"]), results["differences"], strict=True):
-        assert again.keys() == committed.keys() and again["verdict"] == committed["verdict"]
-        for name in ("difference", "low", "high"):
-            assert again[name] == pytest.approx(committed[name], abs=1e-9)
+        assert again["difference"] == committed["difference"] and again["arm"] == committed["arm"]
+        for name in ("low", "high"):  # another version of NumPy may draw otherwise
+            assert again[name] == pytest.approx(committed[name], abs=0.1 * (committed["high"] - committed["low"]))
+
+
+def test_filling_leaves_the_rest_of_a_page():
+    study, scoring, end = "<!-- table: study sft -->\n", "<!-- table: scoring -->\n", "<!-- end of table -->\n"
+    page = TABLES["filled"](f"before\n\n{study}{end}\nbetween\n\n{scoring}{end}after\n")
+    assert page.startswith(f"before\n\n{study}| ") and page.endswith(f" |\n{end}after\n")
+    assert f" |\n{end}\nbetween\n\n{scoring}| " in page
+    assert TABLES["filled"](page) == page
 
 
 @pytest.mark.parametrize(
     "method, time, memory, verdict",
     [
         ("sft_go", 1.02, 1.0, "met"),
-        ("sft_go", 1.04, 1.0, "**missed in time**"),
+        ("sft_go", 1.0304, 1.0, "met"),
+        ("sft_go", 1.031, 1.0, "**missed in time**"),
         ("sftmix", 1.09, 1.06, "**missed in time and memory**"),
         ("sftkey_key", 2.0, 2.0, ""),
     ],
