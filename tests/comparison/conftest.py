@@ -72,7 +72,7 @@ class RunInThisProcess:
     def wait(self):
         try:
             run.do_run(self.folder)
-        except Exception:
+        except Exception:  # whatever it is, a process would write it to its log and end with 1
             (self.folder / "log.txt").write_text(traceback.format_exc())
             return 1
         return 0
