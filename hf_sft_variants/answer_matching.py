@@ -5,6 +5,7 @@ import threading
 import warnings
 
 from .answers import NUMBER, extract_boxed, normalize_number
+from .errors import InputError
 
 
 QUOTES = (('"', '"'), ("'", "'"), ("`", "`"), ("“", "”"), ("‘", "’"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
@@ -62,7 +63,7 @@ def _bare(text: str) -> str:
 def _number(text: str) -> str | None:
     try:
         return normalize_number(text.strip("$ "))
-    except ValueError:
+    except InputError:
         return None
 
 

@@ -2,6 +2,8 @@
 
 import re
 
+from .errors import InputError
+
 
 ANSWER_MARK = "####"
 # Sign and dollar in either order; thousands in groups of three, or two as in 1,00,000; or no digit before the point
@@ -21,11 +23,11 @@ def normalize_number(text: str) -> str:
         `str`: The number without superfluous characters, e.g. `"-1036"`.
 
     Raises:
-        ValueError: If `text` is not a number.
+        InputError: If `text` is not a number.
     """
     match = NUMBER.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is not a number.")
+        raise InputError(f"{text!r} is not a number: give digits, with sign, `$`, separators and decimals at most.")
     return _shortest(match)
 
 

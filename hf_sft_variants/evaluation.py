@@ -247,7 +247,7 @@ def numeric_answers(dataset: Dataset) -> list[str]:
     for i, answer in enumerate(dataset["answer"]):
         try:
             answers.append(normalize_number(str(answer)))
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"`answer` of row {i} is {answer!r}, not a number: pass numbers only.") from error
     return answers
 

@@ -9,7 +9,7 @@ from datasets.exceptions import DatasetNotFoundError
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 
 def load_model_and_tokenizer(
@@ -45,7 +45,7 @@ def load_model_and_tokenizer(
         loaded = AutoModelForCausalLM.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"`model` is {model!r}, which could not be loaded ({str(error).splitlines()[0]}): pass a folder that "
+            f"`model` is {model!r}, which could not be loaded ({first_line(error)}): pass a folder that "
             "holds a saved model, or an id on the Hub; for an adapter whose base model has moved, pass the base model "
             "as `model` and the adapter's folder as `adapter`."
         ) from error
@@ -78,7 +78,7 @@ def load_split(dataset: str, split: str = "test", config: str | None = None) -> 
         rows = load_dataset(dataset, config, split=split)
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise InputError(
-            f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({str(error).splitlines()[0]}): pass a "
+            f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({first_line(error)}): pass a "
             "folder that holds one file per split, e.g. test.jsonl (`hf-sft-variants quickstart` writes one), or an "
             "id on the Hub."
         ) from error

@@ -127,10 +127,7 @@ def parse(parser: TrlParser, argv: list[str]) -> tuple:
 def parse_flags(parser: TrlParser, flags: list[str]) -> tuple:
     """What [`parse`] returns, of a command line without a recipe, or behind [`apply_recipe`]."""
     check_flags(parser, flags)
-    try:
-        parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    except ValueError as error:  # raised by a config class that refuses a value
-        raise InputError(str(error)) from error
+    parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     check_model_and_data(*parsed)
     return parsed
 
@@ -218,8 +215,6 @@ def build_trainer(trainer_class, script_args, training_args, model_args, dataset
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except ValueError as error:  # a refusal, which says the fix
-        raise InputError(str(error)) from error
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"`model_name_or_path` is {model!r}, which can't be loaded: {error}") from error
 

@@ -49,7 +49,7 @@ class ToyConfig(SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.toy_weight < 0:
-            raise ValueError(f"`toy_weight` must be 0 or more, got {self.toy_weight}.")
+            raise InputError(f"`toy_weight` must be 0 or more, got {self.toy_weight}.")
 
 
 class ToyTrainer(SFTTrainer):
@@ -476,7 +476,7 @@ def test_refusals_and_missing_models_are_short_messages(tmp_path, capsys):
     class RefusingTrainer:
         """Stands in for a trainer that refuses its data."""
 
-        error = ValueError("Row 3 is wrong.")
+        error = InputError("Row 3 is wrong.")
 
         def __init__(self, **kwargs):
             raise self.error
@@ -485,7 +485,7 @@ def test_refusals_and_missing_models_are_short_messages(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     argv = ["--model_name_or_path", "nowhere", "--dataset_name", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     for error, message in (
-        (ValueError("Row 3 is wrong."), "error: Row 3 is wrong."),
+        (InputError("Row 3 is wrong."), "error: Row 3 is wrong."),
         (OSError("no file"), "error: `model_name_or_path` is 'nowhere', which can't be loaded: no file"),
         (SafetensorError("cut"), "error: `model_name_or_path` is 'nowhere', which can't be loaded: cut"),
     ):
@@ -493,3 +493,6 @@ def test_refusals_and_missing_models_are_short_messages(tmp_path, capsys):
         with pytest.raises(SystemExit) as exit_info:
             main(RefusingTrainer, SFTConfig, argv)
         assert exit_info.value.code == 2 and message in capsys.readouterr().err
+    RefusingTrainer.error = ValueError("a defect, not an input")
+    with pytest.raises(ValueError, match="a defect, not an input"):  # it keeps its traceback
+        main(RefusingTrainer, SFTConfig, argv)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from ..errors import InputError
 from .token_offsets import Span, TokenOffsets
 from .turn_contents import find_contents, find_turn_end
 
@@ -77,7 +78,7 @@ def render_example(
             Column of a plain text.
 
     Raises:
-        `ValueError`: If an assistant's words can't be found in what the template makes of them.
+        `InputError`: If an assistant's words can't be found in what the template makes of them.
     """
     if is_conversational(example):
         tools = example.get("tools")
@@ -98,10 +99,10 @@ def render_example(
 def require_same_tokens(rendered: RenderedExample, input_ids: list[int]) -> None:
     """
     Raises:
-        `ValueError`: If the tokens of a rendered row are not those that the trainer has.
+        `InputError`: If the tokens of a rendered row are not those that the trainer has.
     """
     if rendered.token_ids != input_ids:
-        raise ValueError(
+        raise InputError(
             "the tokens of the text are not those that SFTTrainer made of it, so the assistant's words can't be found "
             "among them: give the data set as `input_ids` and `labels`"
         )
@@ -124,7 +125,7 @@ def render_conversation(
             For `apply_chat_template`, such as `chat_template` and `tools`.
 
     Raises:
-        `ValueError`: If an assistant's words can't be found in what the template makes of them.
+        `InputError`: If an assistant's words can't be found in what the template makes of them.
     """
     render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options)
     text = render(messages)
@@ -134,7 +135,7 @@ def render_conversation(
     special_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(special)))
     contents = find_contents(render, messages, spoken, text, special_texts)
     if spoken and contents[-1] is None:
-        raise ValueError(
+        raise InputError(
             f"The chat template doesn't show the assistant's words {messages[spoken[-1]]['content'][:80]!r}... of "
             f"message {spoken[-1]}, or rewrites them with the turns that follow. Use a chat template that keeps them."
         )
@@ -197,13 +198,13 @@ def tokenize_with_offsets(
     stands for none.
 
     Raises:
-        `ValueError`: If the tokenizer has no offsets and does not decode its tokens to the text either.
+        `InputError`: If the tokenizer has no offsets and does not decode its tokens to the text either.
     """
     if not tokenizer.is_fast:
         token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         decoded, offsets = TokenOffsets(tokenizer)(token_ids)
         if decoded != text:
-            raise ValueError(
+            raise InputError(
                 f"{type(tokenizer).__name__} gives no offsets, and decodes {text[:80]!r}... to {decoded[:80]!r}..., "
                 "so the tokens of an answer can't be found. Use a fast tokenizer."
             )

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
+
 
 @dataclass
 class AnnotationCollator:
@@ -18,9 +20,8 @@ class AnnotationCollator:
             Annotation column to the value that stands on padding; a float makes the column float32, an integer int64.
 
     Raises:
-        `KeyError`: If an example has no such column.
-        `ValueError`: If an annotation has another length than the example's `input_ids`, or fractions where the
-            padding value is an integer; or if the collator moves tokens.
+        `InputError`: If an example has no such column; if an annotation has another length than the example's
+            `input_ids`, or fractions where the padding value is an integer; or if the collator moves tokens.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -51,18 +52,18 @@ class AnnotationCollator:
     @staticmethod
     def _annotation(example: dict[str, Any], name: str, is_float: bool) -> torch.Tensor:
         if name not in example:
-            raise KeyError(
+            raise InputError(
                 f"The data set has no column `{name}`. The trainer adds it when it prepares a data set; one that is "
                 "given with `skip_prepare_dataset=True` must bring it, with one value for each token."
             )
         values = torch.as_tensor(example[name])
         if len(values) != len(example["input_ids"]):
-            raise ValueError(
+            raise InputError(
                 f"Column `{name}` has {len(values)} values in an example of {len(example['input_ids'])} tokens. Give "
                 "one value for each token of `input_ids`."
             )
         if values.is_floating_point() and not is_float:
-            raise ValueError(
+            raise InputError(
                 f"Column `{name}` has fractions, but its padding value is an integer. Give 0.0 for 0 in "
                 "`annotation_columns`."
             )
@@ -75,7 +76,7 @@ class AnnotationCollator:
             len(ids) > batch_input_ids.size(1) or not torch.equal(batch_input_ids[row, : len(ids)], ids)
             for row, ids in enumerate(token_ids)
         ):
-            raise ValueError(
+            raise InputError(
                 "The `data_collator` moves, drops or changes tokens, so per-token annotations can't follow them. Use "
                 "one that pads on the right, or leave `data_collator` unset."
             )

@@ -10,13 +10,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
+from ..errors import InputError
+
 
 def require_valid_fields(config: SFTConfig) -> None:
     """
     Check the fields that a subclass of [`~trl.SFTConfig`] has added: their types, and choices where they have some.
 
     Raises:
-        `ValueError`: If a value has another type, or is none of the choices.
+        `InputError`: If a value has another type, or is none of the choices.
     """
     hints = get_type_hints(type(config))
     for field in fields(config):
@@ -29,9 +31,9 @@ def require_valid_fields(config: SFTConfig) -> None:
         wanted = dict | None if name in config._VALID_DICT_FIELDS else hints[name]
         value, choices = getattr(config, name), field.metadata.get("choices")
         if not has_type(value, wanted):
-            raise ValueError(f"`{name}` must be {inspect.formatannotation(wanted)}, got {value!r}.")
+            raise InputError(f"`{name}` must be {inspect.formatannotation(wanted)}, got {value!r}.")
         if choices is not None and value not in choices:
-            raise ValueError(f"`{name}={value!r}` is unknown; choose one of {choices}.")
+            raise InputError(f"`{name}={value!r}` is unknown; choose one of {choices}.")
 
 
 def has_type(value: Any, wanted: Any, text_types: tuple[type, ...] = (str,)) -> bool:

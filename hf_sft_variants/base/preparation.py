@@ -6,6 +6,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig, pack_dataset
 
+from ..errors import InputError
 from .example_keys import add_example_keys
 
 
@@ -24,10 +25,10 @@ def with_example_keys(dataset: Dataset | IterableDataset, args: SFTConfig, datas
     Add the column `example_key` ([`~hf_sft_variants.base.example_keys.add_example_keys`]) to a tokenized data set.
 
     Raises:
-        `ValueError`: If the data set is a stream.
+        `InputError`: If the data set is a stream.
     """
     if isinstance(dataset, IterableDataset):
-        raise ValueError(
+        raise InputError(
             f"The {dataset_name} dataset is a stream, but all its examples have to be scored before training. Load it "
             "without streaming."
         )
@@ -44,11 +45,11 @@ def cut_to_max_length(
     (and counted); `"bfd"` keeps the first `max_length` tokens; `"bfd_split"` and `"wrapped"` keep all.
 
     Raises:
-        `ValueError`: If a column is missing or its length is not that of `input_ids`, naming the row; if
+        `InputError`: If a column is missing or its length is not that of `input_ids`, naming the row; if
             `truncation_mode` is unknown.
     """
     if args.truncation_mode not in ("keep_start", "keep_end"):
-        raise ValueError(f"Unsupported truncation mode: {args.truncation_mode}, expected 'keep_start' or 'keep_end'")
+        raise InputError(f"Unsupported truncation mode: {args.truncation_mode}, expected 'keep_start' or 'keep_end'")
     length = kept_length(args, packing)
     keep_end = length is not None and not packing and args.truncation_mode == "keep_end"
     if length is None and not token_columns:
@@ -79,11 +80,11 @@ def _check_and_cut(
     num_tokens = len(example["input_ids"])
     for column in token_columns:
         if column not in example:
-            raise ValueError(f"The {dataset_name} dataset has no column `{column}`; it has {sorted(example)}.")
+            raise InputError(f"The {dataset_name} dataset has no column `{column}`; it has {sorted(example)}.")
         values = example[column]
         if not isinstance(values, list) or len(values) != num_tokens:
             found = f"{len(values)} values" if isinstance(values, list) else repr(values)
-            raise ValueError(
+            raise InputError(
                 f"Row {row} of the {dataset_name} dataset: column `{column}` has {found}, but `input_ids` has "
                 f"{num_tokens} tokens. Give one value for each token, counted before truncation and with the chat "
                 "template's tokens."
@@ -113,13 +114,13 @@ def require_supervised_token(dataset: Dataset | IterableDataset, dataset_name: s
     Refuse a data set that would train on nothing. A streaming data set can't be looked through, so it passes.
 
     Raises:
-        `ValueError`: If no token of the data set is in the loss.
+        `InputError`: If no token of the data set is in the loss.
     """
     if isinstance(dataset, IterableDataset):
         return
     # The first token of a row is predicted by nothing, so a label there does not count
     if not any(_has_label({"labels": labels[1:]}) for labels in dataset["labels"]):
-        raise ValueError(
+        raise InputError(
             f"The {dataset_name} dataset has no supervised token: it is empty, or every label is -100. "
             "Check the prompt and completion columns, the label masks, and whether `max_length` cuts the responses."
         )

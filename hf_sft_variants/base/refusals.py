@@ -12,6 +12,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from ..errors import InputError
 from .row_checks import require_embeddings, require_row
 from .trl_internals import get_config_model_id, get_dataset_column_names
 
@@ -28,14 +29,14 @@ def resolve_args(
     `SFTTrainer` would build an `SFTConfig`, which lacks the method's fields.
 
     Raises:
-        `TypeError`: If `args` is another method's configuration.
+        `InputError`: If `args` is another method's configuration.
     """
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         args = config_class(f"{model_id.split('/')[-1]}-{method_name}")
     elif not isinstance(args, config_class):
         if not issubclass(config_class, type(args)):
-            raise TypeError(
+            raise InputError(
                 f"`args` is a `{type(args).__name__}`, which is no `{config_class.__name__}`. Pass such a one, "
                 "an `SFTConfig` (the method's fields then have their defaults), or nothing."
             )
@@ -59,8 +60,8 @@ def refuse_unsupported(
     Refuse beforehand what would need another loss than the trainer's, what it can't annotate, and what can't be right.
 
     Raises:
-        `TypeError`: If the model or an evaluation set is something else.
-        `ValueError`: For `loss_type` other than `"nll"`, label smoothing, `compute_loss_func`, `eval_packing` alone,
+        `InputError`: If the model or an evaluation set is something else.
+        `InputError`: For `loss_type` other than `"nll"`, label smoothing, `compute_loss_func`, `eval_packing` alone,
             sizes below 1, models that are no causal language models, an empty data set and vision data sets.
     """
     _refuse_other_losses(trainer_name, args, compute_loss_func)
@@ -78,17 +79,17 @@ def refuse_unsupported(
 
 def _refuse_other_losses(trainer_name: str, args: SFTConfig, compute_loss_func: Callable | None) -> None:
     if args.loss_type != "nll":
-        raise ValueError(
+        raise InputError(
             f"`loss_type={args.loss_type!r}` is not supported: {trainer_name} has its own loss. Leave `loss_type` at "
             "'nll', or use `SFTTrainer`."
         )
     if args.label_smoothing_factor > 0:
-        raise ValueError(
+        raise InputError(
             f"`label_smoothing_factor={args.label_smoothing_factor}` is not supported: {trainer_name} has its own "
             "loss. Set it to 0, or use `SFTTrainer`."
         )
     if compute_loss_func is not None:
-        raise ValueError(
+        raise InputError(
             f"`compute_loss_func` is not supported: {trainer_name} has its own loss. Override "
             "`compute_annotated_loss` in a subclass instead."
         )
@@ -98,13 +99,13 @@ def _check_settings(args: SFTConfig) -> None:
     for name in ("max_length", "pad_to_multiple_of", "per_device_train_batch_size", "gradient_accumulation_steps"):
         value = getattr(args, name)
         if value is not None and not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}.")
+            raise InputError(f"`{name}` must be an integer of 1 or more, got {value!r}.")
     if (args.packing or args.eval_packing) and args.max_length is None:
-        raise ValueError(
+        raise InputError(
             "When packing is enabled, `max_length` can't be `None`: set it to the length of a packed row."
         )
     if args.eval_packing and not (args.packing or args.padding_free) and args.packing_strategy != "wrapped":
-        raise ValueError(
+        raise InputError(
             "`eval_packing=True` without `packing=True` is not supported: SFTTrainer keeps the documents of a packed "
             "row apart only where training is packed or padding-free. Leave `eval_packing` unset, or set "
             "`padding_free=True`."
@@ -120,18 +121,18 @@ def _check_settings(args: SFTConfig) -> None:
 def require_causal_lm(model: PreTrainedModel) -> None:
     """
     Raises:
-        `TypeError`: If it is no model of `transformers` or `peft`.
-        `ValueError`: If it is no causal language model.
+        `InputError`: If it is no model of `transformers` or `peft`.
+        `InputError`: If it is no causal language model.
     """
     is_adapted = isinstance(model, Module) and is_peft_model(model)
     base_model = model.get_base_model() if is_adapted else model
     if not isinstance(base_model, PreTrainedModel):
-        raise TypeError(
+        raise InputError(
             f"`model` must be the id or folder of a model, a `PreTrainedModel` or a `PeftModel`, got "
             f"`{type(model).__name__}`."
         )
     if not base_model.can_generate() or base_model.config.is_encoder_decoder:
-        raise ValueError(
+        raise InputError(
             f"`model` is a `{type(base_model).__name__}`, which is no causal language model. Load one with "
             "`AutoModelForCausalLM`."
         )
@@ -139,14 +140,14 @@ def require_causal_lm(model: PreTrainedModel) -> None:
 
 def _require_dataset(name: str, dataset: Any) -> None:
     if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
+        raise InputError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
 
 
 def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDataset) -> None:
     require_row("`train_dataset`", train_dataset)
     vision_columns = {"image", "images"} & set(get_dataset_column_names(train_dataset))
     if vision_columns:
-        raise ValueError(
+        raise InputError(
             f"`train_dataset` has the column {min(vision_columns)!r}: vision data sets are not supported, because "
             f"their tokens are made batch by batch and {trainer_name} annotates them beforehand. Remove the column to "
             "train on the text alone."
@@ -158,7 +159,7 @@ def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
     Refuse what is known only when the model is loaded and the data prepared.
 
     Raises:
-        `ValueError`: For context and sequence parallelism, models that are no causal language models, prompt learning
+        `InputError`: For context and sequence parallelism, models that are no causal language models, prompt learning
             with packed rows, and tokens that the model does not have.
     """
     name = type(trainer).__name__
@@ -175,12 +176,12 @@ def refuse_sequence_sharding(trainer_name: str, accelerator: Accelerator) -> Non
     Refuse context and sequence parallelism, where a sample's tokens lie on several processes.
 
     Raises:
-        `ValueError`: If either is configured.
+        `InputError`: If either is configured.
     """
     config = accelerator.parallelism_config
     for enabled, name in ((config.cp_enabled, "cp_size"), (config.sp_enabled, "sp_size")) if config else ():
         if enabled:
-            raise ValueError(
+            raise InputError(
                 f"{trainer_name} does not support `{name}={getattr(config, name)}`: the tokens of a sample would lie "
                 f"on several processes, and its loss needs them together. Set `{name}=1`."
             )
@@ -192,10 +193,10 @@ def refuse_packed_prompt_learning(trainer_name: str, model: PreTrainedModel, pad
     warns of that), without which the documents would attend to each other.
 
     Raises:
-        `ValueError`: For prompt learning with `packing` or `padding_free`.
+        `InputError`: For prompt learning with `packing` or `padding_free`.
     """
     if padding_free and is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
+        raise InputError(
             f"`{model.active_peft_config.peft_type.value}` does not keep the documents of a packed row apart, because "
             f"PEFT drops their positions, so {trainer_name} would train them as one. Set `packing=False` and "
             "`padding_free=False`, or train a LoRA adapter."

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from ..errors import InputError
 from .trl_internals import get_dataset_column_names
 
 
@@ -20,10 +21,10 @@ _TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "
 def require_row(name: str, dataset: Dataset | IterableDataset) -> None:
     """
     Raises:
-        `ValueError`: If the data set, or stream, has no row.
+        `InputError`: If the data set, or stream, has no row.
     """
     if next(iter(dataset), None) is None:
-        raise ValueError(f"{name} is empty. Check the split and the filters that made it.")
+        raise InputError(f"{name} is empty. Check the split and the filters that made it.")
 
 
 def check_rows(
@@ -46,7 +47,7 @@ def check_rows(
         The data set.
 
     Raises:
-        `ValueError`: If a row can't be trained on, naming it.
+        `InputError`: If a row can't be trained on, naming it.
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         return dataset  # refused by TRL
@@ -60,12 +61,12 @@ def check_rows(
     }
     found = [column for column in known if column in columns]
     if not {"prompt", "messages", "conversations", "input_ids", args.dataset_text_field} & set(found):
-        raise ValueError(
+        raise InputError(
             f"The {dataset_name} dataset has the columns {sorted(columns)}, but none to train on: `prompt` and "
             f"`completion`, `messages`, `{args.dataset_text_field}` (`dataset_text_field`), or `input_ids`."
         )
     if args.completion_only_loss and not {"prompt", "labels", "completion_mask"} & set(found):
-        raise ValueError(
+        raise InputError(
             "`completion_only_loss=True` needs `prompt` and `completion`, or `completion_mask`, but the "
             f"{dataset_name} dataset has the columns {sorted(columns)}: all tokens would be in the loss."
         )
@@ -87,7 +88,7 @@ def _checked(example: dict[str, Any], row: int, **options: Any) -> dict[str, Any
 def _is_sound(example: dict[str, Any], row: int, text_field: str | None, num_ids: int, dataset_name: str) -> bool:
     problem = _problem_of_tokens(example, num_ids) if text_field is None else _problem_of_text(example, text_field)
     if problem is not None:
-        raise ValueError(f"Row {row} of the {dataset_name} dataset: {problem}.")
+        raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.")
     return True
 
 
@@ -200,11 +201,11 @@ def checked_text(example: dict[str, Any], formatting_func: Callable[[dict[str, A
     What a user's `formatting_func` makes of a row.
 
     Raises:
-        `ValueError`: If it is no text.
+        `InputError`: If it is no text.
     """
     text = formatting_func(example)
     if not isinstance(text, str):
-        raise ValueError(f"`formatting_func` must return a text, got {short(text)} for the row {short(example)}.")
+        raise InputError(f"`formatting_func` must return a text, got {short(text)} for the row {short(example)}.")
     return text
 
 
@@ -215,7 +216,7 @@ def require_embeddings(
     Refuse tokens that the model does not have, which would be an index error in the midst of training.
 
     Raises:
-        `ValueError`: If the tokenizer has more ids than the model, and prepared rows have one of them.
+        `InputError`: If the tokenizer has more ids than the model, and prepared rows have one of them.
     """
     num_embeddings = model.config.get_text_config().vocab_size
     if max(tokenizer.get_vocab().values()) < num_embeddings:
@@ -224,7 +225,7 @@ def require_embeddings(
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             largest = max((max(ids, default=0) for ids in dataset["input_ids"]), default=0)
             if largest >= num_embeddings:
-                raise ValueError(
+                raise InputError(
                     f"The {name} dataset has the token id {largest}, but the model has {num_embeddings} embeddings. "
                     "Pass the model's own tokenizer as `processing_class`, or call `model.resize_token_embeddings`."
                 )

@@ -5,6 +5,8 @@ from itertools import accumulate, pairwise, zip_longest
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import InputError
+
 
 # Stands for bytes that are no whole character, or not yet
 _REPLACEMENT = "\ufffd"
@@ -26,7 +28,7 @@ def token_offsets(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) 
         `tuple[str, list[tuple[int, int]]]`: The text, and for each token its span [start, end) in it.
 
     Raises:
-        `ValueError`: If the tokenizer decodes in a way that tokens can't be found in the text.
+        `InputError`: If the tokenizer decodes in a way that tokens can't be found in the text.
     """
     return TokenOffsets(tokenizer)(token_ids)
 
@@ -61,7 +63,7 @@ class TokenOffsets:
             prefixes = (self._decode(token_ids[:end]) for end in range(1, len(token_ids) + 1))
             spans = spans_of_prefixes(prefixes, text)
         if spans is None or not _cover(spans, text):
-            raise ValueError(
+            raise InputError(
                 f"The tokens of {text[:80]!r}... can't be found in that text: {type(self.tokenizer).__name__} decodes "
                 "the start of these tokens to something else than the start of the text. Use a tokenizer that decodes "
                 "from left to right, as the fast tokenizers of Transformers do."

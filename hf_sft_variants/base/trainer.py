@@ -84,7 +84,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
     ```
 
     Raises:
-        `ValueError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, context or
+        `InputError`: For vision data sets, `loss_type="dft"`, `compute_loss_func`, label smoothing, context or
             sequence parallelism, and packed rows with prompt learning.
     """
 

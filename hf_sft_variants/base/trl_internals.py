@@ -23,6 +23,8 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
+from ..errors import InputError
+
 
 # Methods of `SFTTrainer`, its own or inherited, that trainers here override or call, and the parameters they rely on
 METHODS = {
@@ -99,11 +101,11 @@ def fused_lm_head_settings(model: PreTrainedModel) -> dict[str, Any]:
     Among them `final_logit_softcapping` and `logit_scale`, which it reads off the configurations of all the families.
 
     Raises:
-        `ValueError`: If the model has no fused LM head, or not on top.
+        `InputError`: If the model has no fused LM head, or not on top.
     """
     settings = inspect.getclosurevars(model.forward).nonlocals
     if "final_logit_softcapping" not in settings:
-        raise ValueError("The model's forward is not that of TRL's fused LM head. Call `add_fused_lm_head` first.")
+        raise InputError("The model's forward is not that of TRL's fused LM head. Call `add_fused_lm_head` first.")
     return dict(settings)
 
 

@@ -55,10 +55,7 @@ def run(args: argparse.Namespace) -> None:
         rows = pick_split(
             load_splits(recipe.script_args, recipe.dataset_args), "dataset_test_split", recipe.script_args
         )
-        try:
-            trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "eval")
-        except ValueError as error:  # a refusal, which says the fix
-            raise InputError(str(error)) from error
+        trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "eval")
     if not PartialState().is_main_process:
         return
     scoring = getattr(trainer, "reference_scoring", None)

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..recipe import load_splits, parse, pick_split, trainer_and_parser
 from ..recipe_checks import read_mapping
 
@@ -89,16 +89,12 @@ def prepare(recipe: Recipe) -> SFTTrainer:
     with tempfile.TemporaryDirectory() as output_dir:  # the trainer makes the folder that it would save to
         model, processing_class = load_without_weights(recipe)
         _set_up_view(recipe.training_args, output_dir)
-        try:
-            trainer = recipe.trainer_class(
-                model=model,
-                args=recipe.training_args,
-                train_dataset=train_dataset,
-                processing_class=processing_class,
-            )
-        except ValueError as error:  # a refusal, which says the fix
-            raise InputError(str(error)) from error
-    return trainer
+        return recipe.trainer_class(
+            model=model,
+            args=recipe.training_args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+        )
 
 
 def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:
@@ -118,8 +114,9 @@ def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:
         config = AutoConfig.from_pretrained(name, **options)
         processing_class = AutoProcessor.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise InputError(f"`model_name_or_path` is {name!r}, which could not be loaded: {first_line}") from error
+        raise InputError(
+            f"`model_name_or_path` is {name!r}, which could not be loaded: {first_line(error)}"
+        ) from error
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if architecture is None:  # defined by the model's own code

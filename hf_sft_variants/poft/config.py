@@ -5,6 +5,7 @@ from typing import Any
 from trl import SFTConfig
 
 from ..base.field_checks import as_json_values, require_valid_fields
+from ..errors import InputError
 
 
 @dataclass
@@ -125,11 +126,11 @@ class PoFTConfig(SFTConfig):
             value = getattr(self, name)
             if not math.isfinite(value) or (name == "beta" and value <= 0):
                 wanted = "a positive number" if name == "beta" else "a finite number"
-                raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+                raise InputError(f"`{name}` must be {wanted}, got {value!r}.")
         if self.reference_batch_tokens < 1:
-            raise ValueError(f"`reference_batch_tokens` must be 1 or more, got {self.reference_batch_tokens}.")
+            raise InputError(f"`reference_batch_tokens` must be 1 or more, got {self.reference_batch_tokens}.")
         if self.reference_models is not None and len(set(self.reference_models)) < len(self.reference_models):
-            raise ValueError(f"`reference_models={self.reference_models}` has a model twice; give each once.")
+            raise InputError(f"`reference_models={self.reference_models}` has a model twice; give each once.")
         self._check_cuts()
 
     def to_dict(self):
@@ -139,14 +140,14 @@ class PoFTConfig(SFTConfig):
 
     def _check_cuts(self) -> None:
         if self.truncation_mode == "keep_end" and self.needs_references:
-            raise ValueError(
+            raise InputError(
                 "`truncation_mode='keep_end'` cuts prompts, which the reference models read whole. Use "
                 "`truncation_mode='keep_start'`, which drops examples whose response is cut, or the control "
                 "`preference_weighting='uniform'`."
             )
         packs = self.packing or self.eval_packing
         if packs and self.needs_references and self.packing_strategy != "bfd":
-            raise ValueError(
+            raise InputError(
                 f"`packing_strategy={self.packing_strategy!r}` cuts examples, and a part of an example can't be "
                 "compared with a reference model's score of the whole. Use `packing_strategy='bfd'`, or the control "
                 "`preference_weighting='uniform'`."

@@ -6,6 +6,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..base.assistant_turns import RenderedExample, render_example
+from ..errors import InputError
 from .scored_tokens import scored_mask
 
 
@@ -35,7 +36,7 @@ def render_for_reference(
             Name of the data set, for the error.
 
     Raises:
-        `ValueError`: If the chat template can't render the messages or changes the assistant's words, naming the row
+        `InputError`: If the chat template can't render the messages or changes the assistant's words, naming the row
             and the model.
     """
     content = {column: value for column, value in example.items() if value is not None}
@@ -45,8 +46,8 @@ def render_for_reference(
     try:
         rendered = _render(content, tokenizer)
         mask = scored_mask(content, rendered, eos_token, end_of_turn)
-    except (TemplateError, ValueError) as problem:
-        raise ValueError(
+    except (TemplateError, InputError) as problem:
+        raise InputError(
             f"Row {example['example_row']} of the {dataset_name} dataset can't be scored by the reference model "
             f"{model!r}: {str(problem).rstrip('.')}. Change the row, or choose a model whose chat template shows it."
         ) from problem

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..base.preparation import map_description
 from ..base.trl_internals import get_config_model_id, global_then_local_main_first
+from ..errors import InputError
 from ..scoring import (
     EXAMPLE_KEY,
     LogProbScorer,
@@ -76,7 +77,7 @@ class ReferenceScoringCallback(TrainerCallback):
             Name of each data set to its examples' keys and the numbers of their rows.
 
     Raises:
-        `ValueError`: If there is no model, or one is given twice.
+        `InputError`: If there is no model, or one is given twice.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ReferenceScoringCallback(TrainerCallback):
     ):
         self.models = [models] if isinstance(models, str) else list(models)
         if not self.models or len(set(self.models)) < len(self.models):
-            raise ValueError(f"The reference models are {self.models}: give at least one, and each once.")
+            raise InputError(f"The reference models are {self.models}: give at least one, and each once.")
         self.model_init_kwargs = model_init_kwargs
         self.score_cache_dir = score_cache_dir
         self.batch_tokens = batch_tokens
@@ -149,7 +150,7 @@ class ReferenceScoringCallback(TrainerCallback):
             `pa.Table`: A row for each example and model, null where the example is too long for the model.
 
         Raises:
-            `ValueError`: If a model can't be loaded, or can't render or score the data.
+            `InputError`: If a model can't be loaded, or can't render or score the data.
         """
         tables = []
         # All of them first: a misspelt name is an error before the others have scored for hours
@@ -186,7 +187,7 @@ class ReferenceScoringCallback(TrainerCallback):
         with global_then_local_main_first():
             fitting = rendered.filter(can_be_scored, fn_kwargs={"limit": limit}, **map_kwargs)
         if len(fitting) == 0:
-            raise ValueError(
+            raise InputError(
                 f"No example of the {dataset_name} dataset has at most {limit} tokens and a scored one for the "
                 f"reference model {model!r}. Raise `max_length`, or choose a model that can read more."
             )

@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
 from ..base.preparation import map_description
+from ..errors import InputError
 from .config import PoFTConfig
 
 
@@ -35,18 +36,18 @@ def number_in_column(dataset: Dataset | IterableDataset, args: PoFTConfig, datas
     Number of reference models that `reference_score_column` has values of, by its first row.
 
     Raises:
-        `ValueError`: If the configuration asks for sums, or for another number of models.
+        `InputError`: If the configuration asks for sums, or for another number of models.
     """
     column, models = args.reference_score_column, args.reference_models
     if args.length_normalizer == "target":
-        raise ValueError(
+        raise InputError(
             f"`length_normalizer='target'` needs summed log-probabilities, but the column `{column}` of the "
             f"{dataset_name} dataset has means. Set `length_normalizer='own'`, or use `reference_score_file`."
         )
     first = next(iter(dataset))[column]
     number = len(first) if isinstance(first, list) and first else 1
     if models and len(models) != number:
-        raise ValueError(
+        raise InputError(
             f"Column `{column}` of the {dataset_name} dataset has {number} values in its first row, but "
             f"`reference_models={models}` has {len(models)} models. Give one value for each."
         )
@@ -60,12 +61,12 @@ def spread_over_tokens(
     For `Dataset.map`: make a column of each reference model's value, the same on every token.
 
     Raises:
-        `ValueError`: If the values are not `num_references` finite numbers of at most 0, naming the row.
+        `InputError`: If the values are not `num_references` finite numbers of at most 0, naming the row.
     """
     values = example[column]
     is_list = isinstance(values, list | tuple) and all(map(is_log_prob, values))
     if not is_list or len(values) != num_references:
-        raise ValueError(
+        raise InputError(
             f"Row {example['example_row']} of the {dataset_name} dataset: column `{column}` has {values!r}. Give a "
             f"list of {num_references} finite numbers, one mean log-probability (0 or less) for each reference model."
         )
@@ -85,7 +86,7 @@ def drop_unscored(
     Drop examples without a scored token, and, where references score whole responses, those that truncation has cut.
 
     Raises:
-        `ValueError`: If none is left.
+        `InputError`: If none is left.
     """
     map_kwargs = map_description(dataset, args, f"Dropping unscored examples from {dataset_name} dataset")
     kept = dataset.filter(_is_scored, fn_kwargs={"needs_whole": args.needs_references}, **map_kwargs)
@@ -98,7 +99,7 @@ def drop_unscored(
     )
     if len(kept) == 0:
         fix = "Raise `max_length`." if unscored < len(dataset) else _where_words_are(dataset)
-        raise ValueError(f"No example of the {dataset_name} dataset can be used: {reasons}. {fix}")
+        raise InputError(f"No example of the {dataset_name} dataset can be used: {reasons}. {fix}")
     logger.warning(
         f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: {reasons}."
     )
@@ -136,7 +137,7 @@ def add_reference_log_probs(
             Name of the data set, for messages.
 
     Raises:
-        `ValueError`: If none is left.
+        `InputError`: If none is left.
     """
     values = list(zip(*columns.values(), strict=True))
     kept = [row for row, value in enumerate(values) if None not in value]
@@ -146,7 +147,7 @@ def add_reference_log_probs(
             f"{len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset can't be scored"
         )
         if not kept:
-            raise ValueError(f"{message}: {counts}. Raise `max_length`, or choose other reference models.")
+            raise InputError(f"{message}: {counts}. Raise `max_length`, or choose other reference models.")
         logger.warning(f"Dropped examples that are too long for a reference model: {message}: {counts}.")
     if name in dataset.column_names:
         dataset = dataset.remove_columns(name)

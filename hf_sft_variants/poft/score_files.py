@@ -11,6 +11,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from ..errors import InputError
 from ..scoring import EXAMPLE_KEY, add_example_keys
 from ..scoring.shards import write_parquet
 from .references import is_log_prob
@@ -47,12 +48,12 @@ def add_content_keys(dataset: Dataset, num_proc: int | None = None) -> Dataset:
             Number of processes.
 
     Raises:
-        `ValueError`: If the rows have none of these columns.
+        `InputError`: If the rows have none of these columns.
     """
     tokens = [column for column in ("input_ids", "labels") if column in dataset.column_names]
     columns = tokens or [column for column in CONTENT_COLUMNS if column in dataset.column_names]
     if not columns or columns == ["input_ids"]:
-        raise ValueError(
+        raise InputError(
             f"The data set has the columns {sorted(dataset.column_names)}, by which examples can't be named: give "
             "`messages`, or `prompt` and `completion`, or `input_ids` and `labels`."
         )
@@ -75,7 +76,7 @@ def read_score_files(paths: Sequence[str], score_end_of_turn: bool) -> pa.Table:
             What the files have to say of it.
 
     Raises:
-        `ValueError`: If a file can't be read, lacks columns, or was made with another setting of `score_end_of_turn`.
+        `InputError`: If a file can't be read, lacks columns, or was made with another setting of `score_end_of_turn`.
     """
     return pa.concat_tables([_read_score_file(path, score_end_of_turn) for path in paths])
 
@@ -83,21 +84,21 @@ def read_score_files(paths: Sequence[str], score_end_of_turn: bool) -> pa.Table:
 def _read_score_file(path: str, score_end_of_turn: bool) -> pa.Table:
     where = f"`reference_score_file` {path!r}"
     if Path(path).suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"{where} is neither .parquet nor .jsonl: give one of these. {_ON_FILES}")
+        raise InputError(f"{where} is neither .parquet nor .jsonl: give one of these. {_ON_FILES}")
     if not Path(path).is_file():
-        raise ValueError(f"{where} can't be read: there is no such file. {_ON_FILES}")
+        raise InputError(f"{where} can't be read: there is no such file. {_ON_FILES}")
     try:
         table = pq.read_table(path) if path.endswith(".parquet") else pyarrow.json.read_json(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{where} can't be read: {error} {_ON_FILES}") from error
+        raise InputError(f"{where} can't be read: {error} {_ON_FILES}") from error
     missing = [column for column in _REQUIRED if column not in table.column_names]
     if not {"sum_log_prob", "num_tokens"} <= set(table.column_names) and "mean_log_prob" not in table.column_names:
         missing.append("sum_log_prob` and `num_tokens")
     if missing:
-        raise ValueError(f"{where} has no column `{missing[0]}`, only {table.column_names}. {_ON_FILES}")
+        raise InputError(f"{where} has no column `{missing[0]}`, only {table.column_names}. {_ON_FILES}")
     others = pc.unique(table["score_end_of_turn"]).to_pylist()
     if others != [score_end_of_turn]:
-        raise ValueError(
+        raise InputError(
             f"{where} has `score_end_of_turn` {others}, but `score_end_of_turn={score_end_of_turn}` is asked for. Set "
             "it as it was when the scores were made, or score again."
         )
@@ -109,11 +110,11 @@ def _read_score_file(path: str, score_end_of_turn: bool) -> pa.Table:
             for field in SCHEMA
         ]
     except pa.ArrowException as error:
-        raise ValueError(f"{where} has a value of the wrong type: {error} {_ON_FILES}") from error
+        raise InputError(f"{where} has a value of the wrong type: {error} {_ON_FILES}") from error
     for name in (EXAMPLE_KEY, "model"):
         if table[name].null_count:
             row = pc.index(table[name].is_null(), True).as_py()
-            raise ValueError(f"{where} has no `{name}` in row {row}. {_ON_FILES}")
+            raise InputError(f"{where} has no `{name}` in row {row}. {_ON_FILES}")
     return pa.table(columns, schema=SCHEMA)
 
 
@@ -135,13 +136,13 @@ def join_by_key(
             the trained model's tokens.
 
     Raises:
-        `ValueError`: If an example has no score, or two different ones, or a score is no finite number of at most 0.
+        `InputError`: If an example has no score, or two different ones, or a score is no finite number of at most 0.
     """
     score_of_key = {}
     for score in scores.filter(pc.equal(scores["model"], model)).select([*SCHEMA.names[2:5], EXAMPLE_KEY]).to_pylist():
         key = score.pop(EXAMPLE_KEY)
         if not _same_score(score_of_key.setdefault(key, score), score):
-            raise ValueError(
+            raise InputError(
                 f"The example with the key {key} has two different scores of {model!r}: {score_of_key[key]} and "
                 f"{score}. Remove one of them from the score files."
             )
@@ -150,7 +151,7 @@ def join_by_key(
     for row, key, num_tokens in zip(*columns, strict=True):
         where = f"Row {row} of the {dataset_name} dataset (key {key})"
         if key not in score_of_key:
-            raise ValueError(
+            raise InputError(
                 f"{where} has no score of the reference model {model!r}. Score it and add it to the score files, or "
                 "remove the row."
             )
@@ -173,7 +174,7 @@ def _mean_log_prob(score: dict, num_target_tokens: int, length_normalizer: str, 
         return None
     if length_normalizer == "target":
         if total is None:
-            raise ValueError(
+            raise InputError(
                 f"{where}: `length_normalizer='target'` needs summed log-probabilities, but the score files have the "
                 "mean alone. Add `sum_log_prob` to them, or set `length_normalizer='own'`."
             )
@@ -181,13 +182,13 @@ def _mean_log_prob(score: dict, num_target_tokens: int, length_normalizer: str, 
     elif total is not None and num_tokens:
         mean = total / num_tokens
     if not is_log_prob(mean):
-        raise ValueError(
+        raise InputError(
             f"{where}: the score {score} gives no finite mean log-probability of 0 or less. Correct it in the score "
             "files."
         )
     given = score["mean_log_prob"]
     if length_normalizer == "own" and given is not None and not math.isclose(mean, given, rel_tol=1e-3, abs_tol=1e-6):
-        raise ValueError(
+        raise InputError(
             f"{where}: the score {score} contradicts itself, `mean_log_prob` is not `sum_log_prob` over `num_tokens`. "
             "Correct it in the score files."
         )

@@ -9,6 +9,7 @@ from ..base.assistant_turns import (
     render_example,
     require_same_tokens,
 )
+from ..errors import InputError
 
 
 # Columns of raw rows that are an example's content, in any of the forms that `SFTTrainer` reads
@@ -38,23 +39,23 @@ def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: s
             Whether the end-of-turn token, or the text that ends the turn, is scored.
 
     Raises:
-        `ValueError`: If the tokens say something else than the assistant's words, up to white space around them.
+        `InputError`: If the tokens say something else than the assistant's words, up to white space around them.
     """
     words = _assistant_words(example, eos_token)
     turns = [turn for turn in rendered.turns if rendered.text[slice(*turn.content)].strip()]
     if len(turns) != len(words):
-        raise ValueError(f"the text shows {len(turns)} turns of the assistant, the row has {len(words)}")
+        raise InputError(f"the text shows {len(turns)} turns of the assistant, the row has {len(words)}")
     mask = [0] * len(rendered.token_ids)
     for turn, (content, has_calls) in zip(turns, words, strict=True):
         tokens = rendered.tokens_in(turn.content)
         if not tokens:
-            raise ValueError(f"no token stands for the assistant's words {_shortened(content)}")
+            raise InputError(f"no token stands for the assistant's words {_shortened(content)}")
         first, last = min(tokens), max(tokens)
         # Without a template a prompt's last characters may share a token with a completion's first
         start = turn.content[0] if isinstance(example.get("completion"), str) else rendered.offsets[first][0]
         text = rendered.text[start : rendered.offsets[last][1]]
         if text.strip() != content.strip():
-            raise ValueError(
+            raise InputError(
                 f"the scored tokens say {_shortened(text)}, but the assistant said {_shortened(content)}. Use a chat "
                 "template that shows its words as they are"
             )
@@ -91,7 +92,7 @@ def add_scored_mask(
     as tokens or as plain texts; or what is there already), `num_scored_tokens`, and `example_row`, the row's number.
 
     Raises:
-        `ValueError`: If the scored tokens can't be found or have no label, naming the row.
+        `InputError`: If the scored tokens can't be found or have no label, naming the row.
     """
     masks = []
     for i, row in enumerate(rows):
@@ -106,15 +107,15 @@ def add_scored_mask(
             else:
                 mask = _supervised_mask(example["labels"], end_of_turn)
             _require_labels(mask, example)
-        except ValueError as problem:
-            raise ValueError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
+        except InputError as problem:
+            raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
         masks.append(mask)
     return {"scored_mask": masks, "num_scored_tokens": [sum(mask[1:]) for mask in masks], "example_row": rows}
 
 
 def _supervised_mask(labels: list[int], end_of_turn: bool) -> list[int]:
     if not end_of_turn:
-        raise ValueError(
+        raise InputError(
             "`score_end_of_turn=False` needs messages, or prompts and completions; of other rows the labels say which "
             "tokens are scored. Set the labels of the end-of-turn tokens to -100 instead"
         )
@@ -139,6 +140,6 @@ def _require_labels(mask: list[int], example: dict[str, Any]) -> None:
             "marks: remove it (PoFT trains on the assistant's turns alone in any case), or set "
             "`score_end_of_turn=False`"
         )
-    raise ValueError(
+    raise InputError(
         f"{unlabelled} of the {sum(mask)} scored tokens have no label, so the trained model can't score them. {fix}"
     )

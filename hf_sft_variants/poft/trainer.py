@@ -9,6 +9,7 @@ from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import count_supervised_samples
 from ..base.preparation import map_description
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
+from ..errors import InputError
 from .config import PoFTConfig
 from .loss import preference_loss
 from .metrics import PreferenceMetrics, preference_metrics
@@ -68,7 +69,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
     ```
 
     Raises:
-        `ValueError`: If there are no reference scores, or not for all examples; for streams without
+        `InputError`: If there are no reference scores, or not for all examples; for streams without
             `reference_score_column`; if the assistant's words can't be found in what a chat template makes of them.
     """
 
@@ -97,7 +98,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     def method_callbacks(self):
         if self.args.needs_references and not self._num_references:
-            raise ValueError(
+            raise InputError(
                 f"With `skip_prepare_dataset=True` the train dataset must bring the columns `{COLUMN.format(0)}`, ... "
                 "with each reference model's mean log-probability on every token, beside `scored_mask`."
             )
@@ -113,7 +114,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         if given:
             for name in others:
                 if getattr(args, name):
-                    raise ValueError(
+                    raise InputError(
                         f"`{name}={getattr(args, name)}` and a `ReferenceScoringCallback` among the `callbacks` both "
                         "bring reference models. Remove one of them."
                     )
@@ -207,13 +208,13 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         if not args.needs_references or args.reference_score_column in columns or COLUMN.format(0) in columns:
             return False
         if not (self.reference_scoring or args.reference_score_file):
-            raise ValueError(
+            raise InputError(
                 f"PoFT compares with reference models, but there is none for the {dataset_name} dataset: set "
                 "`reference_models` or `reference_score_file`, give the data set a column "
                 f"`{args.reference_score_column}`, or set `preference_weighting='uniform'`."
             )
         if isinstance(dataset, IterableDataset):
-            raise ValueError(
+            raise InputError(
                 f"The {dataset_name} dataset is a stream, but all its examples have to be scored before training. "
                 f"Load it without streaming, or give it a column `{args.reference_score_column}`."
             )
@@ -222,7 +223,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
     def _set_references(self, models, dataset_name):
         names = reference_names(models)
         if self._reference_names is not None and len(names) != self._num_references:
-            raise ValueError(
+            raise InputError(
                 f"The {dataset_name} dataset has scores of {len(names)} reference models, the train dataset of "
                 f"{self._num_references}. Give both the same."
             )

@@ -5,7 +5,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -89,7 +89,7 @@ def _load_from_hub():
         return AutoModelForCausalLM.from_pretrained(MODEL_ID, dtype=torch.float32), tokenizer
     except OSError as error:
         raise InputError(
-            f"`source` is 'hub', but {MODEL_ID} could not be downloaded ({str(error).splitlines()[0]}): check the "
+            f"`source` is 'hub', but {MODEL_ID} could not be downloaded ({first_line(error)}): check the "
             "connection, or pass 'package'."
         ) from error
 

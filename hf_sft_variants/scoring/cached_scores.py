@@ -41,8 +41,8 @@ def cached_scores(
         `pa.Table`: `example_key` and the scorer's columns, a row for each example.
 
     Raises:
-        `OSError`: If the scores can't be written; what was scored so far is kept.
-        `ValueError`: If the scores on disk can't be read.
+        `InputError`: If the scores can't be written; what was scored so far is kept.
+        `InputError`: If the scores on disk can't be read.
     """
     path = scores_path(cache_dir or Path(HF_HOME) / "hf_sft_variants" / "scores", settings, dataset)
     scores = find_scores(path, settings)

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from ..base.trl_internals import DataCollatorForLanguageModeling, add_fused_lm_head
+from ..errors import InputError
 from .shards import score_in_shards
 
 
@@ -24,15 +25,15 @@ class LogProbScorer:
             which skips the other documents; elsewhere a padded batch of similar lengths is faster.
 
     Raises:
-        `ValueError`: For an adapter that the fused LM head can't see: prompt learning, or one on `lm_head`.
+        `InputError`: For an adapter that the fused LM head can't see: prompt learning, or one on `lm_head`.
     """
 
     def __init__(self, model: PreTrainedModel, per_token: bool = False, padding_free: bool | None = None):
         base_model = model.get_base_model() if is_peft_model(model) else model
         if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-            raise ValueError("A model with a prompt-learning adapter can't score: its virtual tokens move the labels.")
+            raise InputError("A model with a prompt-learning adapter can't score: its virtual tokens move the labels.")
         if isinstance(base_model.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError("A model with an adapter on `lm_head` can't score: the fused LM head does not see it.")
+            raise InputError("A model with an adapter on `lm_head` can't score: the fused LM head does not see it.")
         add_fused_lm_head(base_model)
         self.model = model.eval()
         self.per_token = per_token

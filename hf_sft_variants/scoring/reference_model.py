@@ -19,6 +19,8 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
+from ..errors import InputError
+
 
 # Options of `from_pretrained` that say which files are read
 _WHERE = ("cache_dir", "revision", "token")
@@ -39,7 +41,7 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
             base model.
 
     Raises:
-        `ValueError`: If the model can't be loaded or lacks weights, or under DeepSpeed ZeRO-3.
+        `InputError`: If the model can't be loaded or lacks weights, or under DeepSpeed ZeRO-3.
     """
     refuse_zero3(model)
     options = with_default_dtype(model_init_kwargs)
@@ -49,13 +51,13 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
         base_options = _without_revision(options) if adapter else options
         loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **base_options)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
+        raise InputError(
             f"The reference model {model!r} can't be loaded: {error} Give the id or the folder of a causal language "
             "model."
         ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(
+        raise InputError(
             f"The reference model {model!r} lacks the weights {missing[:3]}, which would be random. Give a causal "
             "language model."
         )
@@ -72,10 +74,10 @@ def refuse_zero3(model: str) -> None:
     only in training.
 
     Raises:
-        `ValueError`: Under ZeRO-3.
+        `InputError`: Under ZeRO-3.
     """
     if is_deepspeed_zero3_enabled():
-        raise ValueError(
+        raise InputError(
             f"The model {model!r} has to score, but can't be loaded under DeepSpeed ZeRO-3. Run `hf-sft-variants "
             "score --config RECIPE` first, without DeepSpeed; training then finds the scores."
         )
@@ -92,7 +94,7 @@ def load_reference_tokenizer(model: str, model_init_kwargs: dict | None = None) 
             Keyword arguments of `from_pretrained` for the model; those that name the version are used.
 
     Raises:
-        `ValueError`: If there is no tokenizer.
+        `InputError`: If there is no tokenizer.
     """
     options = _config_options(model_init_kwargs or {})
     try:
@@ -104,7 +106,7 @@ def load_reference_tokenizer(model: str, model_init_kwargs: dict | None = None) 
                 raise
             return AutoTokenizer.from_pretrained(base_model)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"The reference model {model!r} has no tokenizer that can be loaded: {error} Save the tokenizer beside "
             "the model."
         ) from error
@@ -125,12 +127,12 @@ def require_same_vocabulary(
             Keyword arguments of `from_pretrained` for the reference model.
 
     Raises:
-        `ValueError`: If the reference model's tokenizer has another vocabulary, or there is none.
+        `InputError`: If the reference model's tokenizer has another vocabulary, or there is none.
     """
     ours, theirs = tokenizer.get_vocab(), load_reference_tokenizer(model, model_init_kwargs).get_vocab()
     if ours != theirs:
         different = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
-        raise ValueError(
+        raise InputError(
             f"The reference model {model!r} has another vocabulary than the trained model: {len(theirs)} tokens "
             f"against {len(ours)}, the first difference is {different[0]!r}. Tokens, unlike messages, can be scored "
             "only by a model of the same family; choose one."

@@ -18,6 +18,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..base.example_keys import EXAMPLE_KEY
+from ..errors import InputError
 
 
 # What a killed run loses at most, and what several processes take turns in
@@ -85,7 +86,7 @@ def score_in_shards(
         `pa.Table`: The file's content.
 
     Raises:
-        `OSError`: If the scores can't be written; what was scored so far is kept.
+        `InputError`: If the scores can't be written; what was scored so far is kept.
     """
     state = PartialState()
     lock = FileLock(f"{path}.lock")  # another run that needs the same scores waits for this one
@@ -168,7 +169,7 @@ def _read_shard(name: Path) -> pa.Table:
     try:
         return pq.read_table(name)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
+        raise InputError(
             f"{name}, a part of the scores, can't be read ({error}). Delete the file and start again."
         ) from error
 
@@ -180,7 +181,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         with _writing_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table, partial)
-    except OSError:
+    except InputError:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(path)
@@ -192,8 +193,7 @@ def _writing_to(folder: Path):
         yield
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise OSError(
-            error.errno,
+        raise InputError(
             f"Scores can't be written to {folder}: {reason}. Make room or check the folder and start again, what is "
             "scored so far is kept; or set `score_cache_dir` to another folder.",
         ) from error
@@ -204,7 +204,7 @@ def find_scores(path: Path, settings: dict) -> pa.Table | None:
     Read what [`score_in_shards`] wrote, or say that it has to be called: by all processes, or by none.
 
     Raises:
-        `ValueError`: As [`read_scores`].
+        `InputError`: As [`read_scores`].
     """
     return read_scores(path, settings) if all(gather_object([path.is_file()])) else None
 
@@ -214,18 +214,18 @@ def read_scores(path: Path, settings: dict) -> pa.Table:
     Read what [`score_in_shards`] wrote.
 
     Raises:
-        `ValueError`: If the file can't be read or was written with other settings, naming those that differ.
+        `InputError`: If the file can't be read or was written with other settings, naming those that differ.
     """
     try:
         table = pq.read_table(path)
         written = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         written = dict(written)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The scores in {path} can't be read ({error!r}). Delete the file to score again.") from error
+        raise InputError(f"The scores in {path} can't be read ({error!r}). Delete the file to score again.") from error
     if written != settings:
         names = sorted(name for name in {*written, *settings} if written.get(name) != settings.get(name))
         differences = "; ".join(f"{name} was {written.get(name)!r}, is {settings.get(name)!r}" for name in names)
-        raise ValueError(
+        raise InputError(
             f"The scores in {path} were written with other options: {differences}. Delete the file to score again."
         )
     return table
@@ -246,13 +246,13 @@ def join_scores(dataset: Dataset, scores: pa.Table, columns: dict[str, str], sou
             Where the scores come from, for the error.
 
     Raises:
-        `ValueError`: If an example has no scores, naming it.
+        `InputError`: If an example has no scores, naming it.
     """
     row_of_key = {key: row for row, key in enumerate(scores[EXAMPLE_KEY].to_pylist())}
     rows = []
     for number, key in enumerate(dataset[EXAMPLE_KEY]):
         if key not in row_of_key:
-            raise ValueError(
+            raise InputError(
                 f"Row {number} of the data set (key {key}) has no scores in {source}. Score the data set again."
             )
         rows.append(row_of_key[key])

@@ -4,6 +4,7 @@ from typing import Any
 from trl import SFTConfig
 
 from ..base.field_checks import as_json_values, require_valid_fields
+from ..errors import InputError
 
 
 @dataclass
@@ -167,18 +168,18 @@ class SFTGOConfig(SFTConfig):
         for name in ("important_fraction", "worst_group_weight", "worst_group_weight_end"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be a number between 0 and 1, got {value!r}.")
+                raise InputError(f"`{name}` must be a number between 0 and 1, got {value!r}.")
         if self.important_fraction in (0, 1):
-            raise ValueError(
+            raise InputError(
                 f"`important_fraction` must lie between 0 and 1, both excluded, got {self.important_fraction}. For "
                 "SFTTrainer's loss on all tokens set `worst_group_weight=0`."
             )
         if self.min_grouped_tokens < 0:
-            raise ValueError(f"`min_grouped_tokens` must be 0 or more, got {self.min_grouped_tokens}.")
+            raise InputError(f"`min_grouped_tokens` must be 0 or more, got {self.min_grouped_tokens}.")
         if self.score_batch_tokens < 1:
-            raise ValueError(f"`score_batch_tokens` must be 1 or more, got {self.score_batch_tokens}.")
+            raise InputError(f"`score_batch_tokens` must be 1 or more, got {self.score_batch_tokens}.")
         if self.group_by == "rho1" and self.reference_model is None:
-            raise ValueError("`group_by='rho1'` needs `reference_model`: the id or path of a causal language model.")
+            raise InputError("`group_by='rho1'` needs `reference_model`: the id or path of a causal language model.")
         self._check_columns()
 
     def to_dict(self):
@@ -190,17 +191,17 @@ class SFTGOConfig(SFTConfig):
         columns = [name for name in ("importance_column", "group_column") if getattr(self, name) is not None]
         if self.group_by == "column" and len(columns) != 1:
             given = "both" if columns else "neither"
-            raise ValueError(
+            raise InputError(
                 "`group_by='column'` needs `importance_column` (own scores) or `group_column` (own group ids), one of "
                 f"them; got {given}."
             )
         if self.group_by != "column" and columns:
-            raise ValueError(
+            raise InputError(
                 f"`{columns[0]}={getattr(self, columns[0])!r}` is used with `group_by='column'` only, but `group_by` "
                 f"is {self.group_by!r}. Set `group_by='column'` or remove `{columns[0]}`."
             )
         if self.group_by != "tfidf" and self.tfidf_file is not None:
-            raise ValueError(f"`tfidf_file={self.tfidf_file!r}` is used with `group_by='tfidf'` only; remove it.")
+            raise InputError(f"`tfidf_file={self.tfidf_file!r}` is used with `group_by='tfidf'` only; remove it.")
         for name in ("reference_model", "reference_model_init_kwargs"):
             if self.group_by != "rho1" and getattr(self, name) is not None:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is used with `group_by='rho1'` only; remove it.")
+                raise InputError(f"`{name}={getattr(self, name)!r}` is used with `group_by='rho1'` only; remove it.")

@@ -5,6 +5,8 @@ import math
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from ..errors import InputError
+
 
 UNGROUPED, UNIMPORTANT, IMPORTANT = -1, 0, 1
 
@@ -106,12 +108,12 @@ def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset
     For `Dataset.map`, batched: check the user's own scores and copy them to `importance_scores`.
 
     Raises:
-        `ValueError`: If a score is no finite number, naming row, column and value.
+        `InputError`: If a score is no finite number, naming row, column and value.
     """
     for row, scores in zip(rows, examples[column], strict=True):
         for score in scores:
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-                raise ValueError(
+                raise InputError(
                     f"Row {row} of the {dataset_name} dataset: column `{column}` has {score!r} as a score. Give a "
                     "finite number for each token."
                 )
@@ -123,13 +125,13 @@ def copy_group_ids(examples: dict[str, list], rows: list[int], column: str, data
     For `Dataset.map`, batched: check the user's own group ids and annotate the rows with them.
 
     Raises:
-        `ValueError`: If an id is no integer from -1 to `MAX_GROUPS - 1`, naming row, column and value.
+        `InputError`: If an id is no integer from -1 to `MAX_GROUPS - 1`, naming row, column and value.
     """
     for row, group_ids in zip(rows, examples[column], strict=True):
         for group_id in group_ids:
             is_integer = isinstance(group_id, int) and not isinstance(group_id, bool)
             if not is_integer or not UNGROUPED <= group_id < MAX_GROUPS:
-                raise ValueError(
+                raise InputError(
                     f"Row {row} of the {dataset_name} dataset: column `{column}` has {group_id!r} as a group id. Give "
                     f"an integer from 0 to {MAX_GROUPS - 1} for each token, or -1 for a token in no group."
                 )

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..errors import InputError
 from ..scoring import identify_model, refuse_zero3
 
 
@@ -30,7 +31,7 @@ def identify_importance_model(model: str) -> dict[str, str]:
     What tells an importance model from others ([`~hf_sft_variants.scoring.identify_model`]).
 
     Raises:
-        `ValueError`: If there is no such model.
+        `InputError`: If there is no such model.
     """
     with _loading(model):
         return identify_model(model)
@@ -46,7 +47,7 @@ def load_importance_model(model: str) -> tuple[PreTrainedModel, PreTrainedTokeni
             Model id or folder. The weights are bfloat16 on an accelerator, float32 on the CPU.
 
     Raises:
-        `ValueError`: If the model can't be loaded, is no token classifier with two labels, or its tokenizer gives no
+        `InputError`: If the model can't be loaded, is no token classifier with two labels, or its tokenizer gives no
             offsets; under DeepSpeed ZeRO-3.
     """
     refuse_zero3(model)
@@ -55,13 +56,13 @@ def load_importance_model(model: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     architectures = config.architectures or []
     # Any backbone would be loaded, with a classifier of random weights
     if architectures and not any(name.endswith("ForTokenClassification") for name in architectures):
-        raise ValueError(f"`importance_model={model!r}` is a {architectures[0]}. {_NEEDED}")
+        raise InputError(f"`importance_model={model!r}` is a {architectures[0]}. {_NEEDED}")
     if config.num_labels != 2:
-        raise ValueError(f"`importance_model={model!r}` has {config.num_labels} labels. {_NEEDED}")
+        raise InputError(f"`importance_model={model!r}` has {config.num_labels} labels. {_NEEDED}")
     with _loading(model):
         tokenizer = AutoTokenizer.from_pretrained(model)
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise InputError(
             f"`importance_model={model!r}` comes with a {type(tokenizer).__name__}, which gives no character offsets. "
             "Save a fast tokenizer (tokenizer.json) beside the model, or choose another model."
         )
@@ -70,7 +71,7 @@ def load_importance_model(model: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     with _loading(model):
         loaded, info = AutoModelForTokenClassification.from_pretrained(model, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError(f"`importance_model={model!r}` lacks the weights {sorted(info['missing_keys'])}. {_NEEDED}")
+        raise InputError(f"`importance_model={model!r}` lacks the weights {sorted(info['missing_keys'])}. {_NEEDED}")
     return loaded.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -79,7 +80,7 @@ def _loading(model: str):
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"`importance_model={model!r}` can't be loaded: {error} {_NEEDED}") from error
+        raise InputError(f"`importance_model={model!r}` can't be loaded: {error} {_NEEDED}") from error
 
 
 def max_window(model: PreTrainedModel) -> int:

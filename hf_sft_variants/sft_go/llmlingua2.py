@@ -48,7 +48,7 @@ def importance_scores(
         `pa.Table`: `example_key` and `importance_scores` (list of float, one for each token of `input_ids`).
 
     Raises:
-        `ValueError`: If the importance model can't be loaded, is no token classifier with two labels, or its tokenizer
+        `InputError`: If the importance model can't be loaded, is no token classifier with two labels, or its tokenizer
             gives no offsets.
     """
     settings = {

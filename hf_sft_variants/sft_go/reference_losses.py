@@ -25,7 +25,7 @@ def reference_log_probs(dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrain
         `pa.Table`: `example_key` and `token_log_probs`, among others.
 
     Raises:
-        `ValueError`: If the reference model has another vocabulary or can't be loaded.
+        `InputError`: If the reference model has another vocabulary or can't be loaded.
     """
     require_same_vocabulary(args.reference_model, tokenizer, args.reference_model_init_kwargs)
     settings = {

@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfTransformer
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import InputError
 from .grouping import supervised_positions
 
 
@@ -60,19 +61,19 @@ class TokenTfidf:
         Read what [`save`] wrote.
 
         Raises:
-            `ValueError`: If the file is no such file, or was written with another tokenizer.
+            `InputError`: If the file is no such file, or was written with another tokenizer.
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 idf, vocabulary = arrays["idf"], str(arrays["vocabulary"])
             if idf.dtype.kind != "f" or idf.ndim != 1 or not (np.isfinite(idf) & (idf > 0)).all():
-                raise ValueError("`idf` is no list of positive numbers")
+                raise InputError("`idf` is no list of positive numbers")
         except (OSError, ValueError, KeyError, EOFError, MemoryError, BadZipFile, zlib.error) as error:
-            raise ValueError(
+            raise InputError(
                 f"`tfidf_file={str(path)!r}` can't be read ({error}). Delete it to have it fitted again."
             ) from error
         if vocabulary != vocabulary_hash(tokenizer) or len(idf) != len(tokenizer):
-            raise ValueError(
+            raise InputError(
                 f"`tfidf_file={str(path)!r}` was written with another tokenizer. Give another path, or delete the "
                 "file to have it fitted again."
             )
@@ -97,7 +98,7 @@ def load_or_fit_tfidf(
     Read the document frequencies where `path` is a file; else fit them, and write them where `path` is given.
 
     Raises:
-        `ValueError`: If there is nothing to read and the data set is a stream, which can't be read beforehand.
+        `InputError`: If there is nothing to read and the data set is a stream, which can't be read beforehand.
     """
     if path is not None and Path(path).exists():
         if not isinstance(dataset, IterableDataset):
@@ -107,7 +108,7 @@ def load_or_fit_tfidf(
             )
         return TokenTfidf.load(path, tokenizer)
     if isinstance(dataset, IterableDataset):
-        raise ValueError(
+        raise InputError(
             f"`group_by='tfidf'` on a streaming training set needs fitted document frequencies, and `tfidf_file` is "
             f"{path!r}. Run once on a sample that does not stream with `tfidf_file` set to a path, then stream with "
             "the same path; or use `group_by='column'`."
@@ -155,7 +156,7 @@ def _count_terms(label_rows: list[list[int]], vocab_size: int) -> tuple[csr_arra
     rows = [labels[supervised_positions(labels)] for labels in rows]
     token_ids = np.concatenate(rows).astype(np.int64)
     if token_ids.size and token_ids.max() >= vocab_size:
-        raise ValueError(
+        raise InputError(
             f"The data set has the token id {token_ids.max()}, but the tokenizer has {vocab_size} tokens. Pass the "
             "tokenizer that made `input_ids` as `processing_class`."
         )

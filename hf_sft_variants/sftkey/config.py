@@ -6,6 +6,7 @@ import regex
 from trl import SFTConfig
 
 from ..base.field_checks import require_valid_fields
+from ..errors import InputError
 from ..tagged_answers import check_tags
 
 
@@ -179,7 +180,7 @@ class SFTKeyConfig(SFTConfig):
         for name in ("full_loss_weight", "key_loss_weight"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{name}` must be a number of 0 or more, got {value!r}.")
+                raise InputError(f"`{name}` must be a number of 0 or more, got {value!r}.")
         for name in (
             "answer_eval_steps",
             "answer_eval_samples",
@@ -188,38 +189,38 @@ class SFTKeyConfig(SFTConfig):
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {value}.")
+                raise InputError(f"`{name}` must be 1 or more, got {value}.")
 
     def _check_stages(self) -> None:
         unknown = [stage for stage in self.stages if stage not in (FULL, KEY)]
         if unknown or not self.stages:
             found = repr(unknown[0]) if unknown else "no stage"
-            raise ValueError(f"`stages` has {found}; give a list of 'full' and 'key', such as ['full', 'key'].")
+            raise InputError(f"`stages` has {found}; give a list of 'full' and 'key', such as ['full', 'key'].")
         if len(self.stages) == 1 and self.stage_fractions == [0.5, 0.5]:
             self.stage_fractions = [1.0]
         fractions = self.stage_fractions
         if len(fractions) != len(self.stages):
-            raise ValueError(f"`stage_fractions={fractions}` must have one number for each stage of {self.stages}.")
+            raise InputError(f"`stage_fractions={fractions}` must have one number for each stage of {self.stages}.")
         if min(fractions) <= 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-            raise ValueError(f"`stage_fractions={fractions}` must be positive and sum to 1, not {sum(fractions):g}.")
+            raise InputError(f"`stage_fractions={fractions}` must be positive and sum to 1, not {sum(fractions):g}.")
         rates = self.stage_learning_rates
         if rates is not None and (len(rates) != len(self.stages) or not all(0 <= rate < math.inf for rate in rates)):
-            raise ValueError(
+            raise InputError(
                 f"`stage_learning_rates={rates}` must have one learning rate, 0 or more, for each stage of "
                 f"{self.stages}."
             )
         if rates is not None and self.learning_rate <= 0:
-            raise ValueError(
+            raise InputError(
                 f"`learning_rate={self.learning_rate}` must be positive with `stage_learning_rates`, which are set in "
                 "relation to it."
             )
         if self.full_loss_weight > 0 and KEY not in self.stages:
-            raise ValueError(
+            raise InputError(
                 f"`full_loss_weight={self.full_loss_weight}` has an effect in a 'key' stage only, but `stages` is "
                 f"{self.stages}. Remove it, or add a 'key' stage."
             )
         if self.key_loss_weight is not None and FULL not in self.stages:
-            raise ValueError(
+            raise InputError(
                 f"`key_loss_weight={self.key_loss_weight}` has an effect in a 'full' stage only, but `stages` is "
                 f"{self.stages}. Remove it, or add a 'full' stage."
             )
@@ -227,15 +228,15 @@ class SFTKeyConfig(SFTConfig):
     def _check_key_source(self) -> None:
         check_tags(self.thinking_tags, self.answer_tags)
         if (self.reasoning_column is None) != (self.answer_column is None):
-            raise ValueError(
+            raise InputError(
                 f"`reasoning_column={self.reasoning_column!r}` and `answer_column={self.answer_column!r}` belong "
                 "together: give both, or neither."
             )
         sources = [name for name in ("key_delimiter", "key_pattern", "reasoning_column") if getattr(self, name)]
         if len(sources) > 1:
-            raise ValueError(f"`{sources[0]}` and `{sources[1]}` both say where the key is: give one of them.")
+            raise InputError(f"`{sources[0]}` and `{sources[1]}` both say where the key is: give one of them.")
         if self.key_delimiter is not None and not self.key_delimiter.strip():
-            raise ValueError(f"`key_delimiter={self.key_delimiter!r}` is blank: give the text before the key.")
+            raise InputError(f"`key_delimiter={self.key_delimiter!r}` is blank: give the text before the key.")
         if self.key_pattern is not None:
             self._check_pattern()
 
@@ -243,9 +244,9 @@ class SFTKeyConfig(SFTConfig):
         try:
             groups = regex.compile(self.key_pattern).groupindex
         except regex.error as error:
-            raise ValueError(f"`key_pattern={self.key_pattern!r}` is no regular expression: {error}.") from error
+            raise InputError(f"`key_pattern={self.key_pattern!r}` is no regular expression: {error}.") from error
         if "key" not in groups:
-            raise ValueError(
+            raise InputError(
                 f"`key_pattern={self.key_pattern!r}` has no group named `key`: write (?P<key>...) around the answer."
             )
 

@@ -15,13 +15,14 @@ from ..base.assistant_turns import (
     special_token_ids,
 )
 from ..base.token_offsets import Span, TokenOffsets
+from ..errors import InputError
 from ..tagged_answers import tagged_response
 
 
 KEY, NOT_KEY, NO_LABEL = 1, 0, -1
 
 
-class NoKeyError(ValueError):
+class NoKeyError(InputError):
     """An example has no key, or more than one. The message says what was looked for."""
 
 
@@ -160,7 +161,7 @@ def add_key_mask(
             which marks none.
 
     Raises:
-        `ValueError`: If an example has no key or two, naming the row; if the chat template hides the answer; if a
+        `InputError`: If an example has no key or two, naming the row; if the chat template hides the answer; if a
             column `key_mask` has something else than 1, 0 and -1.
     """
     token_offsets = None if has_text else TokenOffsets(tokenizer)
@@ -177,9 +178,9 @@ def add_key_mask(
                 mask = key_mask(rendered, example["labels"], find_key)
             else:
                 mask = _key_mask_of_tokens(example, token_offsets, special, find_key)
-        except ValueError as problem:
+        except InputError as problem:
             if on_missing == "error" or (on_missing == "drop" and not isinstance(problem, NoKeyError)):
-                raise ValueError(_missing_key_message(row, dataset_name, problem)) from problem
+                raise InputError(_missing_key_message(row, dataset_name, problem)) from problem
             mask = [NOT_KEY if label != -100 else NO_LABEL for label in example["labels"]]
             counts.append(-1 if on_missing == "drop" else 0)
         else:
@@ -191,7 +192,7 @@ def add_key_mask(
 def _own_mask(mask: list[int], labels: list[int]) -> list[int]:
     wrong = [value for value in mask if value not in (KEY, NOT_KEY, NO_LABEL)]
     if wrong:
-        raise ValueError(f"column `key_mask` has {wrong[0]!r}: give 1 on the tokens of the key and 0 on others")
+        raise InputError(f"column `key_mask` has {wrong[0]!r}: give 1 on the tokens of the key and 0 on others")
     if len(mask) != len(labels):
         return mask  # refused before truncation, like every per-token column
     mask = [value if label != -100 else NO_LABEL for value, label in zip(mask, labels, strict=True)]
@@ -211,7 +212,7 @@ def _key_mask_of_tokens(
     return mask
 
 
-def _missing_key_message(row: int, dataset_name: str, problem: ValueError) -> str:
+def _missing_key_message(row: int, dataset_name: str, problem: InputError) -> str:
     message = f"Row {row} of the {dataset_name} dataset: {problem}."
     if isinstance(problem, NoKeyError):
         message += (
@@ -240,14 +241,14 @@ def add_tagged_response(
     For `Dataset.map`: make the response of a reasoning and an answer, in the place of a response that is there.
 
     Raises:
-        `ValueError`: If a column is missing or no text, or there is neither `prompt` nor `messages`.
+        `InputError`: If a column is missing or no text, or there is neither `prompt` nor `messages`.
     """
     where = f"Row {row} of the {dataset_name} dataset"
     for name, column in (("reasoning_column", reasoning_column), ("answer_column", answer_column)):
         if column not in example:
-            raise ValueError(f"{where} has no column `{column}`, which `{name}` names; it has {sorted(example)}.")
+            raise InputError(f"{where} has no column `{column}`, which `{name}` names; it has {sorted(example)}.")
         if not isinstance(example[column], str):
-            raise ValueError(f"{where}: column `{column}` (`{name}`) has {example[column]!r}; give a text.")
+            raise InputError(f"{where}: column `{column}` (`{name}`) has {example[column]!r}; give a text.")
     response = tagged_response(example[reasoning_column], example[answer_column], thinking_tags, answer_tags)
     message = {"role": "assistant", "content": response}
     if isinstance(example.get("prompt"), str):
@@ -255,6 +256,6 @@ def add_tagged_response(
     if "prompt" in example:
         return {"completion": [message]}
     if not example.get("messages"):
-        raise ValueError(f"{where} has neither `prompt` nor `messages` to respond to; it has {sorted(example)}.")
+        raise InputError(f"{where} has neither `prompt` nor `messages` to respond to; it has {sorted(example)}.")
     messages = example["messages"]
     return {"messages": (messages[:-1] if messages[-1]["role"] == "assistant" else messages) + [message]}

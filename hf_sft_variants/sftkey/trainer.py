@@ -7,6 +7,7 @@ from datasets import Dataset
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
 from ..base.trl_internals import get_dataset_column_names
+from ..errors import InputError
 from .answer_accuracy import AnswerAccuracyCallback
 from .config import FULL, KEY, SFTKeyConfig
 from .key_spans import (
@@ -86,13 +87,13 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
     def method_callbacks(self):
         if self._has_stages and self.lr_scheduler is not None:
-            raise ValueError(
+            raise InputError(
                 "`optimizers` brings a learning-rate scheduler, but each stage has its own. Pass `optimizers="
                 "(optimizer, None)` and set `lr_scheduler_type`."
             )
         deepspeed_plugin = self.accelerator.state.deepspeed_plugin
         if self._has_stages and deepspeed_plugin is not None and deepspeed_plugin.deepspeed_config.get("scheduler"):
-            raise ValueError(
+            raise InputError(
                 "The DeepSpeed configuration has a `scheduler`, but each stage has its own. Remove it and set "
                 "`lr_scheduler_type`."
             )
@@ -106,7 +107,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         column = args.answer_column or "answer"
         columns = [] if self._eval_rows is None else self._eval_rows.column_names
         if not isinstance(self._eval_rows, Dataset) or not {"prompt", column} <= set(columns):
-            raise ValueError(
+            raise InputError(
                 f"`answer_eval_steps={args.answer_eval_steps}` needs an `eval_dataset` (in a recipe: `eval_strategy`) "
                 f"that is no stream and has the columns `prompt` and `{column}`; found {columns or 'none'}."
             )
@@ -178,7 +179,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
                 f"max_length={self.args.max_length} cuts."
             )
         if len(kept) == 0:
-            raise ValueError(
+            raise InputError(
                 f"No example of the {dataset_name} dataset has a key within max_length={self.args.max_length}. Check "
                 "where the key is said to be, and `max_length`."
             )

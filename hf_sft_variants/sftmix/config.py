@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from ..base.field_checks import require_valid_fields
+from ..errors import InputError
 
 
 @dataclass
@@ -138,19 +139,19 @@ class SFTMixConfig(SFTConfig):
     def _check_weights(self) -> None:
         for name in ("mixup_weight", "ntp_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"`{name}` must be a number of 0 or more, got {getattr(self, name)!r}.")
+                raise InputError(f"`{name}` must be a number of 0 or more, got {getattr(self, name)!r}.")
         if self.mixup_weight == self.ntp_weight == 0:
-            raise ValueError("`mixup_weight` and `ntp_weight` are both 0, which leaves no loss: set one of them.")
+            raise InputError("`mixup_weight` and `ntp_weight` are both 0, which leaves no loss: set one of them.")
         if not (math.isfinite(self.mixup_alpha) and self.mixup_alpha > 0):
-            raise ValueError(f"`mixup_alpha` must be a number above 0, got {self.mixup_alpha!r}.")
+            raise InputError(f"`mixup_alpha` must be a number above 0, got {self.mixup_alpha!r}.")
         if not self.pair_sampling and self.mixup_weight > 0:
-            raise ValueError(
+            raise InputError(
                 f"`pair_sampling=False` leaves no pairs for `mixup_weight={self.mixup_weight}`: set `mixup_weight=0`, "
                 "or leave `pair_sampling` at True."
             )
         if self.pair_similar_lengths and (self.packing or not self.pair_sampling):
             reason = "`packing=True`, which fills rows" if self.packing else "`pair_sampling=False`"
-            raise ValueError(f"`pair_similar_lengths=True` has no effect with {reason}: set it to False.")
+            raise InputError(f"`pair_similar_lengths=True` has no effect with {reason}: set it to False.")
 
     def _check_source(self) -> None:
         source = self.confidence_source if self.needs_confidence else None
@@ -162,17 +163,17 @@ class SFTMixConfig(SFTConfig):
         ):
             if getattr(self, name) not in (None, False) and source != its_source:
                 reason = f"`confidence_source` is {source!r}" if source else "no confidence is needed here"
-                raise ValueError(
+                raise InputError(
                     f"`{name}={getattr(self, name)!r}` is used with `confidence_source={its_source!r}` only, but "
                     f"{reason}. Remove it."
                 )
         checkpoints = self.confidence_checkpoints
         if checkpoints is not None and (not checkpoints or min(checkpoints) < 1):
-            raise ValueError(f"`confidence_checkpoints={checkpoints}` must be one or more steps, counted from 1.")
+            raise InputError(f"`confidence_checkpoints={checkpoints}` must be one or more steps, counted from 1.")
         if source == "file" and self.confidence_file is None:
-            raise ValueError("`confidence_source='file'` needs `confidence_file`, the path of a Parquet file.")
+            raise InputError("`confidence_source='file'` needs `confidence_file`, the path of a Parquet file.")
         if source == "online" and self.max_steps <= 0 and self.num_train_epochs < 2:
-            raise ValueError(
+            raise InputError(
                 f"`confidence_source='online'` mixes from the second epoch on, but `num_train_epochs` is "
                 f"{self.num_train_epochs:g}. Train for 2 or more epochs, or choose another source."
             )
@@ -181,7 +182,7 @@ class SFTMixConfig(SFTConfig):
         if self.packing:
             return
         if self.train_sampling_strategy != "random":
-            raise ValueError(
+            raise InputError(
                 f"`train_sampling_strategy={self.train_sampling_strategy!r}` has no effect with `pair_sampling=True`, "
                 "which draws pairs in an order of its own. Leave it at 'random'; `pair_similar_lengths=True` groups "
                 "by length."
@@ -191,30 +192,30 @@ class SFTMixConfig(SFTConfig):
         is_split = self.accelerator_config.split_batches
         num_rows = self.per_device_train_batch_size // (self.world_size if is_split else 1)
         if num_rows % 2 == 1:
-            raise ValueError(
+            raise InputError(
                 f"`per_device_train_batch_size={self.per_device_train_batch_size}` gives a process {num_rows} rows, "
                 "which are no whole pairs: make it even, or set `confidence_split='random'`."
             )
         if self.accelerator_config.dispatch_batches:
-            raise ValueError(
+            raise InputError(
                 "`accelerator_config={'dispatch_batches': True}` may cut pairs apart where the last batch is shared "
                 "out: remove it, or set `confidence_split='random'`."
             )
         if self.auto_find_batch_size:
-            raise ValueError(
+            raise InputError(
                 "`auto_find_batch_size=True` may choose a batch that holds no whole pairs: set "
                 "`per_device_train_batch_size` yourself."
             )
 
     def _check_data(self) -> None:
         if self.needs_confidence and self.packing and self.packing_strategy != "bfd":
-            raise ValueError(
+            raise InputError(
                 f"`packing_strategy={self.packing_strategy!r}` cuts examples, so their confidence has no place: use "
                 "'bfd', or set `confidence_split='random'`."
             )
         is_unprepared = (self.dataset_kwargs or {}).get("skip_prepare_dataset", False)
         if is_unprepared and (self.needs_confidence or self.pair_similar_lengths):
-            raise ValueError(
+            raise InputError(
                 "`dataset_kwargs={'skip_prepare_dataset': True}` leaves the examples without the numbers that pairs "
                 "go by: remove it (tokenized rows are accepted), or set `confidence_split='random'` and "
                 "`pair_similar_lengths=False`."

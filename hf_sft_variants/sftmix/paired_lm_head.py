@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..base.trl_internals import FusedCausalLMOutput, fused_lm_head_settings, maybe_gather_lm_head_ctx
+from ..errors import InputError
 from .paired_log_prob_function import PairedLogProbFunction, TilePlan
 
 
@@ -52,11 +53,11 @@ def add_paired_lm_head(model: PreTrainedModel) -> None:
             Causal language model that [`~trl.SFTTrainer`] or `add_fused_lm_head` patched.
 
     Raises:
-        `ValueError`: For a model without TRL's fused LM head, or with a temperature or a cast in it.
+        `InputError`: For a model without TRL's fused LM head, or with a temperature or a cast in it.
     """
     settings = fused_lm_head_settings(model)
     if settings["temperature"] != 1 or settings["cast_lm_head_to_fp32"]:
-        raise ValueError("The paired LM head supports neither `temperature` nor `cast_lm_head_to_fp32`.")
+        raise InputError("The paired LM head supports neither `temperature` nor `cast_lm_head_to_fp32`.")
     trl_forward = model.forward.__func__
     softcapping, logit_scale = settings["final_logit_softcapping"], settings["logit_scale"]
 
@@ -184,10 +185,10 @@ def paired_log_probs(
         `is_top1` have a gradient.
 
     Raises:
-        `ValueError`: If a row of a pair has no label or is in two pairs, or if the pairs' lengths differ.
+        `InputError`: If a row of a pair has no label or is in two pairs, or if the pairs' lengths differ.
     """
     if not len(first) == len(second) == len(mix_weights):
-        raise ValueError(f"Of {len(first)} pairs {len(second)} second rows and {len(mix_weights)} weights are given.")
+        raise InputError(f"Of {len(first)} pairs {len(second)} second rows and {len(mix_weights)} weights are given.")
     order = _order_rows(labels, first, second, max(tile_rows // 2, 1))
     device_type = hidden_states.device.type
     autocast = torch.is_autocast_enabled(device_type)
@@ -225,5 +226,5 @@ def _order_rows(labels, first, second, pairs_per_tile: int) -> torch.Tensor:
     tiles = zip(first.split(pairs_per_tile), second.split(pairs_per_tile), strict=True)
     order = torch.cat([*(rows for tile in tiles for rows in tile), is_unpaired.nonzero().squeeze(1)])
     if len(order) != is_labelled.sum():
-        raise ValueError("A row of a pair has no label, or is in two pairs.")
+        raise InputError("A row of a pair has no label, or is in two pairs.")
     return order

@@ -12,6 +12,7 @@ from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.base.refusals import refuse_sequence_sharding
+from hf_sft_variants.errors import InputError
 
 
 def echo_tokens(example):
@@ -139,7 +140,7 @@ class TestAnnotationsFollowTokens:
     def test_skipped_preparation_needs_the_columns(self, tiny_model, tokenizer, token_rows, tmp_path):
         options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 1, "save_strategy": "no"}
         trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
-        with pytest.raises(KeyError, match="The data set has no column `echo`"):
+        with pytest.raises(InputError, match="The data set has no column `echo`"):
             trainer.train()
         rows = token_rows.map(echo_tokens)
         make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, **options).train()
@@ -323,7 +324,7 @@ class TestConfiguration:
 
     def test_another_trainers_arguments(self, tiny_model, tokenizer, token_rows, tmp_path):
         args = DPOConfig(str(tmp_path), **SMALL)
-        with pytest.raises(TypeError, match="`args` is a `DPOConfig`, which is no `SFTGOConfig`"):
+        with pytest.raises(InputError, match="`args` is a `DPOConfig`, which is no `SFTGOConfig`"):
             SFTGOTrainer(tiny_model, args, train_dataset=token_rows, processing_class=tokenizer)
 
     @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ MODELS = [
     BadInput("sftmix", "`model` is a `BertForMaskedLM`, which is no causal language model", model=masked_model),
     BadInput("sft_go", "`model` is a `T5ForConditionalGeneration`, which is no causal", model=encoder_decoder),
     BadInput("poft", "`model` is a `LlamaModel`, which is no causal language model", model=backbone),
-    BadInput("sftkey", "`model` must be the id or folder of a model, .* got `Linear`", model=layer, error=TypeError),
+    BadInput("sftkey", "`model` must be the id or folder of a model, .* got `Linear`", model=layer),
     BadInput("base", r"has the token id \d+, but the model has 100 embeddings. Pass the model's own tokenizer",
              model=fewer_embeddings),
     BadInput("sft_go", "the model has 100 embeddings", rows="chat", model=fewer_embeddings),

@@ -8,6 +8,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset
 from trl import DPOConfig
 
+from hf_sft_variants.errors import InputError
+
 
 @dataclass
 class BadInput:
@@ -32,7 +34,7 @@ class BadInput:
     arguments: dict[str, Any] = field(default_factory=dict)
     model: Callable | None = None
     file: Callable | None = None
-    error: type[Exception] = ValueError
+    error: type[Exception] = InputError
 
 
 def configuration(method: str, message: str, **options: Any) -> BadInput:
@@ -292,7 +294,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def argument(message: str, method: str, error: type[Exception] = ValueError, **arguments: Any) -> BadInput:
+def argument(message: str, method: str, error: type[Exception] = InputError, **arguments: Any) -> BadInput:
     return BadInput(method, message, arguments=arguments, error=error)
 
 
@@ -308,12 +310,12 @@ ARGUMENTS = [
              train_dataset=DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})),
     argument("`train_dataset` is empty", "poft", train_dataset=Dataset.from_dict({"text": []})),
     argument("`train_dataset` is empty", "sftmix", train_dataset=IterableDataset.from_generator(no_rows)),
-    argument("`eval_dataset` must be a `Dataset` or .* got `list`", "base", TypeError, eval_dataset=[1]),
-    argument(r"`eval_dataset\['a'\]` must be .* got `NoneType`", "sft_go", TypeError, eval_dataset={"a": None}),
+    argument("`eval_dataset` must be a `Dataset` or .* got `list`", "base", eval_dataset=[1]),
+    argument(r"`eval_dataset\['a'\]` must be .* got `NoneType`", "sft_go", eval_dataset={"a": None}),
     argument("The eval dataset has the columns", "base", eval_dataset=Dataset.from_dict({"q": ["a"]})),
     argument("Row 0 of the a dataset: `text` is None", "sftmix",
              eval_dataset={"a": Dataset.from_dict({"text": [None]})}),
-    argument("`args` is a `DPOConfig`, which is no `SFTKeyConfig`", "sftkey", TypeError,
+    argument("`args` is a `DPOConfig`, which is no `SFTKeyConfig`", "sftkey",
              args=DPOConfig("run", use_cpu=True, bf16=False)),
     argument("`compute_loss_func` is not supported", "base", compute_loss_func=print),
     argument("`peft_config` must be a `peft.PeftConfig` instance", "sft_go", TypeError, peft_config={"r": 4}),

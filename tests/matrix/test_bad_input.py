@@ -27,6 +27,12 @@ OWN_FIELDS = [
     for field in fields(method.config_class)
     if field.name not in SFTConfig.__dataclass_fields__
 ]
+# Refusals of TRL and transformers, which keep their class
+THEIRS = (
+    "Invalid packing strategy", "The specified `eos_token`", "`max_length` is not enforced",
+    "You set `assistant_only_loss=True`", "`train_dataset` is required", "Can't instantiate a processor",
+    "tokenizer.chat_template is not set",
+)  # fmt: skip
 REFERENCES = {"reference_models", "reference_score_file"}
 
 
@@ -83,7 +89,8 @@ def filled(value, case, world):
 @pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
 def test_table(method, case, world):
     (world.folder / "FOLDER").mkdir()
-    with pytest.raises(case.error, match=case.message) as caught:
+    error = ValueError if case.message.startswith(THEIRS) else case.error
+    with pytest.raises(error, match=case.message) as caught:
         options = {name: filled(value, case, world) for name, value in case.options.items()}
         model = world.model if case.model is None else case.model(world, world.folder / "FOLDER")
         used = METHODS[method]
@@ -94,13 +101,13 @@ def test_table(method, case, world):
             **case.arguments,
         }
         used.trainer_class(model, **arguments).train()
-    assert type(caught.value) in (case.error, InputError)
+    assert type(caught.value) is error
 
 
 @pytest.mark.cell("Bad input", "a value of another type in each field of the configuration", refused=True)
 @pytest.mark.parametrize("method, name", OWN_FIELDS)
 def test_types(method, name, tmp_path):
-    with pytest.raises(ValueError, match=rf"`{name}` must be .*, got 3j\."):
+    with pytest.raises(InputError, match=rf"`{name}` must be .*, got 3j\."):
         METHODS[method].config_class(str(tmp_path), **SMALL, **{name: 3j})
 
 

@@ -26,6 +26,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from hf_sft_variants.errors import InputError
 from hf_sft_variants.scoring import (
     EXAMPLE_KEY,
     LogProbScorer,
@@ -228,12 +229,12 @@ class TestShards:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(shards.pq, "write_table", no_space)
-        with pytest.raises(OSError, match=r"Scores can't be written to .*: the disk is full. .* `score_cache_dir`"):
+        with pytest.raises(InputError, match=r"Scores can't be written to .*: the disk is full. .* `score_cache_dir`"):
             score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], tmp_path / "s", SETTINGS, 50, "")
 
     def test_folder_that_is_a_file(self, keyed_rows, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(OSError, match=r"Scores can't be written to .*: (File exists|Not a directory)"):
+        with pytest.raises(InputError, match=r"Scores can't be written to .*: (File exists|Not a directory)"):
             score_in_shards(keyed_rows, None, tmp_path / "file" / "scores.parquet", SETTINGS, 50, "")
 
     def test_file_with_other_options(self, keyed_rows, tmp_path):
