@@ -1,0 +1,91 @@
+"""Fingerprints of files and model folders: of what they hold, wherever they are and whenever they were written."""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+
+# Files of a model's folder that its output depends on
+_MODEL_FILES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt"}
+
+# In configurations: where the model, or an adapter's base model, was loaded from
+_LOCATIONS = ("_name_or_path", "base_model_name_or_path")
+
+# Larger files are sampled: hashing a model of 16 GB takes as long as loading it
+_WHOLE, _BLOCK, _NUM_BLOCKS = 2**24, 2**12, 256
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """
+    Name what a file or a folder holds: equal for copies in other places, different after a change.
+
+    A folder is known by the files of a model in it, subfolders left out. Files up to 16 MiB are read whole. Of a
+    larger one the size is hashed with samples: of a safetensors file its header and the start, the middle and the end
+    of each tensor, of another file 256 blocks.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            File or folder.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+
+    Raises:
+        `OSError`: If it can't be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _of_file(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file())
+    return _digest(f"{file.name} {_of_file(file)}".encode() for file in files)
+
+
+def _of_file(path: Path) -> str:
+    status = path.stat()
+    return _of_content(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _of_content(path: str, size: int, modified: int) -> str:
+    """`modified` is here for the cache alone."""
+    if size > _WHOLE:
+        with open(path, "rb") as file:
+            return _digest([str(size).encode(), *_samples(file, size, path.endswith(".safetensors"))])
+    content = Path(path).read_bytes()
+    if path.endswith(".json"):
+        content = _without_locations(content)
+    return _digest([content])
+
+
+def _samples(file, size: int, has_tensors: bool):
+    offsets = [size * number // _NUM_BLOCKS for number in range(_NUM_BLOCKS)]
+    if has_tensors:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        yield header
+        ends = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        starts = [8 + length + offset for start, end in ends for offset in (start, (start + end) // 2, end - _BLOCK)]
+        offsets = sorted({max(start, 8 + length) for start in starts})
+    for offset in [*offsets, max(size - _BLOCK, 0)]:
+        file.seek(offset)
+        yield file.read(_BLOCK)
+
+
+def _without_locations(content: bytes) -> bytes:
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return content
+    if isinstance(values, dict) and any(name in values for name in _LOCATIONS):
+        values = {name: value for name, value in values.items() if name not in _LOCATIONS}
+        return json.dumps(values, sort_keys=True).encode()
+    return content
+
+
+def _digest(parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
