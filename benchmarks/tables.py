@@ -12,6 +12,8 @@ import re
 import statistics
 from pathlib import Path
 
+from hf_sft_variants.comparison.statistics import TOO_FEW_SEEDS
+
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,7 +91,8 @@ def difference(differences: dict, arm: str, other: str, metric: str) -> str:
         return ""
     row = differences[arm, other, metric]
     form = "+.1%" if metric == "accuracy" else "+.3f"
-    return f"{row['difference']:{form}} ({row['low']:{form}} to {row['high']:{form}}): {row['verdict']}"
+    verdict = "" if row["verdict"] == TOO_FEW_SEEDS else f": {row['verdict']}"
+    return f"{row['difference']:{form}} ({row['low']:{form}} to {row['high']:{form}}){verdict}"
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .curves import learning_curve, line_styles, render_curves
-from .statistics import DRAWS, LEVEL
+from .statistics import LEVEL, MIN_SEEDS
 from .study import OTHER_RUN, texts_in
 
 
@@ -200,11 +200,10 @@ def _how_to_read(results: dict[str, Any]) -> str:
         "± is the standard deviation over seeds"
         + (", which is unknown with one seed." if len(results["study"]["seeds"]) == 1 else "."),
         f"A difference is the arm minus {escape(results['study']['baseline'])}, or minus a control, seed by seed; in "
-        "brackets its "
-        f"{LEVEL:.0%} interval of a paired bootstrap over seeds and test rows ({DRAWS:,} draws; for metrics without "
-        "rows, Student's over the seeds).",
-        "An interval that holds 0 shows no difference, which does not show that there is none. With few seeds "
-        "intervals are too narrow, and of many intervals one in twenty misses.",
+        f"brackets its {LEVEL:.0%} interval, for other seeds and other test rows (of metrics without rows, for other "
+        "seeds).",
+        f"There is no verdict below {MIN_SEEDS} seeds, and no interval with one. An interval that holds 0 shows no "
+        "difference, which does not show that there is none. Of many intervals one in twenty misses.",
         "Held-out NLL is in nats per token, lower is better; accuracy and format are shares of the test rows.",
         "Time is that of a run's own process without imports and saving, with scoring, and with references that the "
         "method itself trains; where another arm's model is used, that arm's time stands beside. Peak memory is the "

@@ -1,6 +1,5 @@
-"""Means over seeds, and differences from the baseline with bootstrap intervals."""
+"""Means over seeds, and differences from the baseline with intervals that hold for a few seeds."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +8,10 @@ import numpy as np
 from scipy import stats
 
 
-DRAWS, BLOCK = 2000, 100
 LEVEL = 0.95
+MIN_SEEDS = 3
 BETTER, WORSE, DIFFERENT = "better", "worse", "different"
-NOT_SHOWN, UNKNOWN = "no difference shown", "no interval"
+NOT_SHOWN, TOO_FEW_SEEDS = "no difference shown", f"no verdict below {MIN_SEEDS} seeds"
 
 
 def summarize(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -32,11 +31,7 @@ def summarize(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(arm: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    Difference of an arm from the baseline, seed by seed, with a 95 % interval of the paired bootstrap.
-
-    Seeds are drawn with replacement, and so are test rows, the same for both arms and all seeds. A few seeds drawn
-    with replacement vary less than seeds do, `sqrt((S - 1) / S)` times, so their deviations are made larger by that.
-    Without rows the interval is Student's over the seeds.
+    Difference of an arm from the baseline, seed by seed, with a 95 % interval for other seeds and other test rows.
 
     Args:
         arm (`Sequence[dict[str, Any]]`):
@@ -45,54 +40,72 @@ def compare(arm: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
             The baseline's, of the same seeds and rows.
 
     Returns:
-        `dict[str, Any]`: `difference`, `low`, `high` (both `None` for one seed without rows), `per_seed`, `verdict`.
+        `dict[str, Any]`: `difference`, `low`, `high` (both `None` for one seed), `per_seed`, `verdict`.
     """
     per_seed = [ours["mean"] - theirs["mean"] for ours, theirs in zip(arm, baseline, strict=True)]
-    low, high = _interval(arm, baseline, np.array(per_seed))
-    verdict = _verdict(low, high, arm[0]["higher_is_better"])
+    difference = statistics.fmean(per_seed)
+    low = high = None
+    if len(per_seed) > 1:
+        half = float(half_width(_paired_differences(arm, baseline)))
+        low, high = difference - half, difference + half
     return {
-        "difference": statistics.fmean(per_seed),
+        "difference": difference,
         "low": low,
         "high": high,
         "per_seed": per_seed,
-        "verdict": verdict,
+        "verdict": _verdict(len(per_seed), low, high, arm[0]["higher_is_better"]),
     }
 
 
-def _interval(arm, baseline, per_seed: np.ndarray) -> tuple[float | None, float | None]:
-    num_seeds = len(per_seed)
+def half_width(differences: np.ndarray) -> np.ndarray:
+    """
+    Half the width of the 95 % interval of a mean over seeds and test rows that are both drawn at random.
+
+    The squares of two half-widths are added (Howe, 1974): that of Student's interval over the seeds' means, and that
+    over the rows' means less the noise of single cells, which the seeds' means contain already. The sum is never less
+    than the rows' own, however alike the seeds happen to be.
+
+    Args:
+        differences (`np.ndarray` of shape `(..., seeds, rows)`):
+            Paired differences, of two seeds or more. With one row there are the seeds alone.
+
+    Returns:
+        `np.ndarray` of shape `(...)`: The half-widths.
+    """
+    seeds, rows = differences.shape[-2:]
+    of_seeds, of_rows = differences.mean(-1, keepdims=True), differences.mean(-2, keepdims=True)
+    from_seeds = _quantile(seeds - 1) ** 2 * of_seeds.var((-2, -1), ddof=1) / seeds
+    if rows == 1:
+        return np.sqrt(from_seeds)
+    noise = differences - of_seeds - of_rows + differences.mean((-2, -1), keepdims=True)
+    noise_variance = (noise**2).sum((-2, -1)) / ((seeds - 1) * (rows - 1))
+    from_rows = _quantile(rows - 1) ** 2 * of_rows.var((-2, -1), ddof=1) / rows
+    from_noise = _quantile(rows - 1) ** 2 * noise_variance / (seeds * rows)
+    return np.sqrt(np.maximum(from_seeds + np.maximum(from_rows - from_noise, 0), from_rows))
+
+
+def _quantile(degrees_of_freedom: int) -> float:
+    return stats.t.ppf((1 + LEVEL) / 2, degrees_of_freedom)
+
+
+def _paired_differences(arm: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Of each seed (row of the matrix) on each test row, or on all of them together where rows are not known."""
     if any(metric["rows"] is None for metric in (*arm, *baseline)):
-        return _interval_of_seeds(per_seed) if num_seeds > 1 else (None, None)
-    generator = np.random.default_rng(0)
-    num_rows = len(arm[0]["rows"])
-    widening = math.sqrt(num_seeds / max(num_seeds - 1, 1))
-    draws = []
-    for _ in range(0, DRAWS, BLOCK):
-        seeds = generator.integers(num_seeds, size=(BLOCK, num_seeds))
-        times = generator.multinomial(num_rows, [1 / num_rows] * num_rows, size=BLOCK)
-        differences = _means(arm, times) - _means(baseline, times)
-        mean = differences.mean(axis=1)
-        drawn = np.take_along_axis(differences, seeds, axis=1).mean(axis=1)
-        draws.append(mean + widening * (drawn - mean))
-    outside = (1 - LEVEL) / 2
-    low, high = np.quantile(np.concatenate(draws), [outside, 1 - outside])
-    return float(low), float(high)
+        return np.array([[ours["mean"] - theirs["mean"]] for ours, theirs in zip(arm, baseline, strict=True)])
+    return np.array([_linearized(ours) - _linearized(theirs) for ours, theirs in zip(arm, baseline, strict=True)])
 
 
-def _interval_of_seeds(per_seed: np.ndarray) -> tuple[float, float]:
-    half = stats.t.ppf((1 + LEVEL) / 2, len(per_seed) - 1) * per_seed.std(ddof=1) / math.sqrt(len(per_seed))
-    return float(per_seed.mean() - half), float(per_seed.mean() + half)
+def _linearized(metric: dict[str, Any]) -> np.ndarray:
+    """Values of the rows whose plain mean is the metric and varies as it does: a ratio of sums by the delta method."""
+    rows, counts = np.array(metric["rows"], dtype=float), metric["counts"]
+    if counts is None:
+        return rows
+    return metric["mean"] + (rows - metric["mean"] * np.array(counts)) / np.mean(counts)
 
 
-def _means(metrics, times: np.ndarray) -> np.ndarray:
-    """Means of the metrics for each draw, in which a row is there so many times."""
-    counts = [metric["counts"] or [1] * len(metric["rows"]) for metric in metrics]
-    return (times @ np.array([metric["rows"] for metric in metrics]).T) / (times @ np.array(counts).T)
-
-
-def _verdict(low: float | None, high: float | None, higher_is_better: bool | None) -> str:
-    if low is None:
-        return UNKNOWN
+def _verdict(num_seeds: int, low: float | None, high: float | None, higher_is_better: bool | None) -> str:
+    if num_seeds < MIN_SEEDS:
+        return TOO_FEW_SEEDS
     if low <= 0 <= high:
         return NOT_SHOWN
     if higher_is_better is None:
