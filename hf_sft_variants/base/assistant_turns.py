@@ -1,16 +1,24 @@
 """Where the assistant's words stand in an example's text and among its tokens, for any template and tokenizer."""
 
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
 from ..errors import InputError
 from .token_offsets import Span, TokenOffsets
-from .turn_contents import find_contents, find_turn_end
+from .turn_contents import common_length, find_contents, find_turn_end
+
+
+_UNKNOWN_TURNS = (
+    "the assistant's turns can't be told from the others, because every token has a label and {}: give messages, or "
+    "labels that are -100 on all tokens but the assistant's, or set `key_turns='last'`"
+)
 
 
 @dataclass(frozen=True)
@@ -159,34 +167,92 @@ def render_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     return RenderedExample(text, token_ids, offsets, [Turn(content, end_token)])
 
 
+def assistant_start(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> re.Pattern | None:
+    """
+    What a chat template writes before the assistant's words, as a pattern for the text that tokens decode to.
+
+    It is the generation prompt, as far as a finished turn begins with it too; of a template without one, what is
+    between a question and its answer. White space is optional, because not every tokenizer keeps it.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's tokenizer.
+        chat_template (`str`, *optional*):
+            Chat template, by default the tokenizer's.
+
+    Returns:
+        `re.Pattern`, or `None` if there is no template or it puts nothing before an answer.
+    """
+    if not (chat_template or tokenizer.chat_template):
+        return None
+    render = partial(tokenizer.apply_chat_template, tokenize=False, chat_template=chat_template)
+    question, answer = "2718281828", "3141592653"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        asked, prompted, text = render(turns[:1]), render(turns[:1], add_generation_prompt=True), render(turns * 2)
+    except TemplateError:
+        return None
+    header = prompted[len(asked) : common_length(prompted, text)] if prompted.startswith(asked) else ""
+    if not header.strip():
+        between = re.search(f"{question}(.*?){answer}", text, re.DOTALL)
+        header = between[1] if between else ""
+    if not header.strip():
+        return None
+    signs = r"\s*".join(map(re.escape, "".join(header.split())))
+    return re.compile(f"{signs}(?:{re.escape(header[len(header.rstrip()) :])})?")
+
+
 def render_tokens(
-    token_offsets: TokenOffsets, special: set[int], token_ids: list[int], labels: list[int]
+    token_offsets: TokenOffsets,
+    special: set[int],
+    assistant_start: re.Pattern | None,
+    token_ids: list[int],
+    labels: list[int],
+    every_turn: bool,
 ) -> RenderedExample:
     """
-    Read tokens back, where there are no messages: the assistant's words are runs of tokens that have a label.
+    Read tokens back, where there are no messages: the assistant's words are runs of tokens that have a label, behind
+    what the chat template writes before them, up to a special token.
 
-    A special token ends a turn, so that a conversation with a label on every token falls apart into its messages.
+    Where no turn begins as the template has it, the roles can't be told, and every run is taken for a turn.
 
     Args:
         token_offsets ([`~hf_sft_variants.base.token_offsets.TokenOffsets`]):
             Of the tokenizer that made the tokens.
         special (`set[int]`):
             Ids of its special tokens ([`special_token_ids`]).
+        assistant_start (`re.Pattern`, *optional*):
+            What precedes the assistant's words ([`assistant_start`]).
         token_ids (`list[int]`):
             Tokens of an example.
         labels (`list[int]`):
             `-100` on the tokens that are not in the loss.
+        every_turn (`bool`):
+            Whether all turns are wanted, or the last one alone, which can be told where others can't.
+
+    Raises:
+        `InputError`: If `every_turn` and the assistant's turns can't be told from the others.
     """
     text, offsets = token_offsets(token_ids)
-    turns, start = [], 0
+    starts = [match.end() for match in assistant_start.finditer(text)] if assistant_start else []
+    turns, start, after_special = [], 0, 0
     for position in range(len(token_ids) + 1):
         at_end = position == len(token_ids) or labels[position] == -100
-        if not at_end and token_ids[position] not in special:
+        is_special = position < len(token_ids) and token_ids[position] in special
+        if not at_end and not is_special:
             continue
-        content = (offsets[start][0], offsets[position - 1][1]) if position > start else (0, 0)
-        if text[slice(*content)].strip():
-            turns.append(Turn(content, position if at_end else position + 1))
+        first, last = (offsets[start][0], offsets[position - 1][1]) if position > start else (0, 0)
+        own_starts = [begin for begin in starts if after_special <= begin < last]
+        if every_turn and sum(begin > first for begin in own_starts) > 1:
+            raise InputError(_UNKNOWN_TURNS.format("no special token ends them"))
+        if own_starts:
+            first = max(first, own_starts[-1])
+        if text[first:last].strip() and (own_starts or not starts):
+            turns.append(Turn((first, last), position if at_end else position + 1))
         start = position + 1
+        after_special = offsets[position][1] if is_special else after_special
+    if every_turn and not starts and len(turns) > 1 and -100 not in labels:
+        raise InputError(_UNKNOWN_TURNS.format("none begins as the chat template has it"))
     return RenderedExample(text, token_ids, offsets, turns)
 
 

@@ -69,7 +69,7 @@ def _content_by_prefixes(
     """
     before = _render_part(render, messages[:number])
     through = _render_part(render, messages[: number + 1])
-    start = _common_length(_render_part(render, messages[:number], add_generation_prompt=True), text)
+    start = common_length(_render_part(render, messages[:number], add_generation_prompt=True), text)
     words = through[start:].rstrip()
     is_start_of_text = bool(before) == (number > 0) and all(
         text.startswith(part.rstrip()) for part in (before, through)
@@ -100,7 +100,7 @@ def find_turn_end(
         return len(through)
     # The template writes the last turn of a conversation in another way, but ends it as any other
     (content,) = find_contents(render, messages[: number + 1], [number], through, special_texts)
-    return content_end + _common_length(through[content[1] :] if content else "", text[content_end:])
+    return content_end + common_length(through[content[1] :] if content else "", text[content_end:])
 
 
 def _render_part(render: Render, messages: Messages, **options: Any) -> str:
@@ -111,7 +111,7 @@ def _render_part(render: Render, messages: Messages, **options: Any) -> str:
         return ""
 
 
-def _common_length(first: str, second: str) -> int:
+def common_length(first: str, second: str) -> int:
     if second.startswith(first):
         return len(first)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -32,8 +32,9 @@ class AnswerAccuracyCallback(TrainerCallback):
     Args:
         trainer ([`~transformers.Trainer`]):
             Trainer to which the callback will be attached, an [`~trl.SFTTrainer`] or subclass.
-        dataset (`Dataset`):
-            Raw rows with `prompt`, a conversation or a text, and the string `answer`.
+        dataset (`Dataset` or `dict[str, Dataset]`):
+            Raw rows with `prompt`, a conversation or a text, and the string `answer`. Of several named sets each is
+            logged under its own name, as `<name>_sftkey/accuracy` and so on.
         steps (`int`):
             Number of optimizer steps between two measurements.
         max_new_tokens (`int`, *optional*, defaults to `256`):
@@ -41,7 +42,7 @@ class AnswerAccuracyCallback(TrainerCallback):
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts that a process answers at once.
         num_samples (`int`, *optional*):
-            Number of rows to use, from the start. By default all.
+            Number of rows to use of each set, from the start. By default all.
         thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
             Opening and closing tag of the reasoning.
         answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
@@ -50,14 +51,14 @@ class AnswerAccuracyCallback(TrainerCallback):
             with it the score, say nothing then.
 
     Raises:
-        InputError: If `dataset` is empty, a stream or lacks a column or an answer, a number is below 1, or the tags
-            are no pairs of strings. When training starts, for tensor parallelism.
+        InputError: If a data set is empty, a stream or lacks a column or an answer, a number is below 1, or the tags
+            are not pairs of strings. When training starts, for tensor parallelism.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        dataset: Dataset,
+        dataset: Dataset | dict[str, Dataset],
         steps: int,
         max_new_tokens: int = 256,
         batch_size: int = 16,
@@ -65,14 +66,20 @@ class AnswerAccuracyCallback(TrainerCallback):
         thinking_tags: Sequence[str] = THINKING_TAGS,
         answer_tags: Sequence[str] = ANSWER_TAGS,
     ):
-        rows = _prompts_and_answers(dataset)
+        # By what precedes the metrics' names, as with the trainer's evaluation sets
+        if isinstance(dataset, dict):
+            columns = {
+                f"{name}_": _prompts_and_answers(rows, f"`dataset[{name!r}]`") for name, rows in dataset.items()
+            }
+        else:
+            columns = {"": _prompts_and_answers(dataset, "`dataset`")}
         numbers = {"steps": steps, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         for name, number in {**numbers, "num_samples": num_samples}.items():
             if number is not None and number < 1:
                 raise InputError(f"`{name}` is {number}: pass an integer of at least 1.")
         check_tags(thinking_tags, answer_tags)
         self.trainer = trainer
-        self.prompts, self.answers = (column[:num_samples] for column in rows)
+        self.rows = {prefix: [column[:num_samples] for column in pair] for prefix, pair in columns.items()}
         self.steps = steps
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -99,32 +106,35 @@ class AnswerAccuracyCallback(TrainerCallback):
         if state.global_step == self._last_step:
             return
         self._last_step = state.global_step
-        scores = tagged_scores(self._generate(), self.answers, *self.tags)
+        logs = {}
+        for prefix, (prompts, answers) in self.rows.items():
+            scores = tagged_scores(self._generate(prompts), answers, *self.tags)
+            logs |= {f"{prefix}sftkey/{name}": value for name, value in scores.items()}
         should_log = control.should_log
         # In training mode `SFTTrainer.log` would put the training metrics since the last log into this entry
         with evaluation_mode(self.trainer.model):
-            self.trainer.log({f"sftkey/{name}": value for name, value in scores.items()})
+            self.trainer.log(logs)
         control.should_log = should_log  # logging resets it, and the training loss of this step would not be logged
 
-    def _generate(self) -> list[str]:
+    def _generate(self, prompts: list) -> list[str]:
         """What the model writes for every prompt, on each process the same list."""
         accelerator = self.trainer.accelerator
         # Padding: where the model is sharded, all processes have to generate as many batches
         with (
-            accelerator.split_between_processes(list(range(len(self.prompts))), apply_padding=True) as rows,
+            accelerator.split_between_processes(list(range(len(prompts))), apply_padding=True) as rows,
             self._whole_model() as model,
         ):
             texts = generate_answers(
                 model,
                 self.trainer.processing_class,
-                [self.prompts[i] for i in rows],
+                [prompts[i] for i in rows],
                 self.max_new_tokens,
                 self.batch_size,
                 device=accelerator.device,
                 show_progress=accelerator.is_main_process and not self.trainer.args.disable_tqdm,
             )
         text_of = dict(gather_object(list(zip(rows, texts, strict=True))))
-        return [text_of[i] for i in range(len(self.prompts))]
+        return [text_of[i] for i in range(len(prompts))]
 
     @contextmanager
     def _whole_model(self) -> Iterator[torch.nn.Module]:
@@ -144,18 +154,18 @@ class AnswerAccuracyCallback(TrainerCallback):
             yield model
 
 
-def _prompts_and_answers(dataset: Dataset) -> tuple[list, list]:
+def _prompts_and_answers(dataset: Dataset, name: str) -> tuple[list, list]:
     if not isinstance(dataset, Dataset):
-        raise InputError(f"`dataset` is a {type(dataset).__name__}: pass a `datasets.Dataset`, which is no stream.")
+        raise InputError(f"{name} must be a `datasets.Dataset`, which is not a stream, got {type(dataset).__name__}.")
     missing = [column for column in ("prompt", "answer") if column not in dataset.column_names]
     if missing:
         raise InputError(
-            f"`dataset` has no column {', '.join(map(repr, missing))}, only "
+            f"{name} has no column {', '.join(map(repr, missing))}, only "
             f"{', '.join(map(repr, dataset.column_names))}: rename or add what is missing."
         )
     if len(dataset) == 0:
-        raise InputError("`dataset` is empty: pass at least one row.")
+        raise InputError(f"{name} is empty: pass at least one row.")
     prompts, answers = list(dataset["prompt"]), list(dataset["answer"])
     if None in answers:
-        raise InputError(f"`answer` of row {answers.index(None)} is None: fill it in or drop the row.")
+        raise InputError(f"{name}: `answer` of row {answers.index(None)} is None. Fill it in or drop the row.")
     return prompts, answers

@@ -60,7 +60,8 @@ class SFTKeyConfig(SFTConfig):
             Column with the answer.
         key_turns (`str`, *optional*, defaults to `"last"`):
             Of several assistant turns, whether the `"last"` one has the key, or `"all"` may have one (at least one
-            must).
+            must). Among tokens (`input_ids`) a turn is the assistant's if it begins as the chat template has it. Where
+            none does, `"last"` takes the last turn with labels, and `"all"` needs labels that are -100 on the others.
         key_tags_in_loss (`bool`, *optional*, defaults to `True`):
             Whether a `"key"` stage learns the text around the answer too: the white space and the answer tags, or the
             delimiter. What follows the answer, up to and with the end-of-turn token, is always learned.
@@ -71,9 +72,10 @@ class SFTKeyConfig(SFTConfig):
     Parameters that report the accuracy of generated answers during training, off by default:
         answer_eval_steps (`int`, *optional*):
             Number of optimizer steps between two reports; one is made at the end, too. Needs an evaluation data set
-            with the columns `prompt` and `answer_column` (or `answer`). By default there are none.
+            with the columns `prompt` and `answer_column` (or `answer`); of several, each has reports of its own. By
+            default there are none.
         answer_eval_samples (`int`, *optional*):
-            Number of evaluation samples that are answered. By default all.
+            Number of evaluation samples that are answered, of each set. By default all.
         answer_eval_max_new_tokens (`int`, *optional*, defaults to `256`):
             Where a generated answer is cut.
         answer_eval_batch_size (`int`, *optional*, defaults to `16`):
@@ -153,7 +155,7 @@ class SFTKeyConfig(SFTConfig):
     )
     answer_eval_samples: int | None = field(
         default=None,
-        metadata={"help": "Number of evaluation samples that are answered; all by default."},
+        metadata={"help": "Number of evaluation samples that are answered, of each set; all by default."},
     )
     answer_eval_max_new_tokens: int = field(
         default=256,

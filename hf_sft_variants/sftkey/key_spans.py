@@ -1,6 +1,8 @@
 """Which tokens of an example are its key: the answer, apart from the reasoning."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import regex
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..base.assistant_turns import (
     RenderedExample,
     Turn,
+    assistant_start,
     render_example,
     render_tokens,
     require_same_tokens,
@@ -164,8 +167,11 @@ def add_key_mask(
         `InputError`: If an example has no key or two, naming the row; if the chat template hides the answer; if a
             column `key_mask` has something else than 1, 0 and -1.
     """
-    token_offsets = None if has_text else TokenOffsets(tokenizer)
     special = {i for i in special_token_ids(tokenizer) if not find_key.looks_for(tokenizer.convert_ids_to_tokens(i))}
+    if not has_text:
+        start = assistant_start(tokenizer, chat_template)
+        every_turn = find_key.key_turns == "all"
+        read_tokens = partial(render_tokens, TokenOffsets(tokenizer), special, start, every_turn=every_turn)
     masks, counts = [], []
     for i, row in enumerate(rows):
         example = {column: values[i] for column, values in examples.items() if values[i] is not None}
@@ -177,7 +183,7 @@ def add_key_mask(
                 require_same_tokens(rendered, example["input_ids"])
                 mask = key_mask(rendered, example["labels"], find_key)
             else:
-                mask = _key_mask_of_tokens(example, token_offsets, special, find_key)
+                mask = _key_mask_of_tokens(example, read_tokens, find_key)
         except InputError as problem:
             if on_missing == "error" or (on_missing == "drop" and not isinstance(problem, NoKeyError)):
                 raise InputError(_missing_key_message(row, dataset_name, problem)) from problem
@@ -202,13 +208,13 @@ def _own_mask(mask: list[int], labels: list[int]) -> list[int]:
 
 
 def _key_mask_of_tokens(
-    example: dict[str, Any], token_offsets: TokenOffsets, special: set[int], find_key: KeyFinder
+    example: dict[str, Any], read_tokens: Callable[..., RenderedExample], find_key: KeyFinder
 ) -> list[int]:
     """Each document of a row that is packed already has its own key."""
     mask = []
     for length in example.get("seq_lengths") or [len(example["input_ids"])]:
         token_ids, labels = (example[column][len(mask) : len(mask) + length] for column in ("input_ids", "labels"))
-        mask += key_mask(render_tokens(token_offsets, special, token_ids, labels), labels, find_key)
+        mask += key_mask(read_tokens(token_ids, labels), labels, find_key)
     return mask
 
 

@@ -44,7 +44,8 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
     Logs beside SFTTrainer's metrics and `nll` (of the tokens in the loss): `sftkey/stage` (from 1), `sftkey/key_nll`
     and `sftkey/other_nll` (nats per token; the latter where other tokens are in the loss), `sftkey/key_fraction`
     (share of the response's tokens, more exactly of all tokens that have a label in a `"full"` stage); with
-    `answer_eval_steps` also `sftkey/accuracy`, `sftkey/format_rate` and `sftkey/score` of generated answers.
+    `answer_eval_steps` also `sftkey/accuracy`, `sftkey/format_rate` and `sftkey/score` of generated answers, each
+    evaluation set's own with its name before if there are several: `<name>_sftkey/accuracy`.
 
     The data may bring its own column `key_mask`, 1 on each token of the key and 0 on others, beside `input_ids`.
 
@@ -83,7 +84,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
     config_class = SFTKeyConfig
     annotation_columns = {"key_mask": NO_LABEL}
     group_names = {"key_mask": {ON_KEY: "key", NOT_KEY: "not key"}}
-    _eval_rows = None
+    _eval_rows: dict[str, Dataset] = {}
 
     def method_callbacks(self):
         if self._has_stages and self.lr_scheduler is not None:
@@ -104,16 +105,13 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
     def _answer_accuracy_callback(self):
         args = self.args
-        column = args.answer_column or "answer"
-        columns = [] if self._eval_rows is None else self._eval_rows.column_names
-        if not isinstance(self._eval_rows, Dataset) or not {"prompt", column} <= set(columns):
-            raise InputError(
-                f"`answer_eval_steps={args.answer_eval_steps}` needs an `eval_dataset` (in a recipe: `eval_strategy`) "
-                f"that is no stream and has the columns `prompt` and `{column}`; found {columns or 'none'}."
-            )
+        if isinstance(self.eval_dataset, dict) and self.eval_dataset:
+            dataset = {name: self._prompts_and_answers(name) for name in self.eval_dataset}
+        else:
+            dataset = self._prompts_and_answers("eval")
         return AnswerAccuracyCallback(
             self,
-            self._eval_rows.select_columns(["prompt", column]).rename_columns({column: "answer"}),
+            dataset,
             steps=args.answer_eval_steps,
             max_new_tokens=args.answer_eval_max_new_tokens,
             batch_size=args.answer_eval_batch_size,
@@ -122,11 +120,22 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             answer_tags=args.answer_tags,
         )
 
+    def _prompts_and_answers(self, dataset_name):
+        column, rows = self.args.answer_column or "answer", self._eval_rows.get(dataset_name)
+        columns = [] if rows is None else get_dataset_column_names(rows)
+        if not isinstance(rows, Dataset) or not {"prompt", column} <= set(columns):
+            raise InputError(
+                f"`answer_eval_steps={self.args.answer_eval_steps}` needs an `eval_dataset` (in a recipe: "
+                f"`eval_strategy`) that is not a stream and has the columns `prompt` and `{column}`; found "
+                f"{columns or 'none'} in the {dataset_name} dataset."
+            )
+        return rows.select_columns(["prompt", column]).rename_columns({column: "answer"})
+
     # Annotation: where the key is
 
     def prepare_rows(self, dataset, dataset_name):
-        if dataset_name != "train" and self._eval_rows is None:
-            self._eval_rows = dataset
+        if dataset_name != "train":
+            self._eval_rows = {**self._eval_rows, dataset_name: dataset}
         if self.args.reasoning_column is None:
             return dataset
         if self.args.completion_only_loss is None:  # SFTTrainer has looked for a `completion` before there is one

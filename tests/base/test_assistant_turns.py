@@ -4,12 +4,13 @@ import json
 
 import pytest
 import templates_on_the_spot as templates
-from templates_on_the_spot import CHATML, NEEDS_QUESTION, QWEN_3, TOOLS
+from templates_on_the_spot import CHATML, NEEDS_QUESTION, NO_END, QWEN_3, TOOLS
 from tokenizers import processors
 from tokenizers_by_hand import BY_HAND, bert_pieces, sentence_piece, sentence_unigram, split_tags, whole_words
 from transformers import ByT5Tokenizer
 
 from hf_sft_variants.base.assistant_turns import (
+    assistant_start,
     render_conversation,
     render_example,
     render_text,
@@ -18,6 +19,7 @@ from hf_sft_variants.base.assistant_turns import (
     tokenize_with_offsets,
 )
 from hf_sft_variants.base.token_offsets import TokenOffsets
+from hf_sft_variants.errors import InputError
 
 
 def says(role, content, **more):
@@ -191,13 +193,15 @@ class TestText:
 
 
 class TestTokens:
-    def turns_of(self, tokenizer, text, labelled=None):
+    def turns_of(self, tokenizer, text, labelled=None, template=None, every_turn=False):
         """The turns of a text whose tokens have a label where `labelled` has the character."""
         token_ids, offsets = tokenize_with_offsets(tokenizer, text, add_special_tokens=False)
         start = text.index(labelled) if labelled else 0
         end = start + len(labelled or text)
         labels = [i if start <= span[0] < end else -100 for i, span in zip(token_ids, offsets, strict=True)]
-        rendered = render_tokens(TokenOffsets(tokenizer), special_token_ids(tokenizer), token_ids, labels)
+        start = assistant_start(tokenizer, template)
+        special = special_token_ids(tokenizer)
+        rendered = render_tokens(TokenOffsets(tokenizer), special, start, token_ids, labels, every_turn)
         return read(tokenizer, rendered)
 
     chat = "<|im_start|>user\nWhat<|im_end|>\n<|im_start|>assistant\nAdd 42<|im_end|>\n"
@@ -216,11 +220,54 @@ class TestTokens:
         ]
         assert self.turns_of(split_tags(), "the sum is 42") == [("the sum is 42", "")]
 
+    def test_only_turns_that_begin_as_the_template_has_it(self):
+        tokenizer = split_tags()
+        text = "<|im_start|>user assistant\nthe<|im_end|>\n" + 2 * self.chat
+        turns = [("Add 42", "<|im_end|>"), ("Add 42", "<|im_end|>")]
+        for labelled in (None, 2 * self.chat, "Add 42<|im_end|>\n" + self.chat):
+            assert self.turns_of(tokenizer, text, labelled, CHATML, every_turn=True) == turns
+        # Labels may begin within the turn, and the template may have nothing to do with the tokens
+        assert self.turns_of(tokenizer, self.chat, "42<|im_end|>", CHATML) == [("42", "<|im_end|>")]
+        assert self.turns_of(tokenizer, "the sum<|im_end|>", None, CHATML, True) == [("the sum", "<|im_end|>")]
+
+    def test_every_turn_is_refused_where_roles_are_unknown(self):
+        tokenizer = split_tags()
+        with pytest.raises(InputError, match="none begins as the chat template has it.*set `key_turns='last'`"):
+            self.turns_of(tokenizer, self.chat, every_turn=True)
+        assert self.turns_of(tokenizer, self.chat, "Add 42<|im_end|>", every_turn=True) == [("Add 42", "<|im_end|>")]
+        text = tokenizer.apply_chat_template(2 * TWO_TURNS[1:3], chat_template=NO_END, tokenize=False)
+        assert self.turns_of(tokenizer, text, template=NO_END) == [("Add the tens", "")]
+        with pytest.raises(InputError, match="no special token ends them"):
+            self.turns_of(tokenizer, text, template=NO_END, every_turn=True)
+
+    @pytest.mark.parametrize(
+        "template, start",
+        [
+            ("CHATML", "<|im_start|>assistant\n"),
+            ("LLAMA_3", "<|start|>assistant<|header|>\n\n"),
+            ("ZEPHYR", "<|assistant|>\n"),
+            ("MISTRAL", " [/INST] "),
+            ("GEMMA", "<start_of_turn>model\n"),
+            ("QWEN_3", "<|im_start|>assistant\n"),
+            ("NO_END", "\n\nAssistant: "),
+        ],
+    )
+    def test_what_precedes_the_assistants_words(self, template, start):
+        pattern = assistant_start(split_tags(), getattr(templates, template))
+        assert pattern.search(f"<s>{start}\nwords")[0] == start.lstrip()
+        assert pattern.search("".join(start.split()))
+
+    def test_templates_that_do_not_tell_the_roles(self):
+        assert assistant_start(split_tags(), None) is None
+        words = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+        assert assistant_start(split_tags(), words) is None
+        assert assistant_start(split_tags(), "{{ raise_exception('No') }}") is None
+
     def test_labels_on_nothing_or_on_white_space(self):
         assert self.turns_of(split_tags(), self.chat, "<|im_end|>\n") == []
         tokenizer = split_tags()
-        assert render_tokens(TokenOffsets(tokenizer), set(), [5, 6], [-100, -100]).turns == []
-        assert render_tokens(TokenOffsets(tokenizer), set(), [], []).turns == []
+        assert render_tokens(TokenOffsets(tokenizer), set(), None, [5, 6], [-100, -100], False).turns == []
+        assert render_tokens(TokenOffsets(tokenizer), set(), None, [], [], False).turns == []
 
 
 class TestOffsets:

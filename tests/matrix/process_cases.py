@@ -137,7 +137,7 @@ def result_of(trainer) -> dict[str, Any]:
         "weights": trainer.accelerator.get_state_dict(trainer.model_wrapped),
         "halves": getattr(trainer, "halves", None),
         "answers": [
-            callback._generate()
+            callback._generate(callback.rows[""][0])
             for callback in trainer.callback_handler.callbacks
             if isinstance(callback, AnswerAccuracyCallback)
         ],

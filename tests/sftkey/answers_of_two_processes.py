@@ -44,7 +44,7 @@ def main(folder: Path):
     assert isinstance(watched.model_wrapped, DistributedDataParallel)
     results = {
         "log": [entry for entry in watched.state.log_history if "sftkey/score" in entry],
-        "generations": callback._generate(),
+        "generations": callback._generate(held_out["prompt"][:]),
         "generations_of_one": generate_answers(watched.model, tokenizer, held_out["prompt"], 8),
         "rows": [held_out["prompt"][:].index(prompt) for prompt in own_prompts],
         "weights_equal": all(map(torch.equal, watched.model.parameters(), alone.model.parameters())),

@@ -123,6 +123,15 @@ def test_the_first_samples_are_used(tiny_model, tokenizer, chat_rows, held_out, 
     assert measured(trainer)[0]["sftkey/accuracy"] == pytest.approx(2 / 3)
 
 
+def test_each_of_several_sets_has_its_own_scores(tiny_model, tokenizer, chat_rows, held_out, right_answers, tmp_path):
+    sets = {"easy": held_out.select(range(2, 6)), "hard": held_out.select(range(3))}
+    trainer, _ = train(tiny_model, tokenizer, chat_rows, tmp_path, sets, max_steps=1)
+    (entry,) = (entry for entry in trainer.state.log_history if "easy_sftkey/accuracy" in entry)
+    assert [entry[f"easy_{name}"] for name in NAMES] == [1, 1, 1]
+    assert [entry[f"hard_{name}"] for name in NAMES] == pytest.approx([2 / 3, 2 / 3, 2 / 3])
+    assert not set(NAMES) & set(entry)
+
+
 def test_training_that_stops_between_steps_is_measured_at_its_end(
     tiny_model, tokenizer, chat_rows, held_out, right_answers, tmp_path
 ):
@@ -154,7 +163,7 @@ def test_it_is_the_model_in_training_that_answers(tiny_model, tokenizer, chat_ro
     with_own_answers = held_out.remove_columns("answer").add_column("answer", end)
     with_own_answers = with_own_answers.map(lambda row: {"answer": f"#### {row['answer']}"})
     callback = AnswerAccuracyCallback(trainer, with_own_answers, steps=1, max_new_tokens=12, batch_size=5)
-    assert callback._generate() == end
+    assert callback._generate(held_out["prompt"][:]) == end
     scores = tagged_scores(end, held_out["answer"])
     assert [measured(trainer)[0][name] for name in NAMES] == [
         scores["accuracy"],
@@ -201,10 +210,14 @@ def test_tensor_parallelism_is_refused(monkeypatch, tiny_model, tokenizer, chat_
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"batch_size": -1}, "`batch_size` is -1"),
         ({"answer_tags": "<Answer>"}, "`answer_tags` is '<Answer>'"),
-        ({"dataset": [{"prompt": "a", "answer": "b"}]}, "`dataset` is a list"),
+        ({"dataset": [{"prompt": "a", "answer": "b"}]}, "`dataset` must be .* got list"),
+        ({"dataset": {"sums": [{"prompt": "a", "answer": "b"}]}}, r"`dataset\['sums'\]` must be .* got list"),
         ({"dataset": Dataset.from_dict({"prompt": ["a"]})}, "no column 'answer', only 'prompt'"),
         ({"dataset": Dataset.from_dict({"prompt": [], "answer": []})}, "`dataset` is empty"),
-        ({"dataset": Dataset.from_dict({"prompt": ["a", "b"], "answer": ["5", None]})}, "`answer` of row 1 is None"),
+        (
+            {"dataset": Dataset.from_dict({"prompt": ["a", "b"], "answer": ["5", None]})},
+            "`dataset`: `answer` of row 1 is None",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(held_out, options, message):

@@ -12,6 +12,7 @@ from templates_on_the_spot import CHATML, LLAMA_3, NO_END, QWEN_3, TOOLS, UPPER_
 from tokenizers_by_hand import BY_HAND, TAGS, merged_tags, sentence_piece, sentence_unigram, split_tags, whole_tags
 from tokenizers_on_the_spot import characters_of_tokens
 
+from hf_sft_variants.errors import InputError
 from hf_sft_variants.sftkey.key_spans import KeyFinder, NoKeyError, add_key_mask, has_whole_key
 
 
@@ -504,6 +505,37 @@ class TestForms:
         labels = [-100] * (start + 2) + row["input_ids"][start + 2 :]
         mask = key_mask_of(tokenizer, {**tokens, "labels": labels}, has_text=False)
         assert mask == [-1] * (start + 2) + expected[start + 2 :]
+
+    @pytest.mark.parametrize("key_turns", ["last", "all"])
+    @pytest.mark.parametrize("function", [split_tags, merged_tags, whole_tags, sentence_piece])
+    @pytest.mark.parametrize("template", ["CHATML", "LLAMA_3", "GEMMA", "ZEPHYR", "MISTRAL", "QWEN_3"])
+    def test_tokens_of_several_turns(self, template, function, key_turns):
+        """Keys that users and the system write down are theirs: as tokens with a label on each, and as messages."""
+        tokenizer, template = function(), getattr(templates, template)
+        messages = [
+            says("system", tagged("the", "1")),
+            says("user", tagged("is", "2")),
+            says("assistant", tagged("sum", "42")),
+            says("user", tagged("plus", "3") + "\n"),
+            says("assistant", tagged("tens", "7")),
+            says("user", tagged("What", "4")),
+        ]
+        for end in (5, 6):  # with and without a question that is not answered
+            row = chat_row(tokenizer, messages[:end], template)
+            expected = key_mask_of(tokenizer, row, template, key_turns=key_turns)
+            tokens = {"input_ids": row["input_ids"], "labels": row["labels"]}
+            assert key_mask_of(tokenizer, tokens, template, has_text=False, key_turns=key_turns) == expected
+            # The template that the tokenizer has is the same
+            tokenizer.chat_template = template
+            assert key_mask_of(tokenizer, tokens, None, has_text=False, key_turns=key_turns) == expected
+
+    def test_every_turn_of_tokens_without_a_template_is_refused(self):
+        tokenizer = split_tags()
+        row = chat_row(tokenizer, [says("user", tagged("is", "2")), says("assistant", tagged("sum", "42"))])
+        tokens = {"input_ids": row["input_ids"], "labels": row["labels"]}
+        assert key_mask_of(tokenizer, tokens, None, has_text=False) == key_mask_of(tokenizer, row)
+        with pytest.raises(InputError, match="Row 0 of the train dataset: the assistant's turns can't be told from"):
+            key_mask_of(tokenizer, tokens, None, has_text=False, key_turns="all")
 
     def test_packed_tokens(self):
         tokenizer = split_tags()

@@ -606,3 +606,40 @@ def test_answers_are_evaluated_when_asked_for(tiny_model, tokenizer, tagged_rows
     reports = [log for log in trainer.state.log_history if "sftkey/score" in log]
     assert [report["step"] for report in reports] == [2, 4]
     assert all(report["sftkey/accuracy"] == 0 for report in reports)
+
+
+def test_answers_of_each_evaluation_set_are_evaluated(tiny_model, tokenizer, tagged_rows, tmp_path, monkeypatch):
+    held_out = tagged_rows.add_column("answer", ["5"] * len(tagged_rows))
+    sets = {"first": held_out.select(range(3)), "second": held_out.select(range(3, 8))}
+    asked = []
+
+    def generate(model, tokenizer, prompts, *args, **options):
+        asked.append(prompts)
+        return ["<Thinking>a</Thinking><Answer>5</Answer>" if len(prompts) == 5 else "<Answer>6</Answer>"] * len(
+            prompts
+        )
+
+    monkeypatch.setattr("hf_sft_variants.sftkey.answer_accuracy.generate_answers", generate)
+    trainer = make_trainer(
+        SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=sets,
+        eval_strategy="steps", eval_steps=2, max_steps=2, save_strategy="no", answer_eval_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    scores = {name: value for log in trainer.state.log_history for name, value in log.items() if "accuracy" in name}
+    assert {name: value for name, value in scores.items() if "sftkey" in name} == {
+        "first_sftkey/accuracy": 0,
+        "second_sftkey/accuracy": 1,
+    }
+    assert asked == [rows["prompt"][:] for rows in sets.values()]
+    assert any("eval_first_sftkey/key_nll" in log for log in trainer.state.log_history)  # named alike
+
+
+def test_every_evaluation_set_needs_answers(tiny_model, tokenizer, tagged_rows, tmp_path):
+    sets = {"with": tagged_rows.add_column("answer", ["5"] * len(tagged_rows)), "without": tagged_rows}
+    with pytest.raises(
+        ValueError, match=r"`answer_eval_steps=5` needs .* found \['prompt', .* in the without dataset"
+    ):
+        make_trainer(
+            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=sets,
+            answer_eval_steps=5,
+        )  # fmt: skip
