@@ -27,6 +27,22 @@ def require_row(name: str, dataset: Dataset | IterableDataset) -> None:
         raise InputError(f"{name} is empty. Check the split and the filters that made it.")
 
 
+def refuse_token_columns(dataset: Dataset | IterableDataset, dataset_name: str) -> None:
+    """
+    Refuse columns that `SFTTrainer` reads as belonging to tokens, in a data set whose rows have no tokens yet.
+
+    Raises:
+        `InputError`: If there is one, such as `labels` with the class of each text.
+    """
+    columns = get_dataset_column_names(dataset)
+    for name in ("labels", "assistant_masks", "seq_lengths"):
+        if name in columns:
+            raise InputError(
+                f"The {dataset_name} dataset has the column `{name}`, but no `input_ids`. SFTTrainer would use it for "
+                "the tokens that it makes of the rows. Rename the column or remove it."
+            )
+
+
 def check_rows(
     dataset: Dataset | IterableDataset, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
 ) -> Dataset | IterableDataset:
@@ -142,8 +158,9 @@ def _problem_of_messages(name: str, messages: Any, role: str, content: str) -> s
 def _problem_of_tokens(example: dict[str, Any], num_ids: int) -> str | None:
     for name, values in [(name, example[name]) for name in _TOKEN_COLUMNS if name in example]:
         if _integers(values) is None:
-            wrong = [value for value in values if not isinstance(value, int)] if isinstance(values, list) else [values]
-            return f"`{name}` has {short(wrong[0])}; give a list of integers"
+            items = values if isinstance(values, list) else [values]
+            wrong = [value for value in items if not isinstance(value, int)] or [max(items)]  # larger than any id
+            return f"`{name}` has {short(wrong[0])}; give a list of integers, one for each token"
     length = len(example["input_ids"])
     for name in ("labels", "completion_mask", "assistant_masks"):
         if len(example.get(name, example["input_ids"])) != length:

@@ -26,7 +26,7 @@ from .metrics import MetricSums
 from .model_card import ModelCardMixin
 from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
 from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
-from .row_checks import check_rows, checked_text, require_row
+from .row_checks import check_rows, checked_text, refuse_token_columns, require_row
 from .trl_internals import get_dataset_column_names, global_then_local_main_first
 
 
@@ -217,6 +217,8 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
             # Packing it again would lose where its documents end
             return check_rows(dataset, args, self._tokenizer, dataset_name)
         has_text = "input_ids" not in columns
+        if has_text:
+            refuse_token_columns(dataset, dataset_name)
         with global_then_local_main_first():
             if has_text:
                 dataset = self.prepare_rows(dataset, dataset_name)

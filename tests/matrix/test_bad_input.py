@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import bad_files
 import bad_inputs
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers import SMALL
 from methods import METHODS, with_references
 from trl import SFTConfig, SFTTrainer
@@ -51,6 +51,7 @@ def world(tiny_model, tokenizer, token_rows, chat_rows, tmp_path):
     """What a case is made from; it may change its own copies."""
     rows = {"tokens": token_rows, "chat": chat_rows, "raw chat": chat_rows}
     rows |= {"raw texts": Dataset.from_dict({"text": ["a b", "c"]}), "stream": token_rows.to_iterable_dataset()}
+    rows["stream of large ids"] = IterableDataset.from_generator(lambda: iter([{"input_ids": [5, 2**70]}]))
     return SimpleNamespace(model=tiny_model, tokenizer=copy.deepcopy(tokenizer), rows=rows, folder=tmp_path)
 
 
