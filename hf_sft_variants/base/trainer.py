@@ -24,7 +24,7 @@ from .checkpoints import SameRunMixin
 from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .model_card import ModelCardMixin
-from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
+from .preparation import cut_to_max_length, pack, require_supervised_token
 from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
 from .row_checks import check_rows, checked_text, require_row
 from .trl_internals import get_dataset_column_names, global_then_local_main_first
@@ -179,11 +179,6 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         """Per-token columns that are there before truncation: checked for length, truncated with the tokens."""
         return []
 
-    @property
-    def needs_example_keys(self) -> bool:
-        """Whether [`score`] needs the column `example_key`, which names an example by its content."""
-        return False
-
     def score(self, dataset: Dataset, dataset_name: str) -> Dataset:
         """
         Run models over the data set before [`annotate`]: called by all processes at once, which may share the work.
@@ -231,8 +226,6 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         arguments = (dataset, processing_class, tokenize_args, False, formatting_func, dataset_name)
         dataset = super()._prepare_dataset(*arguments)
         with global_then_local_main_first():
-            if self.needs_example_keys:
-                dataset = with_example_keys(dataset, args, dataset_name)
             dataset = self.annotate_untruncated(dataset, dataset_name, has_text)
             dataset = cut_to_max_length(dataset, self.user_token_columns(), args, packing, dataset_name)
             require_supervised_token(dataset, dataset_name)
