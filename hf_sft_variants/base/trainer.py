@@ -27,7 +27,7 @@ from .model_card import ModelCardMixin
 from .preparation import cut_to_max_length, pack, require_supervised_token
 from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
 from .row_checks import check_rows, checked_text, require_row
-from .trl_internals import get_dataset_column_names, global_then_local_main_first
+from .trl_internals import get_dataset_column_names, global_then_local_main_first, leave_out_of_push
 
 
 if TYPE_CHECKING:
@@ -250,6 +250,21 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         # DeepSpeed casts every floating-point input to the model's dtype; annotations and counts keep theirs
         kept = {name: inputs[name] for name in (*self.annotation_columns, _NUM_ITEMS) if name in inputs}
         return {**super()._prepare_inputs(inputs), **send_to_device(kept, self.args.device)}
+
+    # The Hub
+
+    def not_pushed(self) -> list[str]:
+        """What stays here when `output_dir` goes to the Hub, as patterns of file names."""
+        return ["*.lock"]
+
+    def push_to_hub(self, *args, **kwargs):
+        """As [`~transformers.Trainer.push_to_hub`], without what [`not_pushed`] names."""
+        with leave_out_of_push(self.not_pushed()):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        with leave_out_of_push(self.not_pushed()):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # Loss
 
