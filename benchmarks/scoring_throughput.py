@@ -20,7 +20,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 
 from hf_sft_variants.comparison.machine import describe_machine
-from hf_sft_variants.scoring import add_example_keys, load_reference_model, score_log_probs
+from hf_sft_variants.scoring import LogProbScorer, cached_scores, load_reference_model
 
 
 def tokenized(options: argparse.Namespace) -> Dataset:
@@ -29,12 +29,12 @@ def tokenized(options: argparse.Namespace) -> Dataset:
     for example in load_dataset(options.dataset, split=f"train[:{options.examples}]"):
         ids = tokenizer.apply_chat_template(example["prompt"] + example["completion"], return_dict=True)["input_ids"]
         rows.append({"input_ids": ids, "labels": ids})
-    return add_example_keys(Dataset.from_list(rows), ["input_ids"])
+    return Dataset.from_list(rows)
 
 
 def score(rows: Dataset, model, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        score_log_probs(rows, model, Path(folder) / "scores.parquet", {}, options.batch_tokens, True, "scoring")
+        cached_scores(rows, lambda: LogProbScorer(model, per_token=True), folder, {}, options.batch_tokens, "scoring")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import copy
 import os
 
+import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 from transformers import TrainerCallback
@@ -78,6 +79,15 @@ def padded_document_log_probs(model, input_ids, labels):
         for position, label in enumerate(labels)
         if position > 0
     ]
+
+
+def scores_in(folder):
+    """The scores of a cache folder: of each model and its settings, by the example's key."""
+    scores = {}
+    for path in folder.glob("*/*.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        scores.setdefault(path.parent.name, {}).update({row.pop("example_key"): row for row in rows})
+    return scores
 
 
 def folder_of_all_workers(tmp_path_factory):

@@ -123,8 +123,8 @@ def is_done_already(*args, **kwargs):
     ("method", "kept"),
     [
         ("tfidf", ["scores/tfidf.npz"]),
-        ("rho1", ["scores/*.parquet"]),
-        ("poft", ["scores/*.parquet"]),
+        ("rho1", ["scores/*/*.parquet"]),
+        ("poft", ["scores/*/*.parquet"]),
         ("sftmix", ["reference/confidence.parquet", "reference/settings.json"]),
     ],
 )
@@ -142,7 +142,7 @@ def test_asked(method, kept, hub, reference, tiny_model, tokenizer, chat_rows, t
         make(method, reference, "run/scores", *arguments, "run", **options, **pushes).train()
     files = [Path(file) for file in hub.files() if file.startswith(("scores/", "reference/"))]
     assert [sum(file.match(pattern) for file in files) for pattern in kept] == [1] * len(kept) == [1] * len(files)
-    for table in map(pq.read_table, hub.folder.glob("*/*.parquet")):
+    for table in map(pq.read_table, hub.folder.rglob("*.parquet")):
         assert len(table) == 12 and "plus" not in str(table.to_pydict()) + str(table.schema.metadata)
 
     shutil.copytree(hub.folder, tmp_path / "another_machine" / "run")

@@ -1,5 +1,6 @@
 """What happens to a prepared data set between TRL's tokenization and its packing: check, truncate, drop."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -7,7 +8,6 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig, pack_dataset
 
 from ..errors import InputError
-from .example_keys import add_example_keys
 
 
 logger = get_logger(__name__)
@@ -18,21 +18,6 @@ def map_description(dataset: Dataset | IterableDataset, args: SFTConfig, descrip
     if isinstance(dataset, IterableDataset):
         return {}
     return {"num_proc": args.dataset_num_proc, "desc": description}
-
-
-def with_example_keys(dataset: Dataset | IterableDataset, args: SFTConfig, dataset_name: str) -> Dataset:
-    """
-    Add the column `example_key` ([`~hf_sft_variants.base.example_keys.add_example_keys`]) to a tokenized data set.
-
-    Raises:
-        `InputError`: If the data set is a stream.
-    """
-    if isinstance(dataset, IterableDataset):
-        raise InputError(
-            f"The {dataset_name} dataset is a stream, but all its examples have to be scored before training. Load it "
-            "without streaming."
-        )
-    return add_example_keys(dataset, ["input_ids", "labels"], args.dataset_num_proc)
 
 
 def cut_to_max_length(
@@ -107,6 +92,32 @@ def _drop_without_labels(
 
 def _has_label(example: dict[str, Any]) -> bool:
     return any(label != -100 for label in example["labels"])
+
+
+def keep_scorable(dataset: Dataset, can_score: dict[str, Sequence[bool]], dataset_name: str) -> Dataset:
+    """
+    Drop the examples that one of the models can't score because they are too long for it, and count them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The examples.
+        can_score (`dict[str, Sequence[bool]]`):
+            Model to whether it can score each example.
+        dataset_name (`str`):
+            Name of the data set, for messages.
+
+    Raises:
+        `InputError`: If none is left.
+    """
+    kept = [row for row, by_models in enumerate(zip(*can_score.values(), strict=True)) if all(by_models)]
+    if len(kept) == len(dataset):
+        return dataset
+    counts = ", ".join(f"{values.count(False)} by {model}" for model, values in can_score.items() if not all(values))
+    message = f"{len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset can't be scored"
+    if not kept:
+        raise InputError(f"{message}: {counts}. Raise `max_length`, or choose models that can read more tokens.")
+    logger.warning(f"Dropped examples that are too long for a reference model: {message}: {counts}.")
+    return dataset.select(kept)
 
 
 def require_supervised_token(dataset: Dataset | IterableDataset, dataset_name: str) -> None:

@@ -24,10 +24,10 @@ from .checkpoints import SameRunMixin
 from .collator import AnnotationCollator
 from .metrics import MetricSums
 from .model_card import ModelCardMixin
-from .preparation import cut_to_max_length, pack, require_supervised_token, with_example_keys
+from .preparation import cut_to_max_length, pack, require_supervised_token
 from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
 from .row_checks import check_rows, checked_text, refuse_token_columns, require_row
-from .trl_internals import get_dataset_column_names, global_then_local_main_first
+from .trl_internals import get_dataset_column_names, global_then_local_main_first, leave_out_of_push
 
 
 if TYPE_CHECKING:
@@ -179,11 +179,6 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         """Per-token columns that are there before truncation: checked for length, truncated with the tokens."""
         return []
 
-    @property
-    def needs_example_keys(self) -> bool:
-        """Whether [`score`] needs the column `example_key`, which names an example by its content."""
-        return False
-
     def score(self, dataset: Dataset, dataset_name: str) -> Dataset:
         """
         Run models over the data set before [`annotate`]: called by all processes at once, which may share the work.
@@ -233,8 +228,6 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         arguments = (dataset, processing_class, tokenize_args, False, formatting_func, dataset_name)
         dataset = super()._prepare_dataset(*arguments)
         with global_then_local_main_first():
-            if self.needs_example_keys:
-                dataset = with_example_keys(dataset, args, dataset_name)
             dataset = self.annotate_untruncated(dataset, dataset_name, has_text)
             dataset = cut_to_max_length(dataset, self.user_token_columns(), args, packing, dataset_name)
             require_supervised_token(dataset, dataset_name)
@@ -259,6 +252,21 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         # DeepSpeed casts every floating-point input to the model's dtype; annotations and counts keep theirs
         kept = {name: inputs[name] for name in (*self.annotation_columns, _NUM_ITEMS) if name in inputs}
         return {**super()._prepare_inputs(inputs), **send_to_device(kept, self.args.device)}
+
+    # The Hub
+
+    def not_pushed(self) -> list[str]:
+        """What stays here when `output_dir` goes to the Hub, as patterns of file names."""
+        return ["*.lock"]
+
+    def push_to_hub(self, *args, **kwargs):
+        """As [`~transformers.Trainer.push_to_hub`], without what [`not_pushed`] names."""
+        with leave_out_of_push(self.not_pushed()):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        with leave_out_of_push(self.not_pushed()):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # Loss
 

@@ -34,12 +34,12 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the page or the text."""
-    from ..inspection import load_recipe, page_settings, parse_range, prepare, read_view, render_page, render_text
+    from ..inspection import load_recipe, page_settings, parse_range, prepare_view, read_view, render_page, render_text
 
     rows = parse_range(args.rows)
     recipe = load_recipe(args.config, args.recipe_flags)
     settings = page_settings(recipe)  # before the view's own, such as no packing, replace them
-    view = read_view(prepare(recipe), rows)
+    view = read_view(prepare_view(recipe), rows)
     if args.format == "html":
         _write(args.output or "inspect.html", render_page(view, recipe, settings), view.title())
     elif args.output:

@@ -42,20 +42,13 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..inspection import load_recipe, prepare
-    from ..recipe import load_splits, pick_split
 
     if (args.keep_top is None) != (args.kept is None):
         raise InputError(f"`--keep-top` is {args.keep_top} and `--kept` {args.kept}: give both, or neither.")
     if args.output is not None and not args.output.endswith(".parquet"):
         raise InputError(f"`--output` is {args.output!r}: give a name that ends in .parquet.")
     recipe = load_recipe(args.config, args.recipe_flags)
-    has_eval = recipe.training_args.eval_strategy != "no"
     trainer = prepare(recipe)
-    if has_eval:
-        rows = pick_split(
-            load_splits(recipe.script_args, recipe.dataset_args), "dataset_test_split", recipe.script_args
-        )
-        trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "eval")
     if not PartialState().is_main_process:
         return
     scoring = getattr(trainer, "reference_scoring", None)

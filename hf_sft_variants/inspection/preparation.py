@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -17,17 +18,16 @@ from ..recipe_checks import read_mapping
 # What a recipe trains with on a GPU and a machine without one refuses; nothing of it changes the data
 _WITHOUT_ACCELERATOR = ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"]
 
-# Examples stay whole and in the data set's order, and nothing is reported, evaluated or uploaded
-_VIEW_SETTINGS = {
-    "packing": False,
-    "padding_free": False,
-    "shuffle_dataset": False,
-    "eval_strategy": "no",
+# Nothing is trained, reported or uploaded
+_UNTRAINED = {
     "report_to": [],
     "push_to_hub": False,
     "activation_offloading": False,
     "model_init_kwargs": None,
 }
+
+# Examples stay whole and in the data set's order
+_VIEW = {"packing": False, "padding_free": False, "shuffle_dataset": False, "eval_strategy": "no"}
 
 
 @dataclass
@@ -74,27 +74,45 @@ def load_recipe(path: str, flags: list[str]) -> Recipe:
     return Recipe(path, trainer_class, getattr(trainer_class, "config_class", SFTConfig), *parsed)
 
 
+def prepare_view(recipe: Recipe) -> SFTTrainer:
+    """
+    As [`prepare`], for the `train_dataset` alone, whose examples stay unpacked and in the data set's order.
+    """
+    args = recipe.training_args
+    if args.packing and args.packing_strategy == "bfd":
+        args.truncation_mode = "keep_start"  # what this strategy does to a sample that is too long
+    elif args.packing:
+        args.max_length = None  # samples are split, not truncated
+    _set(args, _VIEW)
+    return prepare(recipe)
+
+
 def prepare(recipe: Recipe) -> SFTTrainer:
     """
-    Build the recipe's trainer for its prepared `train_dataset`: unpacked, in the data set's order.
+    Build the recipe's trainer with its data sets prepared as they are for training.
 
     Nothing is trained, and of the model only the configuration and the tokenizer are loaded.
 
     Raises:
         `InputError`: If the model or the data can't be loaded, or the trainer refuses them.
     """
-    train_dataset = pick_split(
-        load_splits(recipe.script_args, recipe.dataset_args), "dataset_train_split", recipe.script_args
-    )
+    script_args, args = recipe.script_args, recipe.training_args
+    splits, evaluates = load_splits(script_args, recipe.dataset_args), args.eval_strategy != "no"
     with tempfile.TemporaryDirectory() as output_dir:  # the trainer makes the folder that it would save to
         model, processing_class = load_without_weights(recipe)
-        _set_up_view(recipe.training_args, output_dir)
+        _set(args, {**_UNTRAINED, "output_dir": output_dir})
         return recipe.trainer_class(
             model=model,
-            args=recipe.training_args,
-            train_dataset=train_dataset,
+            args=args,
+            train_dataset=pick_split(splits, "dataset_train_split", script_args),
+            eval_dataset=pick_split(splits, "dataset_test_split", script_args) if evaluates else None,
             processing_class=processing_class,
         )
+
+
+def _set(args: SFTConfig, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(args, name, value)
 
 
 def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:
@@ -127,12 +145,3 @@ def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:
     # `chat_template_path` may add tokens, and their mean embedding can't be computed without values
     model.resize_token_embeddings = partial(model.resize_token_embeddings, mean_resizing=False)
     return model, processing_class
-
-
-def _set_up_view(args: SFTConfig, output_dir: str) -> None:
-    if args.packing and args.packing_strategy == "bfd":
-        args.truncation_mode = "keep_start"  # what this strategy does to a sample that is too long
-    elif args.packing:
-        args.max_length = None  # samples are split, not truncated
-    for name, value in {**_VIEW_SETTINGS, "output_dir": output_dir}.items():
-        setattr(args, name, value)

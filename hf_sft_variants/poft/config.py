@@ -47,7 +47,7 @@ class PoFTConfig(SFTConfig):
 
     Parameters of scoring:
         score_cache_dir (`str`, *optional*):
-            Folder where scores are kept, one Parquet file for each data set, model and set of options. Defaults to
+            Folder where scores are kept, a folder in it for each model and set of options. Defaults to
             `hf_sft_variants/scores` in the Hugging Face home folder. A folder inside `output_dir` goes to the Hub with
             the model: hashes of the examples and numbers, no texts.
         reference_batch_tokens (`int`, *optional*, defaults to `4096`):

@@ -4,6 +4,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
 
 from ..base.assistant_turns import RenderedExample, render_example
 from ..errors import InputError
@@ -56,6 +57,8 @@ def render_for_reference(
 
 
 def _render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> RenderedExample:
+    if tokenizer.chat_template is None and is_conversational(example):
+        raise InputError("its tokenizer has no chat template")
     try:
         return render_example(example, tokenizer, None, text_field="")
     except TemplateError:
@@ -83,9 +86,3 @@ def label_scored_tokens(example: dict[str, Any]) -> dict[str, list[int]]:
     """For `Dataset.map`, of rows that came as tokens: `labels` on those that are scored."""
     pairs = zip(example["input_ids"], example["scored_mask"], strict=True)
     return {"labels": [token_id if is_scored else -100 for token_id, is_scored in pairs]}
-
-
-def can_be_scored(example: dict[str, Any], limit: int | None) -> bool:
-    """For `Dataset.filter`: whether a model can read the whole example, and a token of it is scored."""
-    fits = limit is None or len(example["input_ids"]) <= limit
-    return fits and any(label != -100 for label in example["labels"][1:])

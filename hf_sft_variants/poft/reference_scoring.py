@@ -26,7 +26,7 @@ from ..scoring import (
     require_same_vocabulary,
 )
 from .config import PoFTConfig
-from .reference_rendering import can_be_scored, label_scored_tokens, render_for_reference
+from .reference_rendering import label_scored_tokens, render_for_reference
 from .score_files import SCHEMA
 
 
@@ -183,25 +183,18 @@ class ReferenceScoringCallback(TrainerCallback):
     def _score(self, rendered, template, dataset_name, model, args) -> pa.Table:
         limits = [args.max_length, max_positions(model, self.model_init_kwargs)]
         limit = min((limit for limit in limits if limit is not None), default=None)
-        map_kwargs = map_description(rendered, args, f"Dropping what is too long for {model}")
-        with global_then_local_main_first():
-            fitting = rendered.filter(can_be_scored, fn_kwargs={"limit": limit}, **map_kwargs)
-        if len(fitting) == 0:
-            raise InputError(
-                f"No example of the {dataset_name} dataset has at most {limit} tokens and a scored one for the "
-                f"reference model {model!r}. Raise `max_length`, or choose a model that can read more."
-            )
         settings = {
             "kind": "response_log_probs",
             "schema": _SCHEMA_VERSION,
             **identify_model(model, self.model_init_kwargs),
             "chat_template": hashlib.sha256(str(template).encode()).hexdigest()[:16],
             "score_end_of_turn": args.score_end_of_turn,
-            "max_length": args.max_length,
         }
         load_scorer = partial(self._load_scorer, model)
         description = f"Scoring {dataset_name} dataset with {model}"
-        scores = cached_scores(fitting, load_scorer, self.score_cache_dir, settings, self.batch_tokens, description)
+        scores = cached_scores(
+            rendered, load_scorer, self.score_cache_dir, settings, self.batch_tokens, description, max_tokens=limit
+        )
         return _as_score_table(rendered[EXAMPLE_KEY], scores, model, args.score_end_of_turn)
 
     def _load_scorer(self, model: str) -> LogProbScorer:
@@ -211,16 +204,13 @@ class ReferenceScoringCallback(TrainerCallback):
 
 
 def _as_score_table(keys: list[str], scores: pa.Table, model: str, score_end_of_turn: bool) -> pa.Table:
-    """One model's scores as in a score file: a row for each key, null where there is no score."""
-    row_of_key = {key: row for row, key in enumerate(scores[EXAMPLE_KEY].to_pylist())}
-    rows = pa.array([row_of_key.get(key) for key in keys], pa.int64())
-    sums, counts = scores["sum_log_prob"].take(rows), scores["num_tokens"].take(rows)
+    """One model's scores as in a score file: null where it has none."""
     columns = {
         EXAMPLE_KEY: keys,
         "model": [model] * len(keys),
-        "sum_log_prob": sums,
-        "num_tokens": counts,
-        "mean_log_prob": pc.divide(sums, counts),
+        "sum_log_prob": scores["sum_log_prob"],
+        "num_tokens": scores["num_tokens"],
+        "mean_log_prob": pc.divide(scores["sum_log_prob"], scores["num_tokens"]),
         "score_end_of_turn": [score_end_of_turn] * len(keys),
     }
     return pa.table(columns, schema=SCHEMA)

@@ -8,7 +8,7 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
-from ..base.preparation import map_description
+from ..base.preparation import keep_scorable, map_description
 from ..errors import InputError
 from .config import PoFTConfig
 
@@ -139,16 +139,8 @@ def add_reference_log_probs(
     Raises:
         `InputError`: If none is left.
     """
-    values = list(zip(*columns.values(), strict=True))
-    kept = [row for row, value in enumerate(values) if None not in value]
-    if len(kept) < len(dataset):
-        counts = ", ".join(f"{column.count(None)} by {model}" for model, column in columns.items() if None in column)
-        message = (
-            f"{len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset can't be scored"
-        )
-        if not kept:
-            raise InputError(f"{message}: {counts}. Raise `max_length`, or choose other reference models.")
-        logger.warning(f"Dropped examples that are too long for a reference model: {message}: {counts}.")
     if name in dataset.column_names:
         dataset = dataset.remove_columns(name)
-    return dataset.add_column(name, [list(value) for value in values]).select(kept)
+    dataset = dataset.add_column(name, [list(values) for values in zip(*columns.values(), strict=True)])
+    can_score = {model: [value is not None for value in values] for model, values in columns.items()}
+    return keep_scorable(dataset, can_score, dataset_name)

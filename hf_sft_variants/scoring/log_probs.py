@@ -2,13 +2,11 @@
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from ..base.trl_internals import DataCollatorForLanguageModeling, add_fused_lm_head
 from ..errors import InputError
-from .shards import score_in_shards
 
 
 class LogProbScorer:
@@ -77,43 +75,3 @@ class LogProbScorer:
         if self.per_token:
             result["token_log_probs"] = log_probs.numpy()
         return result
-
-
-def score_log_probs(
-    dataset: Dataset,
-    model: PreTrainedModel,
-    path,
-    settings: dict,
-    batch_tokens: int,
-    per_token: bool,
-    description: str,
-):
-    """
-    Score every example of a prepared data set and keep the result as a Parquet file.
-
-    The file has a row for each example, in the data set's order: `example_key` (string), `sum_log_prob` (double,
-    nats), `num_tokens` (int64), with `per_token` also `token_log_probs` (list of float, one for each token of
-    `input_ids`, 0 where the label is `-100` and on the first token). Its schema metadata hold `settings` as JSON under
-    the key `hf_sft_variants`. Resumes and shares the work as [`score_in_shards`] does.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Examples with `example_key`, `input_ids` and `labels`.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model on this process's device.
-        path (`Path`):
-            File to write.
-        settings (`dict`):
-            All that the scores depend on.
-        batch_tokens (`int`):
-            Most tokens of a batch, padding included.
-        per_token (`bool`):
-            Whether to keep each label's log-probability.
-        description (`str`):
-            Text before the progress bar.
-
-    Returns:
-        `pa.Table`: The file's content.
-    """
-    scorer = LogProbScorer(model, per_token=per_token)
-    return score_in_shards(dataset, scorer, path, settings, batch_tokens, description)

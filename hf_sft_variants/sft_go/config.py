@@ -63,8 +63,8 @@ class SFTGOConfig(SFTConfig):
             Keyword arguments of `from_pretrained` for `reference_model`. `dtype` defaults to bfloat16 on an
             accelerator, float32 on the CPU.
         score_cache_dir (`str`, *optional*):
-            Folder where the scores of `importance_model` and `reference_model` are kept, one Parquet file for each
-            data set, model and set of options. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder.
+            Folder where the scores of `importance_model` and `reference_model` are kept, a folder in it for each model
+            and set of options. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder.
             Other values of `important_fraction` use the same scores. A folder inside `output_dir` goes to the Hub with
             the model: hashes of the examples and a number for each token, no texts.
         score_batch_tokens (`int`, *optional*, defaults to `4096`):

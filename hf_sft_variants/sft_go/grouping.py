@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
@@ -101,6 +102,18 @@ def annotations(group_ids: list[list[int]], rows: list[int]) -> dict[str, list]:
 def has_groups(dataset: Dataset | IterableDataset) -> bool:
     """Whether any token is in a group, as far as that can be known beforehand."""
     return isinstance(dataset, IterableDataset) or any(max(groups) > UNGROUPED for groups in dataset["group_ids"])
+
+
+def add_token_scores(dataset: Dataset, scores: pa.ChunkedArray, name: str) -> Dataset:
+    """Add a column with a score for each token; an example that has none, for want of labels, gets zeros."""
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    values = [
+        np.zeros(length, np.float32) if of_tokens is None else of_tokens
+        for length, of_tokens in zip(lengths, scores.to_numpy(), strict=True)
+    ]
+    if name in dataset.column_names:  # the user's file stays as it is
+        dataset = dataset.remove_columns(name)
+    return dataset.add_column(name, values)
 
 
 def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset_name: str) -> dict[str, list]:

@@ -28,7 +28,7 @@ _SCHEMA_VERSION = 1
 
 def importance_scores(
     dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
-) -> pa.Table:
+) -> pa.ChunkedArray:
     """
     Score a prepared data set with the importance model, or find the scores on disk.
 
@@ -36,7 +36,7 @@ def importance_scores(
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Examples with `example_key`, `input_ids` and `labels`.
+            Examples with `input_ids` and `labels`.
         args ([`SFTGOConfig`]):
             Names the importance model and the cache.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -45,7 +45,7 @@ def importance_scores(
             Name of the data set, for the progress bar.
 
     Returns:
-        `pa.Table`: `example_key` and `importance_scores` (list of float, one for each token of `input_ids`).
+        `pa.ChunkedArray`: For each example a list of float, one for each token of `input_ids`; null without labels.
 
     Raises:
         `InputError`: If the importance model can't be loaded, is no token classifier with two labels, or its tokenizer
@@ -64,7 +64,8 @@ def importance_scores(
         return LLMLingua2Scorer(model, importance_tokenizer, tokenizer, args.score_batch_tokens)
 
     description = f"Scoring {dataset_name} dataset with {args.importance_model}"
-    return cached_scores(dataset, load_scorer, args.score_cache_dir, settings, args.score_batch_tokens, description)
+    scores = cached_scores(dataset, load_scorer, args.score_cache_dir, settings, args.score_batch_tokens, description)
+    return scores["importance_scores"]
 
 
 @dataclass

@@ -4,11 +4,12 @@ from functools import cached_property
 
 import torch
 from accelerate.logging import get_logger
+from datasets import IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.assistant_turns import special_token_ids
 from ..base.preparation import map_description
-from ..scoring import join_scores
+from ..errors import InputError
 from .config import SFTGOConfig
 from .excess_loss import group_by_excess_loss
 from .grouping import (
@@ -17,6 +18,7 @@ from .grouping import (
     UNIMPORTANT,
     add_group_ids,
     add_rankable_groups,
+    add_token_scores,
     copy_group_ids,
     copy_scores,
     has_groups,
@@ -24,7 +26,7 @@ from .grouping import (
 from .llmlingua2 import importance_scores
 from .loss import group_optimization, uniform_token_weights
 from .metrics import WorstGroupFlips, group_metrics
-from .reference_losses import reference_log_probs
+from .reference_losses import drop_too_long, reference_log_probs
 from .tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf
 
 
@@ -106,18 +108,20 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     def user_token_columns(self):
         return [column for column in (self.args.importance_column, self.args.group_column) if column is not None]
 
-    @property
-    def needs_example_keys(self):
-        return self.args.group_by in ("llmlingua2", "rho1")
-
     def score(self, dataset, dataset_name):
+        if self.args.group_by not in ("llmlingua2", "rho1"):
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            raise InputError(
+                f"The {dataset_name} dataset is a stream, but all its examples have to be scored before training. "
+                "Load it without streaming."
+            )
         if self.args.group_by == "llmlingua2":
             scores = importance_scores(dataset, self.args, self._tokenizer, dataset_name)
-            return join_scores(dataset, scores, {"importance_scores": "importance_scores"}, "the score cache")
-        if self.args.group_by == "rho1":
-            scores = reference_log_probs(dataset, self.args, self._tokenizer, dataset_name)
-            return join_scores(dataset, scores, {"token_log_probs": "reference_log_probs"}, "the score cache")
-        return dataset
+            return add_token_scores(dataset, scores, "importance_scores")
+        dataset = drop_too_long(dataset, self.args, dataset_name)
+        scores = reference_log_probs(dataset, self.args, self._tokenizer, dataset_name)
+        return add_token_scores(dataset, scores, "reference_log_probs")
 
     def annotate(self, dataset, dataset_name):
         dataset = self._group(dataset, dataset_name)

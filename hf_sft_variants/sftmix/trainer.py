@@ -14,7 +14,7 @@ from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import at_least_float32
 from ..base.checkpoints import last_checkpoint
 from ..base.preparation import map_description
-from ..base.trl_internals import get_dataset_column_names, leave_out_of_push
+from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY
 from .confidence_file import halves_from_file, with_content_keys
@@ -272,13 +272,5 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             self._online.save(self.checkpoint_folder(trial), self.accelerator)
         super()._save_checkpoint(model, trial)
 
-    # The Hub: the reference stays here
-
-    def push_to_hub(self, *args, **kwargs):
-        """As [`~transformers.Trainer.push_to_hub`], without `<output_dir>/reference`; see `push_confidence`."""
-        with leave_out_of_push(not_pushed(self.args)):
-            return super().push_to_hub(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        with leave_out_of_push(not_pushed(self.args)):
-            super()._push_from_checkpoint(checkpoint_folder)
+    def not_pushed(self):
+        return [*super().not_pushed(), *not_pushed(self.args)]  # the reference; see `push_confidence`

@@ -300,7 +300,7 @@ def damaged_scores(world, folder):
     options = {"group_by": "rho1", "reference_model": saved(world, folder), "score_cache_dir": str(folder)}
     args = SFTGOConfig(str(folder), **SMALL, **options)
     SFTGOTrainer(world.model, args, train_dataset=world.rows["tokens"], processing_class=world.tokenizer)
-    (path,) = folder.glob("*.parquet")
+    (path,) = folder.glob("*/*.parquet")
     truncated(path, path.read_bytes())
     return world.model
 

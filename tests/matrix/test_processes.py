@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_deepspeed_available
-from helpers import LAUNCH, SMALL, STRATEGIES, folder_of_all_workers, make_trainer, once
+from helpers import LAUNCH, SMALL, STRATEGIES, folder_of_all_workers, make_trainer, once, scores_in
 from methods import METHODS
 from process_cases import (
     AS_USED,
@@ -326,14 +326,10 @@ SCORED = pytest.mark.parametrize(
 @SCORED
 @on_each_strategy(": the processes share the scoring", strategies=["ddp", "fsdp2", "zero2"])
 def test_scoring(method, case, strategy, results, one_process, folder):
-    """Scores are equal to the last bit: the file of each data set and model has the same bytes."""
+    """Scores are equal to the last bit."""
     assert_same(results[case], one_process(case))
-    by_one, by_two = (scores_of(folder, processes) for processes in ("one", strategy))
+    by_one, by_two = (scores_in(folder / f"scores_of_{processes}") for processes in ("one", strategy))
     assert by_one == by_two and len(by_one) == 3
-
-
-def scores_of(folder, processes):
-    return {path.name: path.read_bytes() for path in (folder / f"scores_of_{processes}").glob("*.parquet")}
 
 
 @SCORED

@@ -250,16 +250,23 @@ class TestCache:
         assert [scored_values(again)[row] for row in (1, 3, 0, 2)] == list(scored_values(first))
 
     def test_other_settings_score_again(self, folders, conversations, make, tmp_path):
-        for options in ({}, {"score_end_of_turn": False}, {"max_length": 500}):
+        for options in ({}, {"score_end_of_turn": False}):
             make(conversations, [folders["chatml"]], **options)
-        assert len(list((tmp_path / "scores").iterdir())) == 3
+        assert len(list((tmp_path / "scores").iterdir())) == 2
+
+    def test_max_length_scores_nothing_again(self, folders, conversations, make, monkeypatch):
+        """A reference reads whole examples, or none of them."""
+        values = scored_values(make(conversations, [folders["chatml"]]))
+        monkeypatch.setattr(reference_scoring, "load_reference_model", None)  # must not be called again
+        assert scored_values(make(conversations, [folders["chatml"]], max_length=500)) == values
+        assert 0 < len(make(conversations, [folders["chatml"]], max_length=60).train_dataset) < len(conversations)
 
     def test_files_say_what_they_were_made_with(self, folders, conversations, make, tmp_path):
         make(conversations, [folders["chatml"]])
-        (path,) = (tmp_path / "scores").iterdir()
+        (path,) = (tmp_path / "scores").glob("*/*.parquet")
         table = pq.read_table(path)
         assert table.column_names == ["example_key", "sum_log_prob", "num_tokens"]
-        assert {"model", "version", "options", "chat_template", "score_end_of_turn", "max_length"} <= set(
+        assert {"model", "version", "options", "chat_template", "score_end_of_turn"} <= set(
             eval(table.schema.metadata[b"hf_sft_variants"].decode().replace("null", "None").replace("true", "True"))
         )
 
@@ -296,7 +303,7 @@ class TestTooLong:
 
     def test_nothing_left(self, conversations, make, tmp_path):
         short = save_reference("chatml", tmp_path / "short", max_positions=4)
-        with pytest.raises(ValueError, match="No example of the train dataset has at most 4 tokens and a scored one"):
+        with pytest.raises(ValueError, match="with .*short: no example .* supervised token and at most 4 tokens. C"):
             make(conversations, [short])
 
 
@@ -379,7 +386,7 @@ class TestBadReferences:
         shutil.copytree(folders["chatml"], tmp_path / "base")
         (tmp_path / "base" / "chat_template.jinja").unlink()
         with pytest.raises(
-            ValueError, match="Row 0 .* can't be scored by the reference .*base': Cannot use chat templ"
+            ValueError, match="Row 0 .* can't be scored by the reference .*base': its tokenizer has no chat"
         ):
             make(conversations, [str(tmp_path / "base")])
 

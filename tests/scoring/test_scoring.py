@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock
 from helpers import padded_document_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,15 +32,13 @@ from hf_sft_variants.scoring import (
     EXAMPLE_KEY,
     LogProbScorer,
     add_example_keys,
+    cached_scores,
     identify_model,
-    join_scores,
     load_reference_model,
-    read_scores,
-    score_in_shards,
-    score_log_probs,
-    scores_path,
+    locks,
     shards,
 )
+from hf_sft_variants.scoring.cached_scores import content_keys
 
 
 SETTINGS = {"kind": "test"}
@@ -61,11 +60,6 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def process_state():
     PartialState(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def keyed_rows(token_rows):
-    return add_example_keys(token_rows, ["input_ids", "labels"])
 
 
 class TestKeys:
@@ -116,17 +110,15 @@ class TestLogProbs:
             assert result["sum_log_prob"] == pytest.approx(sum(expected), abs=1e-4)
             assert result["num_tokens"] == sum(label != -100 for label in row["labels"][1:])
 
-    def test_batch_size_and_order_do_not_matter(self, tiny_model, keyed_rows, tmp_path):
-        tables = []
-        for number, (rows, batch_tokens) in enumerate(
-            [(keyed_rows, 30), (keyed_rows, 400), (keyed_rows.shuffle(seed=3), 90)]
-        ):
-            table = score_log_probs(rows, tiny_model, tmp_path / f"{number}.parquet", SETTINGS, batch_tokens, True, "")
-            tables.append({row[EXAMPLE_KEY]: row for row in table.to_pylist()})
-        for other in tables[1:]:
-            assert other.keys() == tables[0].keys()
-            for key, row in other.items():
-                assert row["token_log_probs"] == pytest.approx(tables[0][key]["token_log_probs"], abs=1e-5)
+    def test_batch_size_and_order_do_not_matter(self, tiny_model, token_rows, tmp_path):
+        expected = score(token_rows, tmp_path / "a", 30, scorer=LogProbScorer(tiny_model, per_token=True)).to_pylist()
+        assert [len(row["token_log_probs"]) for row in expected] == [len(ids) for ids in token_rows["input_ids"]]
+        shuffled = list(range(len(token_rows)))[::-1]
+        for number, (rows, batch_tokens) in enumerate([(range(len(token_rows)), 400), (shuffled, 90)]):
+            scorer = LogProbScorer(tiny_model, per_token=True)
+            table = score(token_rows.select(rows), tmp_path / str(number), batch_tokens, scorer=scorer).to_pylist()
+            for row, found in zip(rows, table, strict=True):
+                assert found["token_log_probs"] == pytest.approx(expected[row]["token_log_probs"], abs=1e-5)
 
     def test_adapter_is_used(self, tiny_model, token_rows):
         plain = LogProbScorer(copy.deepcopy(tiny_model))(list(token_rows))
@@ -146,22 +138,42 @@ class TestLogProbs:
             scorer([{"input_ids": tokens, "labels": tokens}])
         assert num_tokens * num_tokens < largest.numel < vocab_size * num_tokens / 2
 
-    def test_file_is_as_documented(self, tiny_model, keyed_rows, tmp_path):
-        path = tmp_path / "new" / "scores.parquet"
-        score_log_probs(keyed_rows, tiny_model, path, SETTINGS, 100, True, "")
+    def test_file_is_as_documented(self, tiny_model, token_rows, tmp_path):
+        score(token_rows, tmp_path / "new", 100, scorer=LogProbScorer(tiny_model, per_token=True))
+        (path,) = (tmp_path / "new").rglob("*.parquet")
         table = pq.read_table(path)
         assert table.schema.names == ["example_key", "sum_log_prob", "num_tokens", "token_log_probs"]
         assert table.schema.types == [pa.string(), pa.float64(), pa.int64(), pa.list_(pa.float32())]
-        assert table["example_key"].to_pylist() == list(keyed_rows[EXAMPLE_KEY])
+        assert set(table["example_key"].to_pylist()) == set(content_keys(token_rows))
         assert json.loads(table.schema.metadata[b"hf_sft_variants"]) == SETTINGS
-        assert [file.name for file in path.parent.iterdir()] == ["scores.parquet"]
+        assert {file.name for file in path.parent.iterdir()} == {path.name, ".lock"}
+
+
+class CountingScorer:
+    """Scores an example by its first token, and keeps those that it has scored."""
+
+    def __init__(self):
+        self.scored = []
+
+    def __call__(self, examples):
+        self.scored += [example["input_ids"] for example in examples]
+        return [{"first": example["input_ids"][0]} for example in examples]
+
+
+def score(rows, folder, batch_tokens=40, scorer=None, settings=SETTINGS, **options):
+    """Scores; without a scorer they have to be there."""
+    return cached_scores(rows, lambda: scorer or pytest.fail("a model"), folder, settings, batch_tokens, "", **options)
+
+
+def first_tokens(rows):
+    return [ids[0] for ids in rows["input_ids"]]
 
 
 KILLED_RUN = """
 import os, signal, sys
 from accelerate import PartialState
 from datasets import Dataset
-from hf_sft_variants.scoring import score_in_shards, shards
+from hf_sft_variants.scoring import cached_scores, shards
 from pathlib import Path
 
 folder, survives = Path(sys.argv[1]), int(sys.argv[2])
@@ -176,121 +188,143 @@ def score_batch(examples):
     return [{"first": example["input_ids"][0]} for example in examples]
 
 rows = Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder / "cache"))
-score_in_shards(rows, score_batch, folder / "scores.parquet", {"kind": "test"}, 40, "")
-print(len(scored))
+cached_scores(rows, lambda: score_batch, folder / "scores", {"kind": "test"}, 40, "")
+print(sum(scored))
 """
 
 
-class TestShards:
-    def test_killed_run_goes_on(self, keyed_rows, tmp_path):
-        def run(folder, survives):
-            command = [sys.executable, "-c", KILLED_RUN, str(folder), str(survives)]
+class TestCachedScores:
+    def test_belong_to_the_tokens_they_were_made_of(self, token_rows, tmp_path):
+        """One row more, rows in another order, a duplicate, or another batch: only what is new is scored, and once."""
+        scorer = CountingScorer()
+        assert score(token_rows.select(range(8)), tmp_path, scorer=scorer)["first"].to_pylist() == first_tokens(
+            token_rows.select(range(8))
+        )
+        assert len(scorer.scored) == 8
+        rows = token_rows.select([9, 3, 3, 9, 0])
+        assert score(rows, tmp_path, 300, scorer)["first"].to_pylist() == first_tokens(rows)
+        assert scorer.scored[8:] == [token_rows["input_ids"][9]]
+        assert score(rows, tmp_path)["first"].to_pylist() == first_tokens(rows)  # without a model
+
+    def test_truncation_makes_another_example(self, token_rows, tmp_path):
+        scorer, cut = CountingScorer(), {"input_ids": slice(None, 9), "labels": slice(None, 9)}
+        score(token_rows, tmp_path, scorer=scorer)
+        short = token_rows.map(lambda row: {name: row[name][kept] for name, kept in cut.items()})
+        score(short, tmp_path, scorer=scorer)
+        assert sorted(scorer.scored[16:]) == sorted(ids[:9] for ids in token_rows["input_ids"] if len(ids) > 9)
+
+    def test_other_labels_make_another_example(self, token_rows, tmp_path):
+        scorer = CountingScorer()
+        score(token_rows.select([0]), tmp_path, scorer=scorer)
+        score(token_rows.select([0]).map(lambda row: {"labels": row["input_ids"]}), tmp_path, scorer=scorer)
+        assert len(scorer.scored) == 2
+
+    def test_what_can_not_be_scored_is_null(self, token_rows, tmp_path):
+        """Without a label that is predicted, or with more tokens than the model can read."""
+        rows = list(token_rows.select([0, 1, 2]))
+        rows[1] = {"input_ids": [5, 6, 7], "labels": [5, -100, -100]}
+        rows, scorer = Dataset.from_list(rows), CountingScorer()
+        table = score(rows, tmp_path, scorer=scorer, max_tokens=20)
+        assert table["first"].to_pylist() == [None, None, rows["input_ids"][2][0]] and len(scorer.scored) == 1
+        with pytest.raises(InputError, match="no example has a supervised token and at most 2 tokens"):
+            score(rows, tmp_path, scorer=scorer, max_tokens=2)
+
+    def test_other_settings_score_again(self, token_rows, tmp_path):
+        scorer = CountingScorer()
+        for others in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 3}):
+            score(token_rows, tmp_path, scorer=scorer, settings=others)
+        assert len(scorer.scored) == 2 * len(token_rows)
+
+    def test_killed_run_goes_on(self, token_rows, tmp_path):
+        def run(survives):
+            command = [sys.executable, "-c", KILLED_RUN, str(tmp_path), str(survives)]
             return subprocess.run(command, capture_output=True, text=True)
 
-        folders = [tmp_path / "killed", tmp_path / "unbroken"]
-        for folder in folders:
-            folder.mkdir()
-            keyed_rows.to_json(folder / "rows.jsonl")
-        assert run(folders[0], survives=5).returncode == -signal.SIGKILL
-        (shard_folder,) = folders[0].glob("scores.parquet.shards-*")
-        assert len(list(shard_folder.iterdir())) == 2  # of two batches each
-        resumed, unbroken = run(folders[0], survives=99), run(folders[1], survives=99)
-        num_batches = [int(result.stdout.splitlines()[-1]) for result in (resumed, unbroken)]
-        assert num_batches[0] == num_batches[1] - 4
-        assert (folders[0] / "scores.parquet").read_bytes() == (folders[1] / "scores.parquet").read_bytes()
-        assert not shard_folder.exists()
+        token_rows.to_json(tmp_path / "rows.jsonl")
+        assert run(survives=5).returncode == -signal.SIGKILL
+        paths = list((tmp_path / "scores").rglob("*.parquet"))
+        assert len(paths) == 2  # shards of two batches each
+        resumed = run(survives=99)
+        assert int(resumed.stdout) == len(token_rows) - sum(len(pq.read_table(path)) for path in paths)
+        assert score(token_rows, tmp_path / "scores")["first"].to_pylist() == first_tokens(token_rows)
 
-    @pytest.mark.parametrize(("seed", "batch_tokens"), [(None, 90), (3, 40)], ids=["other_budget", "other_order"])
-    def test_shards_of_another_plan_are_not_mixed_in(self, seed, batch_tokens, keyed_rows, tmp_path, monkeypatch):
-        monkeypatch.setattr(shards, "BATCHES_PER_SHARD", 1)
-        path, scored = tmp_path / "scores.parquet", []
-
-        def score_batch(examples):
-            if len(scored) == 5:
-                raise KeyboardInterrupt
-            scored.append(len(examples))
-            return [{"first": example["input_ids"][0]} for example in examples]
-
-        with pytest.raises(KeyboardInterrupt):
-            score_in_shards(keyed_rows, score_batch, path, SETTINGS, 40, "")
-        scored.extend([0] * 9)
-        rows = keyed_rows if seed is None else keyed_rows.shuffle(seed=seed)
-        table = score_in_shards(rows, score_batch, path, SETTINGS, batch_tokens, "")
-        assert table["first"].to_pylist() == [ids[0] for ids in rows["input_ids"]]
-        assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]
-
-    def test_another_run_wrote_the_file_meanwhile(self, keyed_rows, tmp_path):
-        path = tmp_path / "scores.parquet"
-        score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], path, SETTINGS, 50, "")
-        assert score_in_shards(keyed_rows, None, path, SETTINGS, 50, "")["a"].to_pylist() == [1] * len(keyed_rows)
-
-    def test_full_disk(self, keyed_rows, tmp_path, monkeypatch):
+    def test_full_disk(self, token_rows, tmp_path, monkeypatch):
         def no_space(*args):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(shards.pq, "write_table", no_space)
         with pytest.raises(InputError, match=r"Scores can't be written to .*: the disk is full. .* `score_cache_dir`"):
-            score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], tmp_path / "s", SETTINGS, 50, "")
+            score(token_rows, tmp_path, scorer=CountingScorer())
 
-    def test_folder_that_is_a_file(self, keyed_rows, tmp_path):
+    def test_folder_that_is_a_file(self, token_rows, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match=r"Scores can't be written to .*: (File exists|Not a directory)"):
-            score_in_shards(keyed_rows, None, tmp_path / "file" / "scores.parquet", SETTINGS, 50, "")
+            score(token_rows, tmp_path / "file")
 
-    def test_file_with_other_options(self, keyed_rows, tmp_path):
-        path = tmp_path / "scores.parquet"
-        score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], path, {"dtype": "a", "same": 1}, 50, "")
-        with pytest.raises(ValueError, match="written with other options: dtype was 'a', is 'b'. Delete"):
-            read_scores(path, {"dtype": "b", "same": 1})
+    def test_file_with_other_options(self, token_rows, tmp_path):
+        """Copied by hand, say."""
+        score(token_rows, tmp_path, scorer=CountingScorer(), settings={"dtype": "a", "same": 1})
+        (folder,) = tmp_path.iterdir()
+        folder.rename(shards.settings_folder(tmp_path, {"dtype": "b", "same": 1}))
+        with pytest.raises(InputError, match="written with other options: dtype was 'a', is 'b'. Delete"):
+            score(token_rows, tmp_path, settings={"dtype": "b", "same": 1})
 
-    @pytest.mark.parametrize("content", [b"", b"PAR1 no parquet"])
-    def test_broken_file(self, content, tmp_path):
-        (tmp_path / "scores.parquet").write_bytes(content)
-        with pytest.raises(ValueError, match=r"scores\.parquet can't be read"):
-            read_scores(tmp_path / "scores.parquet", SETTINGS)
-
-    def test_broken_shard(self, keyed_rows, tmp_path, monkeypatch):
-        """What a run that was stopped has left is damaged before the next one puts it together."""
-        monkeypatch.setattr(shards, "BATCHES_PER_SHARD", 1)
-
-        def score_batch(examples):
-            for file in tmp_path.rglob("00000.parquet"):
-                file.write_bytes(b"PAR1 no parquet")
-            return [{"a": 1} for _ in examples]
-
-        with pytest.raises(ValueError, match=r"00000.parquet, a part of the scores, can't be read .* Delete the file"):
-            score_in_shards(keyed_rows, score_batch, tmp_path / "scores.parquet", SETTINGS, 40, "")
-
-    def test_truncated_file(self, keyed_rows, tmp_path):
-        path = tmp_path / "scores.parquet"
-        score_in_shards(keyed_rows, lambda rows: [{"a": 1} for _ in rows], path, SETTINGS, 50, "")
-        path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(ValueError, match="can't be read"):
-            read_scores(path, SETTINGS)
-
-    def test_paths_tell_settings_and_examples_apart(self, keyed_rows, tmp_path):
-        same = scores_path(tmp_path, {"a": 1, "b": 2}, keyed_rows)
-        assert scores_path(tmp_path, {"b": 2, "a": 1}, keyed_rows.shuffle(seed=0)) == same
-        shorter = keyed_rows.map(lambda row: {name: row[name][:9] for name in ("input_ids", "labels")})
-        other_end = keyed_rows.map(lambda row: {name: row[name][-9:] for name in ("input_ids", "labels")})
-        others = [keyed_rows.select([0]), shorter, other_end]
-        paths = [scores_path(tmp_path, {"a": 1, "b": 2}, other) for other in others]
-        paths.append(scores_path(tmp_path, {"a": 1, "b": 3}, keyed_rows))
-        assert len({same, *paths}) == 5
+    @pytest.mark.parametrize("kept", [0, 4, -20])
+    def test_broken_file(self, kept, token_rows, tmp_path):
+        score(token_rows, tmp_path, scorer=CountingScorer())
+        (path,) = tmp_path.rglob("*.parquet")
+        path.write_bytes(path.read_bytes()[:kept])
+        with pytest.raises(InputError, match=rf"{path.name} can't be read .* Delete the file"):
+            score(token_rows, tmp_path)
 
 
-class TestJoin:
-    def test_by_key_in_any_order(self, keyed_rows):
-        scores = pa.table(
-            {EXAMPLE_KEY: keyed_rows[EXAMPLE_KEY][:], "length": [len(ids) for ids in keyed_rows["input_ids"]]}
-        )
-        joined = join_scores(keyed_rows.shuffle(seed=1).select(range(9)), scores, {"length": "l"}, "here")
-        assert [len(ids) for ids in joined["input_ids"]] == list(joined["l"])
+class TestLock:
+    """Another run holds the lock, until it is told that this one waits."""
 
-    def test_missing_example(self, keyed_rows):
-        scores = pa.table({EXAMPLE_KEY: keyed_rows[EXAMPLE_KEY][:4], "length": [1] * 4})
-        with pytest.raises(ValueError, match=r"Row 4 of the data set \(key \w+-0\) has no scores in here"):
-            join_scores(keyed_rows, scores, {"length": "l"}, "here")
+    @pytest.fixture
+    def other_run(self, token_rows, tmp_path, monkeypatch):
+        """Lets the other run finish, after three tries, when it has scored so many rows."""
+        monkeypatch.setattr(locks, "LOCK_SECONDS", 0.01)
+        folder = shards.settings_folder(tmp_path, SETTINGS)
+        folder.mkdir()
+        lock, tries, try_to_lock = FileLock(folder / ".lock"), [], locks._try_to_lock
+        lock.acquire()
+
+        def finish_after(num_rows):
+            def try_and_count(*arguments):
+                tries.append(1)
+                if len(tries) == 3:
+                    score_without_lock(token_rows.select(range(num_rows)), tmp_path, monkeypatch)
+                    lock.release()
+                return try_to_lock(*arguments)
+
+            monkeypatch.setattr(locks, "_try_to_lock", try_and_count)
+            return tries
+
+        return finish_after
+
+    def test_waits_without_a_model_and_finds_the_scores(self, other_run, token_rows, tmp_path, caplog):
+        tries = other_run(len(token_rows))
+        assert score(token_rows, tmp_path)["first"].to_pylist() == first_tokens(token_rows)
+        assert len(tries) == 3 and caplog.text.count("Waiting for another run that makes scores in") == 1
+        assert len(list(tmp_path.rglob(".lock"))) == 1
+
+    def test_scores_what_the_other_run_has_left(self, other_run, token_rows, tmp_path):
+        tries, scorer = other_run(10), CountingScorer()
+        assert score(token_rows, tmp_path, scorer=scorer)["first"].to_pylist() == first_tokens(token_rows)
+        assert len(scorer.scored) == len(token_rows) - 10 and len(tries) == 3
+
+    def test_no_lock_where_nothing_is_missing(self, token_rows, tmp_path):
+        score(token_rows, tmp_path, scorer=CountingScorer())
+        (path,) = tmp_path.rglob(".lock")
+        with FileLock(path):
+            score(token_rows, tmp_path)
+
+
+def score_without_lock(rows, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "_try_to_lock", lambda *arguments: True)
+        score(rows, folder, scorer=CountingScorer())
 
 
 def commit_of(repository, digit):

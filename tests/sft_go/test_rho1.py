@@ -1,14 +1,17 @@
 import copy
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from helpers import assert_same_gradients, make_trainer, one_step, padded_document_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+from hf_sft_variants.errors import InputError
 from hf_sft_variants.sft_go import reference_losses
 from hf_sft_variants.sft_go.excess_loss import group_by_excess_loss
 
@@ -108,13 +111,17 @@ def test_every_split_of_a_batch(options, tiny_model, tokenizer, token_rows, tmp_
         assert_same_gradients(split_gradients, gradients, tolerance=1e-6)
 
 
+def num_scored(folder):
+    return sum(len(pq.read_table(path)) for path in (folder / "scores").rglob("*.parquet"))
+
+
 class TestScores:
     def trainer(self, tiny_model, tokenizer, rows, tmp_path, options, **others):
         return make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, **{**options, **others})
 
     def test_are_computed_once(self, options, tiny_model, tokenizer, token_rows, tmp_path, monkeypatch):
         first = self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options, eval_dataset=token_rows.select([2]))
-        assert len(list((tmp_path / "scores").iterdir())) == 2  # training and evaluation set
+        assert num_scored(tmp_path) == len(token_rows)  # the row of the evaluation set is one of them
         monkeypatch.setattr(reference_losses, "load_reference_model", None)  # must not be called again
         again = self.trainer(
             tiny_model, tokenizer, token_rows, tmp_path, options, important_fraction=0.2, max_steps=1, packing=True
@@ -124,10 +131,11 @@ class TestScores:
             map(len, first.train_dataset["reference_log_probs"])
         )
 
-    def test_other_truncation_scores_again(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+    def test_other_truncation_scores_what_it_cuts(self, options, tiny_model, tokenizer, token_rows, tmp_path):
         self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options)
         short = self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options, max_length=12)
-        assert len(list((tmp_path / "scores").iterdir())) == 2
+        num_cut = sum(len(ids) > 12 for ids in token_rows["input_ids"])
+        assert num_scored(tmp_path) == len(token_rows) + num_cut
         for row in short.train_dataset:
             assert len(row["reference_log_probs"]) == len(row["input_ids"]) <= 12
 
@@ -137,7 +145,7 @@ class TestScores:
         tiny_model.save_pretrained(tmp_path / "reference")
         tokenizer.save_pretrained(tmp_path / "reference")
         self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options)
-        assert len(list((tmp_path / "scores").iterdir())) == 2
+        assert num_scored(tmp_path) == 2 * len(token_rows)
 
     def test_equal_rows_and_shuffling(self, options, reference, tiny_model, tokenizer, token_rows, tmp_path):
         rows = token_rows.select([4, 2, 4, 0])
@@ -178,6 +186,22 @@ class TestBadInput:
         (tmp_path / "reference" / "model.safetensors").unlink()
         with pytest.raises(ValueError, match=r"The reference model .* can't be loaded"):
             make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+
+    def test_more_tokens_than_the_reference_has_positions(
+        self, options, tiny_model, tokenizer, token_rows, tmp_path, caplog
+    ):
+        """GPT-2 has an embedding for each position, and none for those behind."""
+        config = GPT2Config(
+            vocab_size=len(tokenizer), n_positions=20, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "reference")
+        trainer = make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+        fitting = [ids for ids in token_rows["input_ids"] if len(ids) <= 20]
+        assert list(trainer.train_dataset["input_ids"]) == fitting and len(fitting) == 10
+        assert "6 of 16 examples of the train dataset can't be scored: 6 by" in caplog.text
+        long = token_rows.select([0, 8])
+        with pytest.raises(InputError, match="2 of 2 examples of the train dataset can't be scored: 2 by .* Raise"):
+            make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, long, tmp_path, **options)
 
     def test_streaming(self, options, tiny_model, tokenizer, token_rows, tmp_path):
         rows = token_rows.to_iterable_dataset()
