@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from ..base.processes import on_main_process
 from ..base.trl_internals import DataCollatorForLanguageModeling, global_then_local_main_first
 from ..errors import InputError
 from ..generation import evaluation_mode
@@ -68,7 +70,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
         trainer ([`~trl.SFTTrainer`]):
             Trainer to which the callback will be attached.
         output_file (`str` or `Path`):
-            Parquet file to write, in a folder that all processes share.
+            Parquet file that the main process writes.
         checkpoints (`Sequence[int]`, *optional*):
             Optimizer steps after which to evaluate. By default the end of each epoch of three or more, otherwise three
             evenly spaced steps, the last one included. The paper does not say.
@@ -109,21 +111,14 @@ class ConfidenceTrackingCallback(TrainerCallback):
             )
         self._steps = checkpoint_steps(self.checkpoints, state.max_steps, _steps_per_epoch(train_dataloader, args))
         self._forget_what_comes_later(state.global_step)
-        for step in self._steps:
-            if step <= state.global_step and not self._part(step).is_file():
-                raise InputError(
-                    f"The run is resumed at step {state.global_step}, but {self._part(step)} is missing: the data was "
-                    f"not evaluated at step {step}. Start from the beginning, or from a checkpoint before that step."
-                )
+        on_main_process(partial(self._require_parts, state.global_step))
         with global_then_local_main_first():
             examples = trained_examples(self.trainer) if self.dataset is None else self.dataset
             examples = examples.with_format(None)  # values as lists, whatever the user looks at them with
             tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
             examples, self._keys_of = with_content_keys(examples, tokenizer.eos_token, args.dataset_text_field)
         self._examples = examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"])
-        for step in self._steps:
-            if step <= state.global_step:
-                self._require_same_examples(self._part(step))
+        on_main_process(partial(self._require_same_examples, state.global_step))
         self._num_labels = np.array([sum(label != -100 for label in row[1:]) for row in self._examples["labels"]])
         lengths = [len(ids) for ids in self._examples["input_ids"]]
         batch_tokens = args.per_device_eval_batch_size * max(lengths)
@@ -149,12 +144,24 @@ class ConfidenceTrackingCallback(TrainerCallback):
     def _part(self, step: int) -> Path:
         return self.output_file.with_name(f"{self.output_file.name}.checkpoints") / f"step-{step}.parquet"
 
-    def _require_same_examples(self, part: Path) -> None:
-        if pq.read_table(part)[EXAMPLE_KEY].to_pylist() != self._examples[EXAMPLE_KEY][:]:
-            raise InputError(
-                f"{part} was written for other examples than those of the run that is resumed, or in another order. "
-                "Resume with the same data set, or start from the beginning."
-            )
+    def _parts_until(self, global_step: int) -> list[Path]:
+        return [self._part(step) for step in self._steps if step <= global_step]
+
+    def _require_parts(self, global_step: int) -> None:
+        for part in self._parts_until(global_step):
+            if not part.is_file():
+                raise InputError(
+                    f"The run is resumed at step {global_step}, but {part} is missing: the data was not evaluated "
+                    "then. Start from the beginning, or from a checkpoint before that step."
+                )
+
+    def _require_same_examples(self, global_step: int) -> None:
+        for part in self._parts_until(global_step):
+            if pq.read_table(part)[EXAMPLE_KEY].to_pylist() != self._examples[EXAMPLE_KEY][:]:
+                raise InputError(
+                    f"{part} was written for other examples than those of the run that is resumed, or in another "
+                    "order. Resume with the same data set, or start from the beginning."
+                )
 
     def _forget_what_comes_later(self, global_step: int) -> None:
         """Of an earlier run in this folder, or of the steps that a killed one lost."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model, release_memory
+from accelerate.utils import is_peft_model, release_memory
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -20,6 +20,7 @@ from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from ..base.checkpoints import last_checkpoint
+from ..base.processes import on_main_process
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY, require_same_vocabulary
 from .confidence import ConfidenceTrackingCallback
@@ -98,7 +99,8 @@ class ReferencePhase:
 
     def run(self, trainer: "SFTMixTrainer", resume: bool, checkpoint: str | None) -> Path:
         """
-        Train the reference, unless that was done before; to be called by all processes at once.
+        Train the reference, unless that was done before; to be called by all processes at once. What is on disk counts
+        where the main process sees it: other machines may have a folder of their own.
 
         Args:
             trainer ([`SFTMixTrainer`]):
@@ -117,10 +119,10 @@ class ReferencePhase:
         path = reference_folder(trainer.args) / _CONFIDENCE
         settings_path, settings = path.with_name(_SETTINGS_OF_RUN), self._settings(trainer)
         if resume and checkpoint is None:  # a checkpoint of mixup has its own
-            _require_same_settings(settings_path, {name: settings[name] for name in _FIXED})
-        if all(gather_object([path.is_file()])):
+            on_main_process(partial(_require_same_settings, settings_path, {name: settings[name] for name in _FIXED}))
+        if on_main_process(path.is_file):
             if not resume:
-                _require_same_settings(settings_path, settings)
+                on_main_process(partial(_require_same_settings, settings_path, settings))
             logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
             _remove_checkpoints(trainer, path.parent)
             return path
@@ -155,7 +157,9 @@ class ReferencePhase:
             dataset=self._unpacked_examples(reference, rows) if reference.args.packing else None,
         )
         reference.add_callback(tracking)
-        reference.train(resume_from_checkpoint=last_checkpoint(path.parent) if resume else None)
+        reference.train(
+            resume_from_checkpoint=on_main_process(partial(last_checkpoint, path.parent)) if resume else None
+        )
 
     def _start(self, trainer) -> dict[str, Any]:
         """The model to begin with, and the arguments that go with it."""

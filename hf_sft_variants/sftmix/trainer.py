@@ -1,6 +1,6 @@
 import inspect
 import textwrap
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import at_least_float32
 from ..base.checkpoints import last_checkpoint
 from ..base.preparation import map_description
+from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
 from ..scoring import EXAMPLE_KEY
@@ -248,14 +249,17 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         if self.args.needs_reference:
             path = self._reference_phase.run(self, bool(resume_from_checkpoint), checkpoint)
             measure = self.args.confidence_measure
-            self.halves = halves_from_file(path, self.train_examples, measure, skip_missing=True)
+            # Other machines may have no such file
+            self.halves = on_main_process(
+                partial(halves_from_file, path, self.train_examples, measure, skip_missing=True)
+            )
             set_seed(self.args.seed)  # as if nothing had been before
         if self._online is not None and checkpoint is not None:
             self._online.load(checkpoint, self.accelerator)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def checkpoint_to_resume(self, resume_from_checkpoint):
-        is_begun = self.args.needs_reference and reference_folder(self.args).is_dir()
+        is_begun = self.args.needs_reference and on_main_process(reference_folder(self.args).is_dir)
         if resume_from_checkpoint is True and is_begun and last_checkpoint(self.args.output_dir) is None:
             return None  # the run was stopped in its first phase, or between the two
         if isinstance(resume_from_checkpoint, str | Path) and Path(resume_from_checkpoint).resolve().is_relative_to(
