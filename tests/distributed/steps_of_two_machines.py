@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock
 from helpers import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -28,7 +29,7 @@ from hf_sft_variants import (
     SFTMixTrainer,
 )
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.scoring import shards
+from hf_sft_variants.scoring import locks, shards
 from hf_sft_variants.sft_go import reference_losses
 
 
@@ -92,6 +93,26 @@ def train_with_the_others_scores(arguments):
     return result
 
 
+def train_after_waiting(arguments):
+    """Another run holds the lock on the first machine for three tries; its result has the number of tries."""
+    tries, others, try_to_lock = [], [], locks._try_to_lock
+
+    def try_while_another_run_has_it(lock, folder):
+        if not tries:
+            folder.mkdir(parents=True)
+            others.append(FileLock(lock.lock_file))
+            others[0].acquire()
+        tries.append(1)
+        if len(tries) == 3:
+            others[0].release()
+        return try_to_lock(lock, folder)
+
+    locks._try_to_lock, locks.LOCK_SECONDS = try_while_another_run_has_it, 0.1
+    result = train("rho1", *arguments, score_cache_dir="scores_after_waiting")
+    locks._try_to_lock = try_to_lock
+    return {**result, "tries": len(tries)}
+
+
 def refusal(name, arguments, **options):
     try:
         train(name, *arguments, **options)
@@ -105,6 +126,7 @@ def main(folder: Path):
     arguments = load()
     results = {name: train(name, *arguments, [AssertTwoMachines()]) for name in CASES}
     results["rho1_served"] = train_with_the_others_scores(arguments)
+    results["rho1_waited"] = train_after_waiting(arguments)
     results["other_model"] = refusal("rho1", arguments, reference_model="different")
     model, tokenizer, rows = arguments
     results["other_data"] = refusal("poft", (model, tokenizer, rows.select(range(6 + PartialState().process_index))))

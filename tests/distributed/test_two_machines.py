@@ -88,6 +88,11 @@ def test_each_machine_has_the_scores(results, folder):
     assert all(machine["rho1_served"]["losses"] == machine["rho1"]["losses"] for machine in results)
 
 
+def test_all_machines_wait_while_one_finds_a_lock(results):
+    assert [machine["rho1_waited"]["tries"] for machine in results] == [3, 0]
+    assert all(machine["rho1_waited"]["losses"] == machine["rho1"]["losses"] for machine in results)
+
+
 def test_what_differs_is_refused_on_all_machines(results):
     for machine in results:
         assert "Process 1 would score with another `version` than the main process" in machine["other_model"]
