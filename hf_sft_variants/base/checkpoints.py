@@ -64,7 +64,10 @@ class SameRunMixin:
         return checkpoint
 
     def remember_examples(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
-        """Take note of the training set, which is prepared first; a stream can't be described."""
+        """
+        Take note of the training set, which is prepared first: the rows as they are trained on, packed or not. A
+        stream can't be described. Called by all processes at once.
+        """
         if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
             self._examples = describe_examples(dataset)
 

@@ -210,7 +210,9 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         columns = set(get_dataset_column_names(dataset))
         if {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
             # Packing it again would lose where its documents end
-            return check_rows(dataset, args, self._tokenizer, dataset_name)
+            dataset = check_rows(dataset, args, self._tokenizer, dataset_name)
+            self.remember_examples(dataset, dataset_name)
+            return dataset
         has_text = "input_ids" not in columns
         if has_text:
             refuse_token_columns(dataset, dataset_name)
@@ -234,10 +236,11 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         dataset = self.score(dataset, dataset_name)
         with global_then_local_main_first():
             dataset = self.annotate(dataset, dataset_name)
-            self.remember_examples(dataset, dataset_name)
             if packing:
                 dataset = pack(dataset, list(self.annotation_columns), args, dataset_name)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        self.remember_examples(dataset, dataset_name)
+        return dataset
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

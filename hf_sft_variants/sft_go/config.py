@@ -52,8 +52,9 @@ class SFTGOConfig(SFTConfig):
             of the gradient: the model may not learn to stop.
         tfidf_file (`str`, *optional*):
             Where the fitted document frequencies are kept (`.npz`): read if the file is there, else fitted on the
-            training set and written. Needed for a streaming training set, which can't be read beforehand. Inside
-            `output_dir` it goes to the Hub with the model: a number for each token of the vocabulary.
+            training set and written. Of a streaming training set they are fitted on the first 10,000 examples, unless
+            the file is there. Inside `output_dir` it goes to the Hub with the model: a number for each token of the
+            vocabulary.
         importance_model (`str`, *optional*, defaults to `"microsoft/llmlingua-2-xlm-roberta-large-meetingbank"`):
             For `group_by="llmlingua2"`: id or path of a token-classification model with two labels, 1 for "keep".
         reference_model (`str`, *optional*):

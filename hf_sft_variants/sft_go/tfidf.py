@@ -1,21 +1,28 @@
 import hashlib
 import json
 import zlib
+from itertools import accumulate, pairwise
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfTransformer
 from transformers import PreTrainedTokenizerBase
 
+from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
 from .grouping import supervised_positions
 
 
 logger = get_logger(__name__)
+
+# Rows at the start of a stream that document frequencies are fitted on
+STREAM_ROWS = 10_000
 
 
 class TokenTfidf:
@@ -29,31 +36,40 @@ class TokenTfidf:
             Fitted transformer; its `idf_` has one value for each token id.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer that made the token ids.
+        num_documents (`int`, *optional*):
+            Number of the samples that it was fitted on, where it was fitted just now.
     """
 
-    def __init__(self, transformer: TfidfTransformer, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self, transformer: TfidfTransformer, tokenizer: PreTrainedTokenizerBase, num_documents: int | None = None
+    ):
         self.transformer = transformer
         self.tokenizer = tokenizer
+        self.num_documents = num_documents
 
     @classmethod
-    def fit(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> "TokenTfidf":
+    def fit(cls, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> "TokenTfidf":
         """
         Count in how many samples of a tokenized data set each token id is supervised.
 
         Args:
-            dataset ([`~datasets.Dataset`]):
-                Data set with a `labels` column.
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Data set with a `labels` column, and with `seq_lengths` if it is packed. A sample that packing has cut
+                counts as often as it has parts. All of it is read, so a stream has to end.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 Tokenizer that made the labels.
         """
-        document_frequency = np.zeros(len(tokenizer))
-        for batch in dataset.select_columns(["labels"]).iter(batch_size=1000):
-            counts, _ = _count_terms(batch["labels"], len(tokenizer))
+        document_frequency, num_documents = np.zeros(len(tokenizer)), 0
+        columns = {"labels", "seq_lengths"} & set(get_dataset_column_names(dataset))
+        for batch in dataset.select_columns(sorted(columns)).iter(batch_size=1000):
+            documents = _documents(**batch)
+            counts, _ = _count_terms(documents, len(tokenizer))
             document_frequency += np.bincount(counts.indices, minlength=len(tokenizer))
+            num_documents += len(documents)
         transformer = TfidfTransformer()
         # What `TfidfTransformer.fit` computes, without all counts in memory at once
-        transformer.idf_ = np.log((1 + len(dataset)) / (1 + document_frequency)) + 1
-        return cls(transformer, tokenizer)
+        transformer.idf_ = np.log((1 + num_documents) / (1 + document_frequency)) + 1
+        return cls(transformer, tokenizer, num_documents)
 
     @classmethod
     def load(cls, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> "TokenTfidf":
@@ -90,6 +106,31 @@ class TokenTfidf:
             np.savez_compressed(file, idf=self.transformer.idf_, vocabulary=vocabulary_hash(self.tokenizer))
         partial.replace(path)
 
+    def digest(self) -> str:
+        """Hash of the document frequencies."""
+        return hashlib.sha256(np.asarray(self.transformer.idf_, dtype="<f8").tobytes()).hexdigest()[:16]
+
+
+def shared_tfidf(
+    dataset: Dataset | IterableDataset, path: str | None, tokenizer: PreTrainedTokenizerBase
+) -> TokenTfidf:
+    """
+    [`load_or_fit_tfidf`] by one process, with the same result for all of them: to be called by all at once.
+
+    Raises:
+        `InputError`: In all processes, what it raises in that one.
+    """
+    result = [None]
+    if PartialState().is_main_process:
+        try:
+            result = [load_or_fit_tfidf(dataset, path, tokenizer).transformer]
+        except InputError as error:  # the others wait for a result
+            result = [error]
+    broadcast_object_list(result)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return TokenTfidf(result[0], tokenizer)
+
 
 def load_or_fit_tfidf(
     dataset: Dataset | IterableDataset, path: str | None, tokenizer: PreTrainedTokenizerBase
@@ -97,23 +138,26 @@ def load_or_fit_tfidf(
     """
     Read the document frequencies where `path` is a file; else fit them, and write them where `path` is given.
 
+    Of a stream the first [`STREAM_ROWS`] rows are fitted on, so they have to be the same when it is read again.
+
     Raises:
-        `InputError`: If there is nothing to read and the data set is a stream, which can't be read beforehand.
+        `InputError`: If the file can't be used ([`TokenTfidf.load`]), or the data set has other tokens.
     """
     if path is not None and Path(path).exists():
         if not isinstance(dataset, IterableDataset):
             logger.warning(
                 f"Document frequencies are read from `tfidf_file={path!r}`, not fitted on this training set. Remove "
-                "`tfidf_file`, which only streaming needs, or delete the file to have them fitted."
+                "`tfidf_file` or delete the file to have them fitted."
             )
         return TokenTfidf.load(path, tokenizer)
-    if isinstance(dataset, IterableDataset):
-        raise InputError(
-            f"`group_by='tfidf'` on a streaming training set needs fitted document frequencies, and `tfidf_file` is "
-            f"{path!r}. Run once on a sample that does not stream with `tfidf_file` set to a path, then stream with "
-            "the same path; or use `group_by='column'`."
+    is_stream = isinstance(dataset, IterableDataset)
+    tfidf = TokenTfidf.fit(dataset.take(STREAM_ROWS) if is_stream else dataset, tokenizer)
+    if is_stream:
+        logger.warning(
+            f"Document frequencies are fitted on the first {tfidf.num_documents:,} examples of the stream. To have "
+            "all of them counted, fit on a data set that does not stream, with `tfidf_file` set to a path, and stream "
+            "with the same path."
         )
-    tfidf = TokenTfidf.fit(dataset, tokenizer)
     if path is not None:
         tfidf.save(path)
     return tfidf
@@ -142,6 +186,14 @@ def add_tfidf_scores(examples: dict[str, list], idf: np.ndarray) -> dict[str, li
         rows.append(scores)
         start += len(positions)
     return {"importance_scores": rows}
+
+
+def _documents(labels: list[list[int]], seq_lengths: list[list[int]] | None = None) -> list[list[int]]:
+    """The labels of each sample, of which a packed row has several."""
+    if seq_lengths is None:
+        return labels
+    ends = [list(accumulate(lengths, initial=0)) for lengths in seq_lengths]
+    return [row[start:end] for row, row_ends in zip(labels, ends, strict=True) for start, end in pairwise(row_ends)]
 
 
 def _count_terms(label_rows: list[list[int]], vocab_size: int) -> tuple[csr_array, np.ndarray]:

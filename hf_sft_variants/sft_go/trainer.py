@@ -27,7 +27,7 @@ from .llmlingua2 import importance_scores
 from .loss import group_optimization, uniform_token_weights
 from .metrics import WorstGroupFlips, group_metrics
 from .reference_losses import drop_too_long, reference_log_probs
-from .tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf
+from .tfidf import TokenTfidf, add_tfidf_scores, shared_tfidf
 
 
 logger = get_logger(__name__)
@@ -108,7 +108,24 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     def user_token_columns(self):
         return [column for column in (self.args.importance_column, self.args.group_column) if column is not None]
 
+    def remember_examples(self, dataset, dataset_name):
+        super().remember_examples(dataset, dataset_name)
+        self._fit_tfidf(dataset, dataset_name)  # of a training set that came prepared
+
+    def describe_run(self):
+        run = super().describe_run()
+        if self._tfidf is not None and self._is_streaming:  # nothing else tells of a stream that it is the same
+            source = "`tfidf_file`" if self.args.tfidf_file else "the start of the stream"
+            run["settings"]["document_frequencies"] = f"{self._tfidf.digest()} (of {source})"
+        return run
+
+    def _fit_tfidf(self, dataset, dataset_name):
+        """The training set comes first; evaluation sets use its document frequencies."""
+        if self.args.group_by == "tfidf" and dataset_name == "train" and self._tfidf is None:
+            self._tfidf = shared_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
+
     def score(self, dataset, dataset_name):
+        self._fit_tfidf(dataset, dataset_name)
         if self.args.group_by not in ("llmlingua2", "rho1"):
             return dataset
         if isinstance(dataset, IterableDataset):
@@ -165,8 +182,6 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         return dataset.map(function, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def _add_tfidf_scores(self, dataset, dataset_name):
-        if self._tfidf is None:  # the training set comes first, evaluation sets use its document frequencies
-            self._tfidf = load_or_fit_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
         map_kwargs = map_description(dataset, self.args, f"Weighing tokens of {dataset_name} dataset")
         fn_kwargs = {"idf": self._tfidf.transformer.idf_}
         return dataset.map(add_tfidf_scores, batched=True, fn_kwargs=fn_kwargs, **map_kwargs)

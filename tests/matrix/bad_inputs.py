@@ -302,7 +302,6 @@ COLUMNS = [
            score_end_of_turn=False),
     broken("1 example of the train dataset has labels, but a pair takes two", "sftmix", {"input_ids": [IDS]}),
     broken("`confidence_split='confidence'` needs all examples before training", "sftmix", "stream"),
-    broken("streaming training set needs fitted document frequencies", "sft_go", "stream"),
 ]  # fmt: skip
 
 

@@ -50,12 +50,8 @@ def test_streaming(method, layout, tiny_model, tokenizer, tmp_path):
     rows = FORMS["messages"].rows(tokenizer)
     # transformers never ends an epoch of a stream with fewer batches than it accumulates
     options = {"per_device_train_batch_size": 8, "max_length": 200, "max_steps": 1, **layout}
-    method_options = {}
-    if method == "sft_go":  # document frequencies can't be read off a stream
-        method_options = {"tfidf_file": str(tmp_path / "tfidf.npz")}
-        make_trainer(*METHODS[method].classes, tiny_model, tokenizer, rows, tmp_path, **options, **method_options)
     arguments = (tiny_model, tokenizer, rows.to_iterable_dataset(), tmp_path)
-    trainer = assert_as_used_is_the_slow_loss(method, *arguments, **options, **method_options)
+    trainer = assert_as_used_is_the_slow_loss(method, *arguments, **options)
     assert_prepared_as_by_sft_trainer(trainer, *arguments, **options)
 
 

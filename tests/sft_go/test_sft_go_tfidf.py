@@ -3,11 +3,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import trl
 from accelerate import PartialState
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from hf_sft_variants.sft_go.tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.sft_go.tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf, shared_tfidf
 
 
 @pytest.fixture(autouse=True)
@@ -94,9 +96,42 @@ def test_pickled_file_is_not_opened(tokenizer, tmp_path):
         TokenTfidf.load(path, tokenizer)
 
 
-def test_streaming_needs_a_file(token_rows, tokenizer):
-    with pytest.raises(ValueError, match=r"streaming training set .* `tfidf_file` is None"):
-        load_or_fit_tfidf(token_rows.to_iterable_dataset(), None, tokenizer)
+def test_a_stream_is_fitted_on_its_beginning(token_rows, tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("hf_sft_variants.sft_go.tfidf.STREAM_ROWS", 5)
+    expected = TokenTfidf.fit(token_rows.select(range(5)), tokenizer)
+    path = tmp_path / "idf.npz"
+    fitted = load_or_fit_tfidf(token_rows.to_iterable_dataset(), str(path), tokenizer)
+    assert fitted.digest() == expected.digest() != TokenTfidf.fit(token_rows, tokenizer).digest()
+    assert "Document frequencies are fitted on the first 5 examples of the stream" in caplog.text
+    assert load_or_fit_tfidf(token_rows.to_iterable_dataset(), str(path), tokenizer).digest() == expected.digest()
+
+
+def test_all_processes_have_what_the_first_one_has(token_rows, tokenizer, monkeypatch):
+    """Also where each reads another part of a stream; and its error."""
+    sent = []
+    monkeypatch.setattr("hf_sft_variants.sft_go.tfidf.broadcast_object_list", lambda objects: sent.append(objects[0]))
+    first = shared_tfidf(token_rows.select(range(4)), None, tokenizer)
+    with pytest.raises(InputError, match="has the token id 5000"):
+        shared_tfidf(Dataset.from_dict({"labels": [[3, 5000]]}), None, tokenizer)
+
+    def receive(objects):
+        assert objects == [None]
+        objects[0] = sent.pop(0)
+
+    monkeypatch.setattr("hf_sft_variants.sft_go.tfidf.broadcast_object_list", receive)
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    other_rows = token_rows.select(range(4, 8)).to_iterable_dataset()
+    assert shared_tfidf(other_rows, None, tokenizer).digest() == first.digest()
+    with pytest.raises(InputError, match="has the token id 5000"):
+        shared_tfidf(other_rows, None, tokenizer)
+
+
+def test_documents_of_packed_rows(token_rows, tokenizer):
+    packed = trl.pack_dataset(token_rows.select_columns(["input_ids", "labels"]), seq_length=100)
+    assert len(packed) < len(token_rows)
+    expected = TokenTfidf.fit(token_rows, tokenizer).digest()
+    assert TokenTfidf.fit(packed, tokenizer).digest() == expected
+    assert TokenTfidf.fit(packed.to_iterable_dataset(), tokenizer).digest() == expected
 
 
 def test_token_ids_beyond_the_tokenizer(tokenizer):

@@ -10,6 +10,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.sft_go.tfidf import TokenTfidf
 
 
 LAYOUTS = {
@@ -258,6 +260,91 @@ class TestGroups:
         assert streamed.state.global_step == 2
 
 
+class TestStreams:
+    """The defaults, with document frequencies of the first five of twelve rows."""
+
+    options = {
+        "min_grouped_tokens": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 1e-2,
+        "max_steps": 3,
+    }
+
+    @pytest.fixture(autouse=True)
+    def fitted_on_five(self, monkeypatch):
+        monkeypatch.setattr("hf_sft_variants.sft_go.tfidf.STREAM_ROWS", 5)
+
+    def make(self, model, tokenizer, rows, folder, **options):
+        options = {**self.options, **options}
+        return make_trainer(
+            SFTGOTrainer, SFTGOConfig, model, tokenizer, rows.to_iterable_dataset(), folder, **options
+        )  # fmt: skip
+
+    def assert_same_weights(self, first, second):
+        for (name, weights), other in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
+            assert torch.equal(weights, other), name
+
+    def test_equals_a_file_fitted_on_the_same_rows(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        file = str(tmp_path / "idf.npz")
+        make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, chat_rows.select(range(5)), tmp_path / "fit",
+                     tfidf_file=file)  # fmt: skip
+        evaluation = {"eval_dataset": chat_rows.select(range(5, 9)).to_iterable_dataset()}
+        fitted = self.make(tiny_model, tokenizer, chat_rows, tmp_path / "a", **evaluation)
+        with_file = self.make(tiny_model, tokenizer, chat_rows, tmp_path / "b", tfidf_file=file, **evaluation)
+        for name in ("train_dataset", "eval_dataset"):
+            first, second = ([row["group_ids"] for row in getattr(of, name)] for of in (fitted, with_file))
+            assert first == second and {1, 0} <= set(first[0])
+        fitted.train(), with_file.train()
+        assert fitted.state.global_step == 3
+        self.assert_same_weights(fitted, with_file)
+
+    def test_resume(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        unbroken = self.make(tiny_model, tokenizer, chat_rows, tmp_path)
+        unbroken.train()
+        resumed = self.make(tiny_model, tokenizer, chat_rows, tmp_path)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        self.assert_same_weights(resumed, unbroken)
+        # What comes later may be other rows, but not what the frequencies are of
+        rest = chat_rows.select([0, 1, 2, 3, 4, 11, 10, 9, 8, 7, 6, 5])
+        trainer = self.make(tiny_model, tokenizer, rest, tmp_path)
+        assert trainer.checkpoint_to_resume(str(tmp_path / "checkpoint-1"))
+        other = self.make(tiny_model, tokenizer, chat_rows.select(range(1, 12)), tmp_path)
+        message = r"`document_frequencies` was '\w{16} \(of the start of the stream\)', is '\w{16} \(of the start"
+        with pytest.raises(InputError, match=message):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+class TestPreparedSets:
+    """A training set that comes annotated and packed."""
+
+    def test_document_frequencies_are_of_the_training_set(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        common = (SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer)
+        options = {"packing": True, "completion_only_loss": True}
+        rows, held_out = chat_rows.select(range(8)), chat_rows.select(range(8, 12))
+        first = make_trainer(*common, rows, tmp_path, eval_dataset=held_out, **options)
+        file = tmp_path / "idf.npz"
+        second = make_trainer(
+            *common, first.train_dataset, tmp_path, eval_dataset=held_out, tfidf_file=str(file), **options
+        )
+        expected = TokenTfidf.fit(make_trainer(*common, rows, tmp_path).train_dataset, tokenizer)
+        assert second._tfidf.digest() == TokenTfidf.load(file, tokenizer).digest() == expected.digest()
+        assert second.eval_dataset[:] == first.eval_dataset[:]
+
+    def test_resume_with_other_rows(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        common = (SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer)
+        options = {"packing": True, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        first = make_trainer(*common, chat_rows.select(range(8)), tmp_path, **options)
+        first.train()
+        prepared = make_trainer(*common, first.train_dataset, tmp_path, **options)
+        prepared.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # prepared here or before
+        assert prepared.state.global_step == 2
+        others = make_trainer(*common, chat_rows.select(range(4, 12)), tmp_path, **options).train_dataset
+        trainer = make_trainer(*common, others, tmp_path, **options)
+        with pytest.raises(InputError, match="was made with .* training examples, and the .* of this run are others"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 class TestSchedulesAndMetrics:
     @pytest.mark.parametrize(
         ("schedule", "expected"),
@@ -413,7 +500,3 @@ class TestBadInput:
         for layout in ({}, {"packing": True}, {"max_length": None}):
             with pytest.raises(ValueError, match="The train dataset has no supervised token"):
                 self.trainer(tiny_model, tokenizer, rows, tmp_path, **layout)
-
-    def test_streaming_without_a_fitted_file(self, tiny_model, tokenizer, token_rows, tmp_path):
-        with pytest.raises(ValueError, match="streaming training set needs fitted document frequencies"):
-            self.trainer(tiny_model, tokenizer, token_rows.to_iterable_dataset(), tmp_path, max_steps=1)
