@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trl import SFTConfig
 
 from ..errors import InputError
 from .field_checks import as_json_values
+from .fingerprints import fingerprint
 
 
 logger = get_logger(__name__)
@@ -36,6 +38,7 @@ class SameRunMixin:
     """Lets a trainer go on from checkpoints of its own method, settings and data alone, and from complete ones."""
 
     _examples: dict[str, Any] | None = None
+    _run: dict[str, Any] | None = None
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """
@@ -76,13 +79,26 @@ class SameRunMixin:
         settings = describe_settings(self.args)
         return {"trainer": _owner_of_loss(type(self)), "settings": settings, "examples": self._examples}
 
+    def begin_run(self, checkpoint: str | None) -> None:
+        """
+        Called when training begins, and again when `auto_find_batch_size` begins anew. What a trainer keeps of a run
+        has to start anew here, or to be taken from the checkpoint that the run goes on from.
+        """
+        self._run = self.describe_run()  # now: later, other files may have the same names
+
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+    ):
+        self.begin_run(resume_from_checkpoint)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def checkpoint_folder(self, trial) -> Path:
         """Where the checkpoint of this step is written."""
         return Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
-            write_run(self.checkpoint_folder(trial), self.describe_run())
+            write_run(self.checkpoint_folder(trial), self._run)
         super()._save_checkpoint(model, trial)
 
 
@@ -96,11 +112,42 @@ def describe_settings(args: SFTConfig) -> dict[str, Any]:
     """
     The fields that a configuration adds to [`~trl.SFTConfig`], as JSON values.
 
-    Left out are those named in its class attribute `_MAY_CHANGE_ON_RESUME`, such as where scores are kept.
+    Left out are those named in its class attribute `_MAY_CHANGE_ON_RESUME`, such as where scores are kept. Files and
+    folders in the fields of `_FILES_AND_MODELS` are described by their content, which is what counts.
     """
+    return _settings(args, _describe_content)
+
+
+def named_settings(args: SFTConfig) -> dict[str, Any]:
+    """As [`describe_settings`], but files and folders by their names alone: for others to read."""
+    return _settings(args, local_name)
+
+
+def _settings(args: SFTConfig, describe: Callable[[str], Any]) -> dict[str, Any]:
     left_out = {*SFTConfig.__dataclass_fields__, *getattr(args, "_MAY_CHANGE_ON_RESUME", ())}
     settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in left_out}
+    for name in getattr(args, "_FILES_AND_MODELS", ()):
+        value = settings[name]
+        if value is not None:
+            settings[name] = describe(value) if isinstance(value, str) else [describe(item) for item in value]
     return as_json_values(settings)
+
+
+def _describe_content(name: str) -> str | dict[str, str]:
+    return {"name": local_name(name), "content": fingerprint(name)} if os.path.exists(name) else name
+
+
+def local_name(name: str) -> str:
+    """Last part of a path on this machine, which is nobody else's business; an id of the Hub as it is."""
+    is_path = os.path.exists(name) or name.startswith((os.sep, ".", "~"))
+    return os.path.basename(os.path.abspath(name)) if is_path else name
+
+
+def _what_counts(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_what_counts(item) for item in value]
+    is_content = isinstance(value, dict) and value.keys() == {"name", "content"}
+    return value["content"] if is_content else value
 
 
 def describe_examples(dataset: Dataset) -> dict[str, Any]:
@@ -147,7 +194,7 @@ def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NE
     changes = [
         f"`{name}` was {value!r}, is {run['settings'].get(name)!r}"
         for name, value in settings.items()
-        if value != run["settings"].get(name)
+        if _what_counts(value) != _what_counts(run["settings"].get(name))
     ]
     if changes:
         raise InputError(f"{folder} was made with other settings: {'; '.join(changes)}. Set them back, {or_else}")

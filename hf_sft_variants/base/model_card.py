@@ -1,6 +1,5 @@
 """The model card: TRL's, with what is known of the method's settings."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,8 @@ from huggingface_hub import ModelCard
 from trl import SFTConfig
 
 from .. import __version__
-from .checkpoints import describe_settings
+from .checkpoints import local_name, named_settings
+from .trl_internals import get_config_model_id
 
 
 _VERSIONS = "### Framework versions\n\n"
@@ -38,16 +38,30 @@ class ModelCardMixin:
 
     def _complete_card(self, path: Path, dataset_name: str | None) -> None:
         card = ModelCard.load(path)
-        start = Path(self.model.config.name_or_path).name or type(self.model).__name__
-        text = card.text.replace("[None](https://huggingface.co/None)", f"`{start}`")
-        text = text.replace('model="None"', f'model="{self._output_dir.name}"')
+        start = get_config_model_id(self.model.config)
+        name = local_name(start or "") or type(self.model).__name__
+        text = card.text.replace('model="None"', f'model="{self._output_dir.name}"')
         text = text.replace(_VERSIONS, f"{_settings(self.args)}{_VERSIONS}- hf_sft_variants: {__version__}\n")
-        if dataset_name is not None and os.path.exists(dataset_name):
-            card.data.datasets = None  # the Hub refuses a card with a data set that it does not have
+        text = text.replace("[None](https://huggingface.co/None)", f"`{name}`")
+        # The Hub refuses a card with a model or a data set that it does not have
+        if name != start:
+            card.data.base_model = None
+            text = text.replace(f"[{start}](https://huggingface.co/{start})", f"`{name}`")
+        if dataset_name is not None and local_name(dataset_name) != dataset_name:
+            card.data.datasets = None
             link = f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
-            text = text.replace(link, f"`{Path(dataset_name).name}`")
+            text = text.replace(link, f"`{local_name(dataset_name)}`")
         card.text = text
         card.save(path)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        path, start = Path(output_dir or self.args.output_dir, "README.md"), get_config_model_id(self.model.config)
+        if self.args.should_save and path.is_file() and local_name(start) != start:
+            card = ModelCard.load(path)  # of an adapter, PEFT has put the base model's path there
+            card.data["base_model"] = None
+            card.data["tags"] = [tag for tag in card.data.get("tags") or [] if not tag.endswith(start)]
+            card.save(path)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As [`~transformers.Trainer.save_model`]; with the card, which PEFT completes where it finds one."""
@@ -62,7 +76,7 @@ class ModelCardMixin:
 
 
 def _settings(args: SFTConfig) -> str:
-    settings = describe_settings(args)
+    settings = named_settings(args)
     if not settings:
         return ""
     return f"### Settings\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```\n\n"

@@ -59,6 +59,7 @@ class PoFTConfig(SFTConfig):
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
     _MAY_CHANGE_ON_RESUME = ["reference_model_init_kwargs", "score_cache_dir", "reference_batch_tokens"]
+    _FILES_AND_MODELS = ["reference_models", "reference_score_file"]
 
     beta: float = field(
         default=1.0,

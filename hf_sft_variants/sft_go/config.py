@@ -79,6 +79,7 @@ class SFTGOConfig(SFTConfig):
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
     _MAY_CHANGE_ON_RESUME = ["reference_model_init_kwargs", "score_cache_dir", "score_batch_tokens"]
+    _FILES_AND_MODELS = ["reference_model", "importance_model", "tfidf_file"]
 
     group_by: str = field(
         default="tfidf",

@@ -188,6 +188,10 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     # Loss
 
+    def begin_run(self, checkpoint):
+        super().begin_run(checkpoint)
+        self._worst_group_flips = WorstGroupFlips()
+
     def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
         uniform = self.args.sample_weighting == "uniform"
         if uniform:

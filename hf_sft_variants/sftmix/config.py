@@ -38,7 +38,8 @@ class SFTMixConfig(SFTConfig):
     Parameters of the confidence, the negative mean perplexity of an example's labels over the checkpoints of a run:
         confidence_source (`str`, *optional*, defaults to `"reference"`):
             - `"reference"`: `train()` first trains a reference model by ordinary supervised fine-tuning on the same
-              data and with the same arguments, kept in `<output_dir>/reference`, and begins again from the start.
+              data and with the same arguments, kept in `<output_dir>/reference`, and begins again from the start. A
+              reference that is there is used if it was trained in the same way, and refused otherwise.
             - `"file"`: a file that [`ConfidenceTrackingCallback`] wrote, `confidence_file`: of a run of your own, or
               `reference/confidence.parquet` of another run on the same data.
             - `"online"`: what training itself sees of each example, at no cost. Nothing is mixed in the first epoch.
@@ -59,11 +60,12 @@ class SFTMixConfig(SFTConfig):
         push_confidence (`bool`, *optional*, defaults to `False`):
             For `confidence_source="reference"`: whether a push to the Hub takes along `reference/confidence.parquet`
             and `reference/settings.json`, with which a run goes on elsewhere without training the reference again. In
-            them are hashes of the examples (or your own column `example_key`), numbers and settings, no texts. The
-            reference model is never pushed.
+            them are hashes of the examples (or your own column `example_key`), numbers and settings, no texts and no
+            paths. The reference model is never pushed.
     """
 
     _MAY_CHANGE_ON_RESUME = ["push_confidence"]
+    _FILES_AND_MODELS = ["reference_model", "confidence_file"]
 
     mixup_weight: float = field(
         default=0.2,

@@ -4,13 +4,14 @@ import re
 
 import pytest
 import yaml
-from helpers import make_trainer
+from helpers import SMALL, make_trainer
 from huggingface_hub import ModelCard
 from matrix.methods import METHODS, with_references
 from peft import LoraConfig
 
 import hf_sft_variants
-from hf_sft_variants.base.checkpoints import describe_settings
+from hf_sft_variants import PoFTConfig, PoFTTrainer
+from hf_sft_variants.base.checkpoints import RUN_FILE, named_settings
 
 
 def make(method, model, tokenizer, chat_rows, folder, **options):
@@ -27,7 +28,7 @@ def assert_complete(card: ModelCard, trainer, **front_matter):
     assert f"(https://huggingface.co/papers/{paper['id']})" in card.text and paper["citation"] in card.text
     assert f"- hf_sft_variants: {hf_sft_variants.__version__}\n" in card.text
     (settings,) = re.findall(r"### Settings\n\n```yaml\n(.*?)```", card.text, re.DOTALL)
-    assert yaml.safe_load(settings) == describe_settings(trainer.args)
+    assert yaml.safe_load(settings) == named_settings(trainer.args)
     assert set(trainer._tag_names) <= set(data["tags"]) and len(set(data["tags"])) == len(data["tags"])
     assert {name: data.get(name) for name in front_matter} == front_matter
 
@@ -69,6 +70,35 @@ class TestNames:
         card = self.card(tmp_path / "out")
         assert_complete(card, trainer, datasets=None)
         assert "on the `data` dataset" in card.text and str(tmp_path) not in card.content
+
+    @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+    def test_places_on_this_machine_are_not_named(self, lora, tiny_model, tokenizer, chat_rows, tmp_path):
+        """Neither of the model that the run starts with, nor of references, files and data sets."""
+        start, reference, data = (tmp_path / name for name in ("start", "reference", "data"))
+        data.mkdir()
+        for folder in (start, reference):
+            tiny_model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        args = PoFTConfig(
+            str(tmp_path / "out"), **SMALL, max_steps=1, reference_models=[f"{reference}/"],
+            score_cache_dir=str(tmp_path / "scores"),
+        )  # fmt: skip
+        peft_config = LoraConfig(r=4, target_modules="all-linear") if lora else None
+        trainer = PoFTTrainer(
+            str(start), args, train_dataset=chat_rows, processing_class=tokenizer, peft_config=peft_config
+        )
+        trainer.create_model_card(dataset_name=f"{data}/")
+        trainer.train()
+        trainer.save_model(tmp_path / "other")
+        cards = [ModelCard.load(path) for path in tmp_path.rglob("README.md")]
+        assert len(cards) == (3 if lora else 2)
+        for card in cards:
+            assert str(tmp_path) not in card.content and card.data.base_model is None
+            if "### Settings" in card.text:
+                assert "reference_models:\n- reference\n" in card.text
+                assert "fine-tuned version of `start` on the `data` dataset" in card.text
+        run = (tmp_path / "out" / "checkpoint-1" / RUN_FILE).read_text()
+        assert str(tmp_path) not in run and '"name": "reference"' in run
 
     @pytest.mark.parametrize(
         ("options", "name"), [({}, "out"), ({"hub_model_id": "user/on-the-hub"}, "on-the-hub")], ids=["folder", "hub"]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from hf_sft_variants import AnnotatedSFTTrainer, SFTMixConfig, SFTMixTrainer
+from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer, SFTMixConfig, SFTMixTrainer
 from hf_sft_variants.base.checkpoints import RUN_FILE, last_checkpoint
 from hf_sft_variants.errors import InputError
 
@@ -249,6 +249,36 @@ class TestAnotherRunIsRefused:
         }.items():
             trainer = make(METHODS[method], tiny_model, tokenizer, rows, tmp_path, **options)
             assert trainer.checkpoint_to_resume(str(checkpoints[method])) == str(checkpoints[method])
+
+    def test_a_file_or_a_model_elsewhere(self, tiny_model, tokenizer, rows, tmp_path, monkeypatch):
+        """Their content counts: neither how a path is spelt nor where it leads to."""
+        frequencies, scorer = tmp_path / "tfidf.npz", tmp_path / "scorer"
+        tiny_model.save_pretrained(scorer)
+        tokenizer.save_pretrained(scorer)
+        tfidf = Method(SFTGOTrainer, SFTGOConfig, {"min_grouped_tokens": 2})
+        rho1 = Method(SFTGOTrainer, SFTGOConfig, {**tfidf.options, "group_by": "rho1", "score_cache_dir": "cache"})
+        monkeypatch.chdir(tmp_path)
+        for method, field, path in ((tfidf, "tfidf_file", frequencies), (rho1, "reference_model", scorer)):
+            common = (tiny_model, tokenizer, rows, tmp_path / field)
+            make(method, *common, max_steps=1, **{field: str(path)}).train()
+            checkpoint = tmp_path / field / "checkpoint-1"
+            moved = shutil.move(path, tmp_path / f"moved_{path.name}")
+            for spelling in (
+                moved.name,
+                f"./{moved.name}",
+                f"{moved}/" if moved.is_dir() else f"..//{tmp_path.name}/{moved.name}",
+            ):
+                trainer = make(method, *common, **{field: spelling})
+                assert trainer.checkpoint_to_resume(str(checkpoint)) == str(checkpoint)
+            assert str(tmp_path) not in (checkpoint / RUN_FILE).read_text()
+            if moved.is_dir():
+                tiny_model.model.norm.weight.data[0] += 1
+                tiny_model.save_pretrained(moved)
+            else:
+                moved.unlink()
+                make(method, tiny_model, tokenizer, rows.select(range(8)), tmp_path, **{field: str(moved)})
+            trainer = make(method, *common, **{field: str(moved)})
+            assert_refused(trainer, checkpoint, f"other settings: `{field}` was {{'name': '{path.name}', 'content': ")
 
     @pytest.mark.cell("Resume", "a checkpoint of another data set", refused=True)
     @pytest.mark.parametrize("method", METHODS)

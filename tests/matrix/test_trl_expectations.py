@@ -16,7 +16,7 @@ from transformers.integrations import integration_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import hf_sft_variants
-from hf_sft_variants.base.checkpoints import RUN_FILE, describe_settings
+from hf_sft_variants.base.checkpoints import RUN_FILE, named_settings
 
 
 PLAIN = Method(*SFT)
@@ -160,7 +160,7 @@ class TestRun:
                 assert trainer._paper["title"] in card and f"huggingface.co/papers/{trainer._paper['id']}" in card
                 assert trainer._paper["citation"].splitlines()[0] in card
                 (settings,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
-                assert yaml.safe_load(settings) == describe_settings(trainer.args)
+                assert yaml.safe_load(settings) == named_settings(trainer.args)
 
     @pytest.mark.cell("TRL's expectations", "push_to_hub: the card has the data set, the method's tags and the user's")
     def test_push_to_hub(self, method, runs, monkeypatch):

@@ -33,3 +33,6 @@ def test_flip_rate_is_logged_from_the_second_epoch_on(tiny_model, tokenizer, tok
     assert ["sft_go/flip_rate" in log for log in logs] == [False, True, True]
     # Training on the worst group alone, with long steps, makes the other one the worst of some sample
     assert 0 < logs[1]["sft_go/flip_rate"] <= 1
+    trainer.train()  # once more: it knows nothing of the run before
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["sft_go/flip_rate" in log for log in logs] == [False, True, True]
