@@ -83,8 +83,8 @@ def _write(args, recipe, scoring) -> None:
         rows = pick_split(
             load_splits(recipe.script_args, recipe.dataset_args), "dataset_train_split", recipe.script_args
         )
-        row_of_key = scoring.row_of_key["train"]
-        kept = rows.select(sorted(row_of_key[key] for key in keys_of_best(scoring.scores["train"], args.keep_top)))
+        best = keys_of_best(scoring.scores["train"], args.keep_top)
+        kept = rows.select(sorted(row for row, key in scoring.key_of_row["train"].items() if key in best))
         Path(args.kept).parent.mkdir(parents=True, exist_ok=True)
         kept.to_json(args.kept)
         print(f"wrote {args.kept}: the best {len(kept)} of {len(rows)} rows")

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from ..base.fingerprints import fingerprint
 from ..base.preparation import map_description
 from ..base.trl_internals import get_config_model_id, global_then_local_main_first
 from ..errors import InputError
@@ -73,8 +74,8 @@ class ReferenceScoringCallback(TrainerCallback):
     Attributes:
         scores (`dict[str, pa.Table]`):
             Name of each data set that was scored to its scores, as in a score file (`docs/score_file.md`).
-        row_of_key (`dict[str, dict[str, int]]`):
-            Name of each data set to its examples' keys and the numbers of their rows.
+        key_of_row (`dict[str, dict[int, str]]`):
+            Name of each data set to the numbers of its scored rows and their keys, which equal rows share.
 
     Raises:
         `InputError`: If there is no model, or one is given twice.
@@ -94,13 +95,14 @@ class ReferenceScoringCallback(TrainerCallback):
         self.score_cache_dir = score_cache_dir
         self.batch_tokens = batch_tokens
         self.scores: dict[str, pa.Table] = {}
-        self.row_of_key: dict[str, dict[str, int]] = {}
+        self.key_of_row: dict[str, dict[int, str]] = {}
         self._loaded = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         trained = get_config_model_id(model.config)
         for name in self.models:
-            if name == trained or (os.path.isdir(name) and os.path.isdir(trained) and os.path.samefile(name, trained)):
+            are_folders = os.path.isdir(name) and os.path.isdir(trained)
+            if name == trained or (are_folders and fingerprint(name) == fingerprint(trained)):
                 logger.warning(
                     f"The reference model {name!r} is the model that is trained: it starts without a margin over "
                     "itself, with τ = 0.5 if it is the only reference model."
@@ -170,7 +172,7 @@ class ReferenceScoringCallback(TrainerCallback):
                 rendered = self._map(dataset, label_scored_tokens, {}, dataset_name, model, args)
             template = own_tokenizer.chat_template if has_responses else None
             tables.append(self._score(rendered, template, dataset_name, model, args))
-        self.row_of_key[dataset_name] = dict(zip(dataset[EXAMPLE_KEY], dataset["example_row"], strict=True))
+        self.key_of_row[dataset_name] = dict(zip(dataset["example_row"], dataset[EXAMPLE_KEY], strict=True))
         self.scores[dataset_name] = pa.concat_tables(tables)
         return self.scores[dataset_name]
 

@@ -11,11 +11,10 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..errors import InputError
-from ..scoring import EXAMPLE_KEY, add_example_keys
 from ..scoring.shards import write_parquet
 from .references import is_log_prob
-from .scored_tokens import CONTENT_COLUMNS
 
 
 # A row for each example and model; `docs/score_file.md` says what stands in them
@@ -32,32 +31,7 @@ SCHEMA = pa.schema(
 _REQUIRED = [EXAMPLE_KEY, "model", "score_end_of_turn"]
 _ON_FILES = "See docs/score_file.md."
 
-
-def add_content_keys(dataset: Dataset, num_proc: int | None = None) -> Dataset:
-    """
-    Add the column `example_key` that [`PoFTTrainer`] knows an example by, whatever model it trains: for making score
-    files elsewhere.
-
-    It is a hash of the raw content: of `messages` (or `conversations`), or `prompt` and `completion`, and `tools`; of
-    rows that came as tokens, of `input_ids` and `labels`. Equal rows are numbered.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The rows that the trainer is given.
-        num_proc (`int`, *optional*):
-            Number of processes.
-
-    Raises:
-        `InputError`: If the rows have none of these columns.
-    """
-    tokens = [column for column in ("input_ids", "labels") if column in dataset.column_names]
-    columns = tokens or [column for column in CONTENT_COLUMNS if column in dataset.column_names]
-    if not columns or columns == ["input_ids"]:
-        raise InputError(
-            f"The data set has the columns {sorted(dataset.column_names)}, by which examples can't be named: give "
-            "`messages`, or `prompt` and `completion`, or `input_ids` and `labels`."
-        )
-    return add_example_keys(dataset, columns, num_proc)
+__all__ = ["SCHEMA", "add_content_keys", "join_by_key", "keys_of_best", "read_score_files", "write_score_file"]
 
 
 def write_score_file(scores: pa.Table, path: str | Path) -> None:

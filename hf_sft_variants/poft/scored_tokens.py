@@ -12,10 +12,6 @@ from ..base.assistant_turns import (
 from ..errors import InputError
 
 
-# Columns of raw rows that are an example's content, in any of the forms that `SFTTrainer` reads
-CONTENT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs")
-
-
 def has_responses(columns: list[str]) -> bool:
     """Whether rows are conversations, or prompts and completions: plain texts have no one to respond."""
     return "messages" in columns or {"prompt", "completion"} <= set(columns)

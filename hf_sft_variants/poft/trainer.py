@@ -145,7 +145,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     def prepare_rows(self, dataset, dataset_name):
         if self._is_to_be_scored(dataset, dataset_name):  # keyed by the rows as they came, whatever model is trained
-            return add_content_keys(dataset, self.args.dataset_num_proc)
+            return add_content_keys(dataset, self.args.dataset_num_proc, self.args.dataset_text_field)
         return dataset
 
     def annotate_untruncated(self, dataset, dataset_name, has_text):

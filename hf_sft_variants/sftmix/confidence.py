@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from ..base.example_keys import EXAMPLE_KEY, add_content_keys, keys_are_of
 from ..base.processes import on_main_process
 from ..base.trl_internals import DataCollatorForLanguageModeling, global_then_local_main_first
 from ..errors import InputError
 from ..generation import evaluation_mode
-from ..scoring import EXAMPLE_KEY
 from ..scoring.shards import plan_shards, write_parquet
-from .confidence_file import confidence_table, with_content_keys
+from .confidence_file import confidence_table, require_unique_keys
 
 
 logger = get_logger(__name__)
@@ -44,7 +44,8 @@ class ConfidenceTrackingCallback(TrainerCallback):
 
     The file has a row for each example, in the order of the training data:
 
-    - **example_key** (string): names the example by its content; see `with_content_keys`.
+    - **example_key** (string): names the example by its content, so equal ones have the same key (and values), or is
+      the data set's own column of this name, where each has its own.
     - **num_labels** (int64): its labels. One without a label has null in all that follows.
     - **nll_<step>**, **perplexity_<step>** (double) for each checkpoint: after that optimizer step; NLL in nats.
     - **mean_nll**, **mean_perplexity** (double): over the checkpoints.
@@ -86,6 +87,9 @@ class ConfidenceTrackingCallback(TrainerCallback):
             While training, if an example's NLL is NaN.
     """
 
+    # Equal rows share a key where it was made of their content
+    own_keys_are_unique = True
+
     def __init__(
         self,
         trainer: SFTTrainer,
@@ -114,15 +118,32 @@ class ConfidenceTrackingCallback(TrainerCallback):
         on_main_process(partial(self._require_parts, state.global_step))
         with global_then_local_main_first():
             examples = trained_examples(self.trainer) if self.dataset is None else self.dataset
-            examples = examples.with_format(None)  # values as lists, whatever the user looks at them with
-            tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
-            examples, self._keys_of = with_content_keys(examples, tokenizer.eos_token, args.dataset_text_field)
+            examples = self._keyed(examples.with_format(None), args)  # lists, whatever the user looks at them with
+            tokens = add_content_keys(examples.select_columns(["input_ids", "labels"]), args.dataset_num_proc)
         self._examples = examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"])
         on_main_process(partial(self._require_same_examples, state.global_step))
         self._num_labels = np.array([sum(label != -100 for label in row[1:]) for row in self._examples["labels"]])
+        self._plan_batches(tokens[EXAMPLE_KEY][:], args.per_device_eval_batch_size)
+
+    def _keyed(self, examples: Dataset, args) -> Dataset:
+        if EXAMPLE_KEY in examples.column_names:
+            self._keys_of = "column"
+            if self.own_keys_are_unique:
+                require_unique_keys(examples)
+            return examples
+        self._keys_of = keys_are_of(examples.column_names, args.dataset_text_field, is_prepared=True)
+        tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+        options = {"text_field": args.dataset_text_field, "eos_token": tokenizer.eos_token, "is_prepared": True}
+        return add_content_keys(examples, args.dataset_num_proc, **options)
+
+    def _plan_batches(self, token_keys: list[str], batch_size: int) -> None:
+        """Of equal examples the first is evaluated, for all: in two batches their values would differ by rounding."""
+        _, first, number = np.unique(token_keys, return_index=True, return_inverse=True)
+        self._evaluated_row = first[number]
+        rows = np.sort(first).tolist()
         lengths = [len(ids) for ids in self._examples["input_ids"]]
-        batch_tokens = args.per_device_eval_batch_size * max(lengths)
-        self._batches = [batch for shard in plan_shards(lengths, batch_tokens) for batch in shard]
+        shards = plan_shards([lengths[row] for row in rows], batch_size * max(lengths))
+        self._batches = [[rows[number] for number in batch] for shard in shards for batch in shard]
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self._steps:
@@ -187,6 +208,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
         nll = np.full(len(self._examples), np.nan)
         for row, value in gather_object(found):
             nll[row] = value
+        nll = nll[self._evaluated_row]
         wrong = np.flatnonzero(np.isnan(nll) & (self._num_labels > 0))
         if len(wrong):
             raise InputError(

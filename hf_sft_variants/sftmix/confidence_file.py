@@ -1,10 +1,7 @@
 """Confidence of examples as a table: keys, perplexities at checkpoints, ranks, halves; written, read and joined."""
 
-import hashlib
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,66 +11,32 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 
+from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..errors import InputError
-from ..scoring import EXAMPLE_KEY, add_example_keys
 from .pairing import CONFIDENT, NEITHER, UNCONFIDENT, halves_of_order
 
 
 logger = get_logger(__name__)
 
 # To be raised when the same run would give other values
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # exp of more overflows float32 soon; such an example is among the least confident ones anyway
 MAX_NLL = 20.0
 
 _METADATA_KEY = b"hf_sft_variants"
-_TEXT_COLUMNS = ("prompt", "completion", "messages", "tools")
 _HALF_NAMES = {CONFIDENT: "confident", UNCONFIDENT: "unconfident", NEITHER: None}
 
 
-def with_content_keys(dataset: Dataset, eos_token: str | None, text_field: str) -> tuple[Dataset, str]:
+def require_unique_keys(dataset: Dataset) -> None:
     """
-    Add the column `example_key` to a prepared data set, unless it has one: the same whatever model it is prepared for.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Tokenized, not packed, with the columns it was made of.
-        eos_token (`str`, *optional*):
-            The tokenizer's end of sequence, which `SFTTrainer` appended to plain texts.
-        text_field (`str`):
-            Column of a plain text.
-
-    Returns:
-        `tuple[Dataset, str]`: The data set, and what the keys are made of: `"column"` (they were there), `"text"`
-        (texts or messages), or `"tokens"` (`input_ids` and `labels`, where there is nothing else).
+    Check the keys of a data set that has brought its own.
 
     Raises:
-        `InputError`: If two examples of the data set's own have the same key.
+        `InputError`: If two examples have the same key.
     """
-    if EXAMPLE_KEY in dataset.column_names:
-        if len(set(dataset[EXAMPLE_KEY])) < len(dataset):
-            raise InputError(f"Column `{EXAMPLE_KEY}` names two examples the same. Give each a key of its own.")
-        return dataset, "column"
-    columns = [name for name in (*_TEXT_COLUMNS, text_field) if name in dataset.column_names]
-    made_of = "text" if columns else "tokens"
-    content = dataset.select_columns(columns or ["input_ids", "labels"])
-    content = content.map(
-        _content,
-        fn_kwargs={"eos_token": eos_token or ""},
-        remove_columns=content.column_names,
-        desc="Reading examples",
-    )
-    content = add_example_keys(content, ["content"])
-    fingerprint = hashlib.sha256(f"{dataset._fingerprint} {content._fingerprint}".encode()).hexdigest()[:16]
-    return dataset.add_column(EXAMPLE_KEY, list(content[EXAMPLE_KEY]), new_fingerprint=fingerprint), made_of
-
-
-def _content(example: dict[str, Any], eos_token: str) -> dict[str, str]:
-    values = {
-        name: value.removesuffix(eos_token) if isinstance(value, str) else value for name, value in example.items()
-    }
-    return {"content": json.dumps(values, ensure_ascii=False, sort_keys=True)}
+    if len(set(dataset[EXAMPLE_KEY])) < len(dataset):
+        raise InputError(f"Column `{EXAMPLE_KEY}` names two examples the same. Give each a key of its own.")
 
 
 def perplexity(nll: np.ndarray) -> np.ndarray:
@@ -129,7 +92,14 @@ def confidence_table(
     return table.replace_schema_metadata({_METADATA_KEY: json.dumps(description)})
 
 
-def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_missing: bool = False) -> torch.Tensor:
+def halves_from_file(
+    path: str | Path,
+    examples: Dataset,
+    measure: str,
+    skip_missing: bool = False,
+    text_field: str = "text",
+    eos_token: str | None = None,
+) -> torch.Tensor:
     """
     Split the examples of a data set by a confidence file, which may stand in another order and have more examples.
 
@@ -143,6 +113,10 @@ def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_mis
             `"perplexity"` or `"mean_nll"`.
         skip_missing (`bool`, *optional*, defaults to `False`):
             Whether an example that is not in the file is in neither half, rather than an error.
+        text_field (`str`, *optional*, defaults to `"text"`):
+            Column of a plain text.
+        eos_token (`str`, *optional*):
+            The tokenizer's end of sequence, which `SFTTrainer` has appended to plain texts.
 
     Returns:
         `torch.Tensor` of shape `(len(examples),)`: The half of each example.
@@ -151,11 +125,11 @@ def halves_from_file(path: str | Path, examples: Dataset, measure: str, skip_mis
         `InputError`: If the file can't be read or has no such columns, lacks an example, or has no number for it.
     """
     table, keys_of = _read(path)
-    if keys_of == "tokens":
-        tokens, _ = with_content_keys(examples.select_columns(["input_ids", "labels"]), None, "")
-        keys = tokens[EXAMPLE_KEY]
-    else:
+    if keys_of == "column":
         keys = examples[EXAMPLE_KEY]
+    else:
+        content = examples.select_columns(["input_ids", "labels"]) if keys_of == "tokens" else examples
+        keys = add_content_keys(content, None, text_field, eos_token, is_prepared=True)[EXAMPLE_KEY]
     values = np.full((2, len(examples)), np.nan)
     row_of_key = {key: row for row, key in enumerate(table[EXAMPLE_KEY].to_pylist())}
     has_labels = np.array(examples["num_labels"]) > 0
@@ -197,12 +171,7 @@ def _read(path: str | Path) -> tuple[pa.Table, str]:
             f"{where} has the format {description['version']!r}, but this version of hf_sft_variants reads "
             f"{FORMAT_VERSION}. Write the file again."
         )
-    twice = [key for key, times in Counter(table[EXAMPLE_KEY].to_pylist()).items() if times > 1]
-    if twice:
-        raise InputError(
-            f"{where} has {len(twice)} examples more than once, the first with the key {twice[0]}. Remove the rows "
-            "that are too many."
-        )
+    _require_equal_repeats(table, where)
     negative = pc.index(pc.less(table["mean_nll"], -1e-3), True).as_py()
     if negative >= 0:
         raise InputError(
@@ -210,6 +179,22 @@ def _read(path: str | Path) -> tuple[pa.Table, str]:
             f"log-probability has the other sign. {fix}"
         )
     return table, description.get("keys", "column")
+
+
+def _require_equal_repeats(table: pa.Table, where: str) -> None:
+    """Examples of equal content share a key; their values may differ by rounding, as those of two batches do."""
+    columns = (table[name].to_pylist() for name in _COLUMNS)
+    first = {}
+    for key, *values in zip(*columns, strict=True):
+        expected = first.setdefault(key, values)
+        is_same = expected is values or np.allclose(
+            np.array(values, float), np.array(expected, float), rtol=1e-4, equal_nan=True
+        )
+        if not is_same:
+            raise InputError(
+                f"{where} has two different confidences of the example with the key {key}: {expected} and {values} "
+                "(`mean_nll`, `mean_perplexity`). Remove one of the rows."
+            )
 
 
 def _are_numbers(values: pa.DataType) -> bool:

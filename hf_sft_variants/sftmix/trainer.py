@@ -13,12 +13,12 @@ from transformers import set_seed
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import at_least_float32
 from ..base.checkpoints import last_checkpoint
+from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..base.preparation import map_description
 from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
-from ..scoring import EXAMPLE_KEY
-from .confidence_file import halves_from_file, with_content_keys
+from .confidence_file import halves_from_file, require_unique_keys
 from .config import SFTMixConfig
 from .mixing import draw_mixup
 from .online import OnlineConfidence
@@ -149,9 +149,17 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
                 "stream. Load it without streaming, or set `confidence_split='random'` without `pair_similar_lengths`."
             )
         if self.args.needs_confidence and dataset_name == "train" and self.example_keys is None:
-            dataset, _ = with_content_keys(dataset, self._tokenizer.eos_token, self.args.dataset_text_field)
+            if EXAMPLE_KEY in dataset.column_names:
+                require_unique_keys(dataset)
+            else:
+                options = {**self._text_options, "is_prepared": has_text}
+                dataset = add_content_keys(dataset, self.args.dataset_num_proc, **options)
             self.example_keys = dataset[EXAMPLE_KEY][:]
         return dataset
+
+    @property
+    def _text_options(self) -> dict[str, str | None]:
+        return {"text_field": self.args.dataset_text_field, "eos_token": self._tokenizer.eos_token}
 
     def annotate(self, dataset, dataset_name):
         if not self._has_numbers:
@@ -170,9 +178,8 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         if not args.needs_confidence:
             return random_halves(num_examples, args.seed)
         if args.confidence_source == "file":
-            return halves_from_file(args.confidence_file, self.train_examples, args.confidence_measure)
-        if args.confidence_source == "online":
-            self._online = OnlineConfidence(num_examples, args.confidence_measure)
+            measure = args.confidence_measure
+            return halves_from_file(args.confidence_file, self.train_examples, measure, **self._text_options)
         return torch.full((num_examples,), NEITHER, dtype=torch.int8)
 
     # Pairs
@@ -254,9 +261,14 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
                 partial(halves_from_file, path, self.train_examples, measure, skip_missing=True)
             )
             set_seed(self.args.seed)  # as if nothing had been before
-        if self._online is not None and checkpoint is not None:
-            self._online.load(checkpoint, self.accelerator)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def begin_run(self, checkpoint):
+        super().begin_run(checkpoint)
+        if self.args.needs_confidence and self.args.confidence_source == "online":
+            self._online = OnlineConfidence(len(self.train_examples), self.args.confidence_measure)
+            if checkpoint is not None:
+                self._online.load(checkpoint, self.accelerator)
 
     def checkpoint_to_resume(self, resume_from_checkpoint):
         is_begun = self.args.needs_reference and on_main_process(reference_folder(self.args).is_dir)

@@ -19,9 +19,8 @@ from safetensors import SafetensorError
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
-from hf_sft_variants.poft.score_files import add_content_keys
+from hf_sft_variants.base.example_keys import add_content_keys
 from hf_sft_variants.sft_go.tfidf import vocabulary_hash
-from hf_sft_variants.sftmix.confidence_file import with_content_keys
 
 
 class Executed:
@@ -48,7 +47,7 @@ def parquet(columns, metadata=None):
 
 
 def confidence(world, metadata=None, **changes):
-    keyed, _ = with_content_keys(world.rows["tokens"], world.tokenizer.eos_token, "text")
+    keyed = add_content_keys(world.rows["tokens"])
     count = len(keyed)
     columns = {"example_key": keyed["example_key"][:], "mean_nll": [1.0 + row for row in range(count)]}
     columns["mean_perplexity"] = [math.exp(nll) for nll in columns["mean_nll"]]
@@ -175,13 +174,13 @@ FILES = [
              file=Wrong(confidence, mean_nll=[1.0, math.nan] + [1.0] * 14)),
     BadInput("sftmix", "has the `mean_nll` -1.0 in row 0, but it is never negative", CONFIDENCE,
              file=Wrong(confidence, mean_nll=[-1.0] * 16)),
-    BadInput("sftmix", "has 2 examples more than once, the first with the key a", CONFIDENCE,
+    BadInput("sftmix", "has two different confidences of the example with the key a", CONFIDENCE,
              file=Wrong(confidence, example_key=["a", "a"] + ["b"] * 14, mean_nll=[1.0, 2.0] + [3.0] * 14)),
     BadInput("sftmix", "is that of another data set: none of the 16 examples", CONFIDENCE,
              file=Wrong(confidence, example_key=[str(row) for row in range(16)])),
     BadInput("sftmix", "can't be read: Expecting", CONFIDENCE,
              file=Wrong(confidence, metadata={"hf_sft_variants": "{"})),
-    BadInput("sftmix", "has the format 99, but this version of hf_sft_variants reads 1", CONFIDENCE,
+    BadInput("sftmix", "has the format 99, but this version of hf_sft_variants reads 2", CONFIDENCE,
              file=Wrong(confidence, metadata={"hf_sft_variants": '{"version": 99}'})),
     *[
         BadInput("poft", r"`reference_score_file` '.*' can't be read: .* See docs/score_file.md", SCORES,

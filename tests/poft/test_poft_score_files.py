@@ -187,24 +187,23 @@ class TestJoin:
 
 
 class TestKeys:
-    def test_do_not_depend_on_the_trained_model(self, make, scores, keys):
+    def test_do_not_depend_on_the_trained_model(self, make, scores):
         """Neither on its tokens nor on its end of sequence, which `SFTTrainer` puts behind a completion."""
-        rows = Dataset.from_dict({"prompt": ["a", "a"], "completion": ["b", "b"]})
+        rows = Dataset.from_dict({"prompt": ["a", "a"], "completion": ["b", "c"]})
         ours = list(add_content_keys(rows)[EXAMPLE_KEY])
-        assert [key.split("-")[1] for key in ours] == ["0", "1"]
         some = [{**scores[row], "example_key": key} for row, key in enumerate([ours[0], ours[0], ours[1], ours[1]])]
         assert list(make(some, data=rows).train_dataset[EXAMPLE_KEY]) == ours
+
+    def test_equal_rows_share_a_score(self, make, scores, chat_rows):
+        """In whatever columns they are: the file has to have one of them only."""
+        others = [{**row, "tools": None, "note": "x"} for row in chat_rows]
+        rows = Dataset.from_list([*others, *others[:3]])
+        assert values(make(scores, data=rows)) == [*EXPECTED, *EXPECTED[:3]]
 
     def test_of_tokens(self, token_rows):
         assert len(set(add_content_keys(token_rows)[EXAMPLE_KEY])) == 16
         with pytest.raises(ValueError, match=r"has the columns \['input_ids'\], by which examples can't be named"):
             add_content_keys(token_rows.remove_columns("labels"))
-
-    def test_tools_belong_to_them(self):
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        rows = Dataset.from_dict({"messages": [messages] * 2, "tools": ["[]", "[1]"], "other": [1, 2]})
-        first, second = (key.split("-")[0] for key in add_content_keys(rows)[EXAMPLE_KEY])
-        assert first != second
 
 
 def test_keys_of_best(scores, keys):

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import ConfidenceTrackingCallback, SFTMixConfig, SFTMixTrainer
+from hf_sft_variants.base.example_keys import EXAMPLE_KEY, add_content_keys
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.scoring import EXAMPLE_KEY
 from hf_sft_variants.scoring.shards import write_parquet
 from hf_sft_variants.sftmix.confidence import checkpoint_steps
 from hf_sft_variants.sftmix.confidence_file import (
@@ -26,7 +26,6 @@ from hf_sft_variants.sftmix.confidence_file import (
     confidence_table,
     halves_from_file,
     split_in_halves,
-    with_content_keys,
 )
 from hf_sft_variants.sftmix.pairing import CONFIDENT, NEITHER, UNCONFIDENT, number_example
 
@@ -63,7 +62,7 @@ class TestCallback:
         trainer, table = tracked_run(tiny_model, tokenizer, token_rows, tmp_path, **options)
         steps = [trainer.state.max_steps * epoch // 3 for epoch in (1, 2, 3)]
         examples = trainer.train_dataset
-        keyed, _ = with_content_keys(token_rows, None, "text")
+        keyed = add_content_keys(token_rows)
         rows = dict(zip(keyed[EXAMPLE_KEY], token_rows, strict=True))
         assert set(table[EXAMPLE_KEY].to_pylist()) == set(rows) and (packing or len(examples) == len(rows))
         expected = {}
@@ -81,7 +80,7 @@ class TestCallback:
             "confident" if rank < 8 else "unconfident" for rank in table["rank"].to_pylist()
         ]
         described = json.loads(table.schema.metadata[b"hf_sft_variants"])
-        assert described == {"version": 1, "measure": "perplexity", "steps": steps, "keys": "tokens"}
+        assert described == {"version": 2, "measure": "perplexity", "steps": steps, "keys": "tokens"}
 
     def test_the_run_goes_on_as_if_it_had_not_been_there(self, tiny_model, tokenizer, token_rows, tmp_path):
         weights = []
@@ -159,7 +158,7 @@ class TestCallback:
     def test_nan_names_the_example(self, tiny_model, tokenizer, token_rows, tmp_path):
         tiny_model.model.embed_tokens.weight.data[token_rows[3]["input_ids"][0]] = math.nan
         options = {"per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 0.0}
-        key = with_content_keys(token_rows, None, "text")[0][EXAMPLE_KEY][0]
+        key = add_content_keys(token_rows)[EXAMPLE_KEY][0]
         with pytest.raises(InputError, match=rf"The perplexity of row 0 of the train dataset \(key {key}\) is NaN"):
             tracked_run(tiny_model, tokenizer, token_rows, tmp_path, **options)
 
@@ -245,21 +244,6 @@ class TestSplit:
 
 
 class TestKeys:
-    def keys(self, rows, eos_token=None):
-        dataset, made_of = with_content_keys(Dataset.from_list(rows), eos_token, "text")
-        return dataset[EXAMPLE_KEY][:], made_of
-
-    def test_are_those_of_the_content(self):
-        tokens = {"input_ids": [1, 2], "labels": [-100, 2]}
-        texts, made_of = self.keys([{"text": text, **tokens} for text in ("a", "b", "a")])
-        assert made_of == "text" and len(set(texts)) == 3 and texts[2] == texts[0].replace("-0", "-1")
-        other_tokens = {"input_ids": [7, 8, 9], "labels": [7, 8, 9]}
-        assert self.keys([{"text": f"{text}<eos>", **other_tokens} for text in ("a", "b", "a")], "<eos>")[0] == texts
-        assert self.keys([tokens, other_tokens])[1] == "tokens"
-        assert self.keys([{EXAMPLE_KEY: "x", **tokens}]) == (["x"], "column")
-        with pytest.raises(InputError, match="names two examples the same"):
-            self.keys([{EXAMPLE_KEY: "x"}, {EXAMPLE_KEY: "x"}])
-
     @pytest.mark.parametrize("kind", ["text", "prompt", "conversations", "formatted", "chat", "tokens"])
     @pytest.mark.parametrize("packing", [False, True])
     def test_file_of_a_plain_run(self, tiny_model, tokenizer, chat_rows, token_rows, tmp_path, kind, packing):
@@ -295,6 +279,15 @@ class TestKeys:
         halves = ours.halves.tolist()
         assert halves.count(CONFIDENT) == halves.count(UNCONFIDENT) == len(rows) // 2
 
+    def test_own_keys_are_unique(self, tiny_model, tokenizer, token_rows, tmp_path):
+        rows = token_rows.add_column(EXAMPLE_KEY, [*map(str, range(15)), "3"])
+        message = "Column `example_key` names two examples the same. Give each a key of its own"
+        with pytest.raises(InputError, match=message):
+            make_sftmix(tiny_model, tokenizer, rows, tmp_path)
+        trainer = make_plain(tiny_model, tokenizer, rows, tmp_path, remove_unused_columns=True)
+        with pytest.raises(InputError, match=message):
+            track(trainer, tmp_path / "confidence.parquet").train()
+
 
 def join_columns(row):
     return row["first"] + row["second"]
@@ -304,7 +297,7 @@ def join_columns(row):
 def examples(token_rows):
     """Four numbered examples; the last has no label."""
     rows = [*token_rows.select(range(3)).to_list(), {"input_ids": [5, 6], "labels": [5, -100]}]
-    dataset, _ = with_content_keys(Dataset.from_list(rows), None, "text")
+    dataset = add_content_keys(Dataset.from_list(rows))
     return dataset.map(number_example, with_indices=True, fn_kwargs={"is_train": True})
 
 
@@ -353,9 +346,13 @@ class TestFile:
             halves_from_file(tmp_path / "c.parquet", examples, "perplexity")
 
     def test_an_example_twice(self, examples, tmp_path):
+        """Equal rows share a key: they may be in the file again, up to rounding."""
         keys = examples[EXAMPLE_KEY]
+        path = self.write(tmp_path / "c.parquet", [*keys[:3], keys[1]], [1.0, 2.0, 3.0, 2.00001])
+        assert halves_from_file(path, examples, "perplexity").tolist() == [CONFIDENT, NEITHER, UNCONFIDENT, NEITHER]
         path = self.write(tmp_path / "c.parquet", [*keys[:3], keys[1]], [1.0, 2.0, 3.0, 4.0])
-        with pytest.raises(InputError, match=f"has 1 examples more than once, the first with the key {keys[1]}"):
+        message = rf"has two different confidences of the example with the key {keys[1]}: \[2.0, .*\] and \[4.0, .*\]"
+        with pytest.raises(InputError, match=message):
             halves_from_file(path, examples, "perplexity")
 
     def test_errors_of_the_trainer(self, tiny_model, tokenizer, token_rows, tmp_path):

@@ -15,10 +15,10 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import SFTMixConfig, SFTMixTrainer
+from hf_sft_variants.base.example_keys import EXAMPLE_KEY, add_content_keys
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.scoring import EXAMPLE_KEY
 from hf_sft_variants.scoring.shards import write_parquet
-from hf_sft_variants.sftmix.confidence_file import confidence_table, with_content_keys
+from hf_sft_variants.sftmix.confidence_file import confidence_table
 from hf_sft_variants.sftmix.pairing import CONFIDENT, NEITHER, UNCONFIDENT
 
 
@@ -55,7 +55,7 @@ def recorded_step(*args, **options):
 
 def confidence_file(path, rows, mean_nll):
     """A confidence file for pre-tokenized rows."""
-    keyed, _ = with_content_keys(rows.select_columns(["input_ids", "labels"]), None, "text")
+    keyed = add_content_keys(rows.select_columns(["input_ids", "labels"]))
     num_labels = np.array([sum(label != -100 for label in labels[1:]) for labels in rows["labels"]])
     write_parquet(
         confidence_table(keyed[EXAMPLE_KEY][:], num_labels, {1: np.array(mean_nll)}, "mean_nll", "column"), path
