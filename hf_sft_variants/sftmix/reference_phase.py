@@ -20,11 +20,13 @@ from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from ..base.checkpoints import last_checkpoint
+from ..base.example_keys import EXAMPLE_KEY
 from ..base.processes import on_main_process
 from ..errors import InputError
-from ..scoring import EXAMPLE_KEY, require_same_vocabulary
+from ..scoring import require_same_vocabulary
 from .confidence import ConfidenceTrackingCallback
 from .config import SFTMixConfig
+from .reference_settings import describe_reference, describe_start, require_same_reference
 
 
 if TYPE_CHECKING:
@@ -32,23 +34,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-# Settings that make another reference
-_SETTINGS = [
-    "learning_rate",
-    "lr_scheduler_type",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "packing",
-    "seed",
-    "confidence_checkpoints",
-]
-
-# Those of them that a resumed run keeps, too
-_FIXED = ["start", "confidence_checkpoints"]
 
 _CONFIDENCE, _SETTINGS_OF_RUN = "confidence.parquet", "settings.json"
 
@@ -73,6 +58,7 @@ class ReferencePhase:
     def __init__(self, arguments: dict[str, Any]):
         self.arguments = arguments
         self.peft_config = copy.deepcopy(arguments.get("peft_config"))  # `SFTTrainer` changes the user's
+        self.start: dict[str, Any] | None = None
 
     def check(self, trainer: "SFTMixTrainer") -> None:
         """
@@ -114,21 +100,22 @@ class ReferencePhase:
             `Path`: The confidence file.
 
         Raises:
-            `InputError`: If it was done, or begun, before with other settings.
+            `InputError`: If it was done, or begun, before with other settings or other data.
         """
         path = reference_folder(trainer.args) / _CONFIDENCE
-        settings_path, settings = path.with_name(_SETTINGS_OF_RUN), self._settings(trainer)
-        if resume and checkpoint is None:  # a checkpoint of mixup has its own
-            on_main_process(partial(_require_same_settings, settings_path, {name: settings[name] for name in _FIXED}))
-        if on_main_process(path.is_file):
-            if not resume:
-                on_main_process(partial(_require_same_settings, settings_path, settings))
+        settings_path, settings = path.with_name(_SETTINGS_OF_RUN), self._describe(trainer)
+        is_done = on_main_process(path.is_file)
+        goes_on = resume and on_main_process(settings_path.is_file)
+        # A checkpoint of mixup says itself what it depends on
+        if (checkpoint is None) if is_done else goes_on:
+            on_main_process(partial(require_same_reference, settings_path, settings, path))
+        if is_done:
             logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
             _remove_checkpoints(trainer, path.parent)
             return path
         if trainer.is_world_process_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
-            settings_path.write_text(json.dumps(settings))
+            settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         logger.info(f"SFTMix, first phase: the reference model is trained, {path.parent}.")
         with _on_the_cpu(trainer):
             self._train(trainer, path, resume)
@@ -156,6 +143,7 @@ class ReferencePhase:
             trainer.args.confidence_measure,
             dataset=self._unpacked_examples(reference, rows) if reference.args.packing else None,
         )
+        tracking.own_keys_are_unique = EXAMPLE_KEY in self.arguments["train_dataset"].column_names
         reference.add_callback(tracking)
         reference.train(
             resume_from_checkpoint=on_main_process(partial(last_checkpoint, path.parent)) if resume else None
@@ -193,31 +181,15 @@ class ReferencePhase:
             return function
         return partial(_format_without_key, function)
 
-    def _settings(self, trainer) -> dict[str, Any]:
+    def _describe(self, trainer) -> dict[str, Any]:
         """What tells this reference from another one in the same folder."""
-        args, model = trainer.args, self.arguments["model"]
-        start = args.reference_model or (model if isinstance(model, str) else model.config._name_or_path)
-        return {"start": start, **{name: getattr(args, name) for name in _SETTINGS}}
+        if self.start is None:  # a second `train()` finds the model trained
+            self.start = describe_start(trainer, self.arguments["model"])
+        return describe_reference(trainer, self.arguments, self.peft_config, self.start)
 
 
 def _format_without_key(function: Callable[[dict], str], row: dict) -> str:
     return function({name: value for name, value in row.items() if name != EXAMPLE_KEY})
-
-
-def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """
-    Raises:
-        `InputError`: If the reference was trained otherwise.
-    """
-    recorded = json.loads(path.read_text()) if path.is_file() else settings
-    different = [name for name in settings if settings[name] != recorded.get(name)]
-    if different:
-        name = different[0]
-        raise InputError(
-            f"{path.parent} has a reference that was trained with `{name}={recorded.get(name)!r}`, but now it is "
-            f"{settings[name]!r}. Remove the folder to train it again, choose another `output_dir`, or use this one "
-            f"with `confidence_source='file'` and `confidence_file={str(path.with_name(_CONFIDENCE))!r}`."
-        )
 
 
 def _cast_as(model, reference) -> None:

@@ -1,17 +1,19 @@
 """The whole run: reference and mixup, killed anywhere and resumed; and confidence seen in training itself."""
 
+import copy
 import math
 import os
 import pickle
 import shutil
 import weakref
+from functools import partial
 
 import helpers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from helpers import SMALL
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -26,8 +28,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import ConfidenceTrackingCallback, SFTMixConfig, SFTMixTrainer
+from hf_sft_variants.base.example_keys import EXAMPLE_KEY
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.scoring import EXAMPLE_KEY
 from hf_sft_variants.sftmix.reference_phase import ReferenceTrainer
 
 
@@ -189,8 +191,22 @@ class TestTwoPhases:
         second = train(tiny_model, tokenizer, chat_rows, tmp_path)
         assert set(calls) == {SFTMixTrainer} and "reference/confidence.parquet is used" in caplog.text
         assert_same_weights(first, second)
-        with pytest.raises(InputError, match="is that of another data set"):
+        with pytest.raises(InputError, match=r"was trained with `examples=.*`, but now it is .*Remove the folder"):
             train(tiny_model, tokenizer, chat_rows.map(change_question), tmp_path)
+
+    def test_once_more_with_the_same_trainer(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
+        """The reference has started where the trainer did, whose model is trained now."""
+        trainer = train(tiny_model, tokenizer, chat_rows, tmp_path, max_steps=2)
+        calls = kill_at(None, monkeypatch)
+        trainer.train()
+        assert set(calls) == {SFTMixTrainer}
+
+    def test_equal_rows(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """They share a key, but not a place in the data set."""
+        rows = concatenate_datasets([chat_rows, chat_rows.select(range(4))])
+        trainer = train(tiny_model, tokenizer, rows, tmp_path, max_steps=2)
+        table = pq.read_table(tmp_path / "reference" / "confidence.parquet")
+        assert trainer.halves.sum() == 8 and len(table) == 16 and len(set(table[EXAMPLE_KEY].to_pylist())) == 12
 
     @pytest.mark.parametrize(
         ("changed", "name"),
@@ -203,6 +219,59 @@ class TestTwoPhases:
         train(*arguments, max_steps=2)
         with pytest.raises(InputError, match=f"was trained with `{name}.*Remove the folder to train it again"):
             train(*arguments, max_steps=2, **changed)
+
+    def test_a_reference_of_another_run_is_not_used(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """Neither by a new run nor by one that goes on between the phases."""
+        rows, options = chat_rows.shuffle(seed=0), {"max_steps": 2, "save_strategy": "no"}
+        adapter = partial(LoraConfig, r=4, target_modules=["q_proj", "v_proj"])
+        train(tiny_model, tokenizer, rows, tmp_path, **options, peft_config=adapter())
+        other_model = copy.deepcopy(tiny_model)
+        other_model.model.norm.weight.data[0] += 1
+        other_tokenizer = copy.deepcopy(tokenizer)
+        other_tokenizer.chat_template = f"Hello. {tokenizer.chat_template}"
+        half = concatenate_datasets([rows.select(range(6)), rows.select(range(6, 12)).map(change_question)])
+        for message, model, processing, data, changed in (
+            ("completion_only_loss=None`, but now it is False", tiny_model, tokenizer, rows,
+             {"completion_only_loss": False}),
+            ("optim='adamw_torch_fused'`, but now it is 'sgd'", tiny_model, tokenizer, rows, {"optim": "sgd"}),
+            ("peft_config.lora_alpha=8`, but now it is 3", tiny_model, tokenizer, rows,
+             {"peft_config": adapter(lora_alpha=3)}),
+            ("adapter=True`, but now it is False", tiny_model, tokenizer, rows, {"peft_config": None}),
+            ("chat_template=", tiny_model, other_tokenizer, rows, {}),
+            ("examples='12 with the hash", tiny_model, tokenizer, half, {}),
+            ("examples='12 with .*'`, but now it is '6 with", tiny_model, tokenizer, rows.select(range(6)), {}),
+            ("model.version=", other_model, tokenizer, rows, {}),
+            ("batch_size=4`, but now it is 8", tiny_model, tokenizer, rows, {"per_device_train_batch_size": 8}),
+        ):  # fmt: skip
+            changed = {**options, "peft_config": adapter(), **changed}
+            for resume in (None, True):
+                with pytest.raises(InputError, match=f"was trained with `{message}.*Remove the folder to train it"):
+                    train(model, processing, data, tmp_path, resume=resume, **changed)
+        settings = tmp_path / "reference" / "settings.json"
+        assert str(tmp_path) not in settings.read_text()
+        for content in ("{", "[1]"):
+            settings.write_text(content)
+            with pytest.raises(InputError, match="How the reference in .* was trained can't be read"):
+                train(tiny_model, tokenizer, rows, tmp_path, **options)
+
+    def test_what_may_change(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
+        """How a run is logged and saved, the second phase, the split of a batch, and where the start is."""
+        tiny_model.save_pretrained(tmp_path / "start")
+        tokenizer.save_pretrained(tmp_path / "start")
+        options = {**SMALL, **RUN, "max_steps": 2, "save_strategy": "no", "max_length": 64}
+
+        def run(folder, **changed):
+            args = SFTMixConfig(str(tmp_path / "run"), **{**options, **changed})
+            SFTMixTrainer(f"{tmp_path / folder}/", args, train_dataset=chat_rows).train()
+
+        run("start")
+        shutil.move(tmp_path / "start", tmp_path / "moved")
+        calls = kill_at(None, monkeypatch)
+        run(
+            "moved", logging_steps=2, save_steps=5, mixup_weight=0.5, mixup_alpha=1.0, push_confidence=True,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        assert set(calls) == {SFTMixTrainer}
 
     def test_its_checkpoints_go_when_it_is_trained(self, tiny_model, tokenizer, chat_rows, tmp_path):
         """So no optimizer's state is left behind."""
@@ -368,6 +437,15 @@ class TestOnline:
         for epoch in halves[3:]:
             assert (epoch == 1).sum() == (epoch == 0).sum() == 6
         assert not (tmp_path / "reference").exists()
+
+    def test_once_more_with_the_same_trainer(self, tiny_model, tokenizer, chat_rows, tmp_path):
+        """A run knows nothing of what the one before it saw."""
+        trainer, halves = self.run(tiny_model, tokenizer, chat_rows, tmp_path, num_train_epochs=2, save_strategy="no")
+        trainer.train()
+        assert [set(epoch.tolist()) for epoch in halves[6:]] == 3 * [{-1}] + 3 * [{0, 1}]
+        assert trainer._online.sums[2].tolist() == [2] * 12
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert ["sftmix/mixup_loss" in log for log in logs] == 3 * [False] + 3 * [True]
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_halves_are_those_of_what_was_seen(self, tiny_model, tokenizer, token_rows, tmp_path, packing):
