@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from ..errors import InputError
 from .field_checks import as_json_values
-from .fingerprints import fingerprint
+from .fingerprints import describe_content, what_counts
 
 
 logger = get_logger(__name__)
@@ -134,20 +134,13 @@ def _settings(args: SFTConfig, describe: Callable[[str], Any]) -> dict[str, Any]
 
 
 def _describe_content(name: str) -> str | dict[str, str]:
-    return {"name": local_name(name), "content": fingerprint(name)} if os.path.exists(name) else name
+    return describe_content(name) if os.path.exists(name) else name
 
 
 def local_name(name: str) -> str:
     """Last part of a path on this machine, which is nobody else's business; an id of the Hub as it is."""
     is_path = os.path.exists(name) or name.startswith((os.sep, ".", "~"))
     return os.path.basename(os.path.abspath(name)) if is_path else name
-
-
-def _what_counts(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_what_counts(item) for item in value]
-    is_content = isinstance(value, dict) and value.keys() == {"name", "content"}
-    return value["content"] if is_content else value
 
 
 def describe_examples(dataset: Dataset) -> dict[str, Any]:
@@ -194,7 +187,7 @@ def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NE
     changes = [
         f"`{name}` was {value!r}, is {run['settings'].get(name)!r}"
         for name, value in settings.items()
-        if _what_counts(value) != _what_counts(run["settings"].get(name))
+        if what_counts(value) != what_counts(run["settings"].get(name))
     ]
     if changes:
         raise InputError(f"{folder} was made with other settings: {'; '.join(changes)}. Set them back, {or_else}")

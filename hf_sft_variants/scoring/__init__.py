@@ -1,4 +1,4 @@
-from ..base.example_keys import EXAMPLE_KEY, add_example_keys
+from ..base.example_keys import EXAMPLE_KEY
 from .cached_scores import cached_scores
 from .log_probs import LogProbScorer
 from .reference_model import (
@@ -14,7 +14,6 @@ from .reference_model import (
 __all__ = [
     "EXAMPLE_KEY",
     "LogProbScorer",
-    "add_example_keys",
     "cached_scores",
     "identify_model",
     "load_reference_model",

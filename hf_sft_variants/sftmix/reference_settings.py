@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..base.field_checks import as_json_values
-from ..base.fingerprints import fingerprint
+from ..base.fingerprints import fingerprint, vocabulary_hash
 from ..base.trl_internals import global_then_local_main_first
 from ..errors import InputError
 from ..scoring import identify_model
@@ -84,7 +84,7 @@ def describe_reference(
             **{f"peft_config.{name}": value for name, value in adapter.items()},
             "quantization_config": quantization and quantization.to_dict(),
             "optimizer_cls_and_kwargs": optimizer_class and [optimizer_class.__qualname__, options],
-            "vocabulary": _hash(sorted(tokenizer.get_vocab().items())),
+            "vocabulary": vocabulary_hash(tokenizer),
             "chat_template": _hash(trainer.chat_template or tokenizer.chat_template),
             **start,  # later: a loaded model has its adapter in it
             # Both: keys may be the user's own

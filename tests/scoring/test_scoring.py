@@ -29,9 +29,7 @@ from transformers import (
 
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.scoring import (
-    EXAMPLE_KEY,
     LogProbScorer,
-    add_example_keys,
     cached_scores,
     identify_model,
     load_reference_model,
@@ -60,26 +58,6 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def process_state():
     PartialState(cpu=True)
-
-
-class TestKeys:
-    def test_equal_rows_are_numbered(self):
-        rows = Dataset.from_dict({"a": ["x", "y", "x", "x"], "b": [1, 1, 1, 2]})
-        keys = add_example_keys(rows, ["a", "b"])[EXAMPLE_KEY]
-        assert len(set(keys)) == 4
-        assert [key.split("-")[1] for key in keys] == ["0", "0", "1", "0"]
-        assert keys[0].split("-")[0] == keys[2].split("-")[0]
-
-    def test_keys_depend_on_content_alone(self):
-        rows = Dataset.from_dict({"a": ["x", "y", "z"], "other": [1, 2, 3]})
-        keys = dict(zip(rows["a"], add_example_keys(rows, ["a"])[EXAMPLE_KEY], strict=True))
-        reversed_rows = Dataset.from_dict({"other": [7, 8, 9], "a": ["z", "y", "x"]})
-        assert dict(zip(reversed_rows["a"], add_example_keys(reversed_rows, ["a"])[EXAMPLE_KEY], strict=True)) == keys
-
-    def test_second_start_finds_the_keys(self, token_rows, tmp_path):
-        token_rows.save_to_disk(tmp_path)
-        fingerprints = {add_example_keys(Dataset.load_from_disk(tmp_path), ["input_ids"])._fingerprint for _ in "ab"}
-        assert len(fingerprints) == 1
 
 
 class TestPlan:
