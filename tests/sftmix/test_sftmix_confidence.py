@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from helpers import padded_document_log_probs
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -354,6 +354,11 @@ class TestFile:
         message = rf"has two different confidences of the example with the key {keys[1]}: \[2.0, .*\] and \[4.0, .*\]"
         with pytest.raises(InputError, match=message):
             halves_from_file(path, examples, "perplexity")
+
+    def test_equal_examples_need_one_row(self, examples, tmp_path):
+        path = self.write(tmp_path / "c.parquet", examples[EXAMPLE_KEY][:3], [1.0, 2.0, 3.0])
+        rows = concatenate_datasets([examples.select(range(3)), examples.select([0])])
+        assert halves_from_file(path, rows, "perplexity").tolist() == [CONFIDENT, UNCONFIDENT, UNCONFIDENT, CONFIDENT]
 
     def test_errors_of_the_trainer(self, tiny_model, tokenizer, token_rows, tmp_path):
         path = self.write(tmp_path / "c.parquet", ["a", "b"], [1.0, 2.0])
