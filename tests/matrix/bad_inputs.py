@@ -297,7 +297,6 @@ COLUMNS = [
     broken(r"`reference_models=\['a'\]` has 1 models", "poft", only(ref_logps=[[-1.0, -2.0]] * 2),
            reference_models=["a"]),
     broken("there is none for the train dataset: set `reference_models`", "poft", "raw chat"),
-    broken(r"columns \['text'\], by which examples can't be named", "poft", "raw texts", reference_models=["a"]),
     broken("Row 0 .*: `score_end_of_turn=False` needs messages", "poft", only(ref_logps=[[-1.0]] * 2),
            score_end_of_turn=False),
     broken("1 example of the train dataset has labels, but a pair takes two", "sftmix", {"input_ids": [IDS]}),
