@@ -144,8 +144,11 @@ def load_model(
     if files.adapter is not None:
         with errors_of_loading(what if adapter is None else "`adapter`", files.adapter):
             places = getattr(loaded, "hf_device_map", {})
-            is_offloaded = {"cpu", "disk"} & set(places.values())
-            loaded = _with_adapter_offloaded(places, files) if is_offloaded else _with_adapter(loaded, files)
+            if {"cpu", "disk"} & set(map(str, places.values())):
+                del loaded
+                loaded = _with_adapter_offloaded(places, files)
+            else:
+                loaded = _with_adapter(loaded, files)
     return loaded.eval()
 
 
@@ -244,5 +247,5 @@ def _adapter_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
     where = {**files.adapter_options, **{f"_raise_exceptions_for_{name}": False for name in quietly}}
     if files.adapter is None or cached_file(files.adapter, TOKENIZER_CONFIG_FILE, **where) is None:
         return None
-    options = {**config_options(files.options), "revision": None, **files.adapter_options}
-    return AutoTokenizer.from_pretrained(files.adapter, **options)
+    trust_remote_code = files.options.get("trust_remote_code", False)
+    return AutoTokenizer.from_pretrained(files.adapter, trust_remote_code=trust_remote_code, **files.adapter_options)

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from comparison.conftest import RECIPE
 from helpers import commit_of, slow_nll
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -19,11 +18,12 @@ from hf_sft_variants.loading import load_split
 
 @pytest.fixture
 def do_run(folder):
-    """Trains a recipe with other keys for a step, evaluates it, and returns the evaluations and the run's folder."""
+    """Trains a recipe with other keys in two steps, evaluates it, and returns the metrics."""
 
     def do(settings=None, **keys):
-        keys = {"dataset_name": "data", "max_steps": 1, "output_dir": "run", "use_peft": True, **keys}
-        recipe = {key: value for key, value in {**RECIPE, **keys}.items() if key != "num_processes"}
+        recipe = yaml.safe_load(Path("sft.yaml").read_text()) | {"output_dir": "run", "dataset_name": "data"}
+        recipe |= {"max_steps": 2, "use_peft": True, **keys}
+        del recipe["num_processes"]
         description = {
             "recipe": recipe, "budget": {}, "arm": "arm", "data": "sums", "seed": 0,
             "evaluations": {**EVALUATION_DEFAULTS, "dataset_name": "data", "max_new_tokens": None, **(settings or {})},
@@ -78,7 +78,9 @@ def test_dtype(do_run, folder, tiny_model):
 def test_code_and_attention(do_run, monkeypatch):
     asked, load = [], AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *args, **options: asked.append(options) or load(*args, **options)
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **options: asked.append(options) or load(*args, **options),
     )
     do_run(attn_implementation="eager", trust_remote_code=True)
     assert (asked[-1]["attn_implementation"], asked[-1]["trust_remote_code"]) == ("eager", True)
@@ -112,7 +114,9 @@ def test_tags(do_run, folder, monkeypatch):
     tags = {"thinking_tags": ["[t]", "[/t]"], "answer_tags": ["[a]", "[/a]"]}
     settings = {"dataset_name": "tagged", "tagged": True, "max_new_tokens": 4}
     columns = {"reasoning_column": "reasoning", "answer_column": "answer"}
-    result = do_run(settings, module="hf_sft_variants.sftkey", dataset_name="tagged", max_length=128, **tags, **columns)
+    result = do_run(
+        settings, module="hf_sft_variants.sftkey", dataset_name="tagged", max_length=128, **tags, **columns
+    )
     base = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
     model, tokenizer = PeftModel.from_pretrained(base, "run").eval(), AutoTokenizer.from_pretrained("run")
     expected = held_out_nll(model, tokenizer, load_split("tagged"), tagged=True, **tags)
