@@ -3,10 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .answer_matching import same_answer
@@ -14,6 +12,7 @@ from .answers import extract_answer, extract_last_number, normalize_number
 from .errors import InputError
 from .generation import batches, evaluation_mode, generate_answers, prompt_token_ids
 from .loading import check_dataset
+from .scoring import LogProbScorer
 from .tagged_answers import ANSWER_TAGS, THINKING_TAGS, extract_tagged_answer, follows_format, tagged_response
 
 
@@ -68,7 +67,7 @@ def held_out_nll(
         `float`: The mean negative log-likelihood.
 
     Raises:
-        InputError: If the data set is empty, lacks a column or has no conversations.
+        InputError: If the data set is empty, lacks a column, has no conversations or only empty completions.
     """
     rows = held_out_nll_of_rows(model, tokenizer, dataset, batch_size, tagged, thinking_tags, answer_tags)
     return sum(nll for nll, _ in rows) / sum(count for _, count in rows)
@@ -94,11 +93,14 @@ def held_out_nll_of_rows(
         check_dataset(dataset, ("prompt", "completion"))
     tags = (thinking_tags, answer_tags) if tagged else None
     rows = [_tokenize(tokenizer, row["prompt"], _completion(row, i, tags)) for i, row in enumerate(dataset)]
+    if not any(label != -100 for row in rows for label in row["labels"][1:]):
+        raise InputError("`dataset` has only empty completions: pass at least one that has tokens.")
     results = [(0.0, 0)] * len(rows)
     with evaluation_mode(model):
-        for batch in batches([len(ids) for ids, _ in rows], batch_size, "Held-out NLL"):
-            for i, result in zip(batch, _summed_nll(model, [rows[i] for i in batch]), strict=True):
-                results[i] = result
+        scorer = LogProbScorer(model)
+        for batch in batches([len(row["input_ids"]) for row in rows], batch_size, "Held-out NLL"):
+            for i, result in zip(batch, scorer([rows[i] for i in batch]), strict=True):
+                results[i] = (-result["sum_log_prob"], result["num_tokens"])
     return results
 
 
@@ -262,27 +264,11 @@ def _completion(row: dict, i: int, tags: tuple[Sequence[str], Sequence[str]] | N
     return [{"role": "assistant", "content": content}]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> tuple[list[int], int]:
-    """Token ids of a row, and how many of them are the prompt's; both as SFTTrainer finds them."""
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> dict[str, list[int]]:
+    """`input_ids` of a row, and `labels` on its completion; both as SFTTrainer finds them."""
     prompt_ids = prompt_token_ids(tokenizer, prompt)
     ids = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
     # Some templates render the prompt alone differently: the completion starts where the two part
     same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False))
-    return ids, len(list(same))
-
-
-def _summed_nll(model: torch.nn.Module, rows: list[tuple[list[int], int]]) -> list[tuple[float, int]]:
-    ids = [torch.tensor(ids, device=model.device) for ids, _ in rows]
-    input_ids = pad_sequence(ids, batch_first=True)
-    labels = pad_sequence(ids, batch_first=True, padding_value=-100)
-    attention_mask = (labels != -100).long()
-    for row_labels, (_, prompt_length) in zip(labels, rows, strict=True):
-        row_labels[:prompt_length] = -100
-    # Logits only where a label follows: the positions before every completion cost the most memory
-    first = max(min(prompt_length for _, prompt_length in rows), 1)
-    positions = torch.arange(first - 1, input_ids.size(1) - 1, device=model.device)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions).logits
-    targets = labels[:, first:]
-    nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    sums = nll.view(targets.shape).double().sum(1)
-    return list(zip(sums.tolist(), (targets != -100).sum(1).tolist(), strict=True))
+    prompt_length = len(list(same))
+    return {"input_ids": ids, "labels": [-100] * prompt_length + ids[prompt_length:]}

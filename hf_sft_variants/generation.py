@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from .scoring import has_virtual_tokens, input_device
 
 
 def generate_answers(
@@ -34,22 +37,25 @@ def generate_answers(
         batch_size (`int`, *optional*, defaults to `25`):
             Prompts that are answered at once.
         device (`torch.device` or `str`, *optional*):
-            Where the inputs go, by default where the model says it is.
+            Where the inputs go, by default where the model's embeddings are.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar on a terminal.
 
     Returns:
         `list[str]`: What the model wrote for each prompt, without special tokens.
     """
-    device = device or model.device
+    device = device or input_device(model)
     rows = [prompt_token_ids(tokenizer, prompt) for prompt in prompts]
     tokenizer = _text_tokenizer(tokenizer)
     generations = [""] * len(rows)
     with evaluation_mode(model):
         for batch in batches([len(ids) for ids in rows], batch_size, "Greedy answers", show_progress):
-            texts = _generate(model, tokenizer, [rows[i] for i in batch], max_new_tokens, device)
-            for i, text in zip(batch, texts, strict=True):
-                generations[i] = text
+            # Virtual tokens must not be parted from the prompt by padding
+            by_length = groupby(batch, key=lambda i: len(rows[i]) if has_virtual_tokens(model) else None)
+            for group in (list(group) for _, group in by_length):
+                texts = _generate(model, tokenizer, [rows[i] for i in group], max_new_tokens, device)
+                for i, text in zip(group, texts, strict=True):
+                    generations[i] = text
     return generations
 
 

@@ -1,59 +1,51 @@
 """Loading what is to be evaluated, with an error that says the fix where that is not possible."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from datasets.exceptions import DatasetsError
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError, first_line
+from .scoring import load_model, load_tokenizer
 
 
 def load_model_and_tokenizer(
-    model: str, adapter: str | None = None, device: str | None = None
+    model: str,
+    adapter: str | None = None,
+    device: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """
     Loads a causal language model, with a PEFT adapter if there is one.
 
     Args:
         model (`str`):
-            Folder or Hub id of a model. A folder that holds a PEFT adapter is loaded on the base model it names.
+            Folder or Hub id of a model. A PEFT adapter is loaded on the base model it names.
         adapter (`str`, *optional*):
-            Folder of a PEFT adapter to load on `model`.
+            Folder or Hub id of a PEFT adapter to load on `model`.
         device (`str`, *optional*):
             Where to put the model, e.g. `"cpu"` or `"cuda:1"`. By default the accelerator if there is one, else
             the CPU.
+        options (`dict[str, Any]`, *optional*):
+            Keyword arguments of `from_pretrained`, such as `dtype` or `quantization_config`. `revision` is that of
+            `model`; of a folder with an adapter, its base model's, by default the one the adapter was saved with.
 
     Returns:
         `tuple`: The model in evaluation mode, and its tokenizer.
 
     Raises:
-        InputError: If the model or the adapter cannot be loaded, the tokenizer has no chat template or torch does not
-            know the device.
+        InputError: If the model or the adapter can't be loaded or lacks weights, the tokenizer has no chat template
+            or the device can't be used.
     """
-    target = _torch_device(device)
-    if adapter is None and _is_adapter(model):
-        model, adapter = PeftConfig.from_pretrained(model).base_model_name_or_path, model
-    elif adapter is not None and not _is_adapter(adapter):
-        raise InputError(f"`adapter` is {adapter!r}, which has no adapter_config.json: pass a folder that PEFT saved.")
-    try:
-        # The tokenizer that was trained with stands beside the adapter
-        tokenizer = AutoTokenizer.from_pretrained(adapter if adapter and _has_tokenizer(adapter) else model)
-        loaded = AutoModelForCausalLM.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"`model` is {model!r}, which could not be loaded ({first_line(error)}): pass a folder that "
-            "holds a saved model, or an id on the Hub; for an adapter whose base model has moved, pass the base model "
-            "as `model` and the adapter's folder as `adapter`."
-        ) from error
+    target = _usable_device(device)
+    tokenizer = load_tokenizer(model, options, adapter)
     if tokenizer.chat_template is None:
         raise InputError(f"`model` is {model!r}, whose tokenizer has no chat template: pass a chat model.")
-    if adapter is not None:
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    return loaded.to(target).eval(), tokenizer
+    return load_model(model, options, target, adapter), tokenizer
 
 
 def load_split(dataset: str, split: str = "test", config: str | None = None) -> Dataset:
@@ -76,7 +68,7 @@ def load_split(dataset: str, split: str = "test", config: str | None = None) -> 
     """
     try:
         rows = load_dataset(dataset, config, split=split)
-    except (DatasetNotFoundError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError) as error:
         raise InputError(
             f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({first_line(error)}): pass a "
             "folder that holds one file per split, e.g. test.jsonl (`hf-sft-variants quickstart` writes one), or an "
@@ -108,27 +100,21 @@ def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
         )
     if len(dataset) == 0:
         raise InputError("`dataset` is empty: pass at least one row.")
-    for column in columns:
-        value = dataset[0][column]
-        if column != "answer" and not isinstance(value, list):
-            raise InputError(
-                f"Column {column!r} of `dataset` holds {value!r}: pass conversations, i.e. lists of "
-                "{'role': ..., 'content': ...}."
-            )
+    for column in (column for column in columns if column != "answer"):
+        for i, value in enumerate(dataset[column]):
+            if not isinstance(value, list):
+                raise InputError(
+                    f"Column {column!r} of `dataset` holds {value!r} in row {i}: pass conversations, i.e. lists of "
+                    "{'role': ..., 'content': ...}."
+                )
 
 
-def _is_adapter(folder: str) -> bool:
-    return Path(folder, "adapter_config.json").is_file()
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return Path(folder, "tokenizer_config.json").is_file()
-
-
-def _torch_device(device: str | None) -> torch.device:
+def _usable_device(device: str | None) -> torch.device:
     if device is None:
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"`device` is {device!r}, which torch does not know: pass e.g. cpu or cuda:0.") from error
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch is built without that kind of device
+        raise InputError(
+            f"`device` is {device!r}, which can't be used here ({first_line(error)}): pass e.g. cpu or cuda:0."
+        ) from error

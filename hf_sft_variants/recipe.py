@@ -6,6 +6,7 @@ import os
 import sys
 from argparse import ArgumentParser
 from pickle import UnpicklingError
+from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import load_dataset
@@ -187,6 +188,24 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
         trainer.end()
 
 
+def model_options(model_args: ModelConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+    """
+    Keyword arguments of `from_pretrained` that a recipe's keys stand for; `model_init_kwargs` goes before them.
+
+    Raises:
+        `InputError`: If `dtype` can't be that of the computations with 4-bit weights.
+    """
+    if model_args.load_in_4bit and model_args.dtype == "auto":
+        raise InputError("`dtype` must be float32, bfloat16 or float16 with `load_in_4bit`, got 'auto'.")
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+    }
+
+
 def build_trainer(trainer_class, script_args, training_args, model_args, dataset_args):
     """
     The trainer of what [`parse`] returned, its model and its data loaded and prepared.
@@ -194,13 +213,9 @@ def build_trainer(trainer_class, script_args, training_args, model_args, dataset
     Raises:
         `InputError`: If the model or the data can't be loaded, or the trainer refuses them.
     """
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    options = model_options(model_args, training_args.trust_remote_code)
+    quantization_config = options.pop("quantization_config")
+    training_args.model_init_kwargs = {**options, **(training_args.model_init_kwargs or {})}
     dataset = load_splits(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
     train_dataset = pick_split(dataset, "dataset_train_split", script_args)
@@ -212,7 +227,7 @@ def build_trainer(trainer_class, script_args, training_args, model_args, dataset
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model_args),
+            quantization_config=quantization_config,
             peft_config=get_peft_config(model_args),
         )
     except (OSError, SafetensorError, UnpicklingError) as error:

@@ -102,3 +102,27 @@ def once(path, make, *arguments):
         if not path.exists():
             torch.save(make(*arguments), path)
         return torch.load(path, weights_only=True)
+
+
+def slow_nll(model, tokenizer, rows):
+    """Negative log-likelihood of the completions in nats per token: dense logits, one row at a time, in float64."""
+    terms = []
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        prompt_ids, ids = tokenizer(prompt)["input_ids"], tokenizer(text)["input_ids"]
+        assert ids[: len(prompt_ids)] == prompt_ids
+        with torch.no_grad():
+            log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        # From the right, because prompt learning prepends virtual tokens
+        terms += [-log_probs[i - len(ids) - 1, ids[i]].item() for i in range(len(prompt_ids), len(ids))]
+    return sum(terms) / len(terms)
+
+
+def commit_of(repository, digit):
+    """The folder of a commit in the cache of the Hub, which is that of the branch `main` from now on."""
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(digit * 40)
+    folder = repository / "snapshots" / (digit * 40)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 
@@ -20,6 +21,18 @@ TAGGED_COLUMNS = {
     "format": ("format_rate", ".1%"),
     "score": ("score", ".1%"),
 }
+# Keys of a recipe that say how its model is loaded, and how they are read here
+MODEL_KEYS = {
+    "model_revision": {},
+    "dtype": {"choices": ["auto", "bfloat16", "float16", "float32"]},
+    "attn_implementation": {},
+    "trust_remote_code": {"action": "store_true"},
+    "load_in_4bit": {"action": "store_true"},
+    "load_in_8bit": {"action": "store_true"},
+    "bnb_4bit_quant_type": {"choices": ["fp4", "nf4"]},
+    "use_bnb_nested_quant": {"action": "store_true"},
+    "bnb_4bit_quant_storage": {},
+}
 
 
 def add_parser(subparsers) -> None:
@@ -29,17 +42,23 @@ def add_parser(subparsers) -> None:
         "the number behind the last ####, it gets exactly right when decoding greedily. Several models: one table."
     )
     parser = subparsers.add_parser(
-        "evaluate", help="measure models or adapters on held-out data", description=description, epilog=EXAMPLE
+        "evaluate",
+        help="measure models or adapters on held-out data",
+        usage="hf-sft-variants evaluate MODEL [MODEL ...] [options]",
+        description=description,
+        epilog=EXAMPLE,
     )
-    parser.add_argument(
-        "model", nargs="+", metavar="MODEL", help="folder or Hub id of a model, or folder of a PEFT adapter"
-    )
+    parser.add_argument("model", nargs="+", metavar="MODEL", help="folder or Hub id of a model or of a PEFT adapter")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to load on the one MODEL")
     parser.add_argument(
         "--tagged",
         action="store_true",
         help="score <Thinking> and <Answer> blocks: accuracy, format and 0.7 accuracy + 0.3 format",
     )
+    for kind in ("thinking", "answer"):
+        parser.add_argument(
+            f"--{kind}-tags", nargs=2, metavar=("A", "B"), help=f"tags before and after the {kind}, for --tagged"
+        )
     parser.add_argument(
         "--dataset", metavar="DATA", help=f"folder or Hub id ({DATASET}; {TAGGED_DATASET} with --tagged)"
     )
@@ -49,7 +68,11 @@ def add_parser(subparsers) -> None:
         "--max-new-tokens", type=_positive, default=128, metavar="N", help="length of an answer (%(default)s)"
     )
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (the accelerator if there is one)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE, too; a list for several MODELs")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE, in a list if several")
+    flags = ", ".join(f"--{key}" for key in list(MODEL_KEYS)[:6])
+    how_to_load = parser.add_argument_group("to load the models as a recipe does", f"{flags}, ...")
+    for key, options in MODEL_KEYS.items():
+        how_to_load.add_argument(f"--{key}", f"--{key.replace('_', '-')}", help=argparse.SUPPRESS, **options)
     parser.set_defaults(run=run)
 
 
@@ -58,11 +81,18 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import InputError
     from ..evaluation import check_tagged_dataset
     from ..loading import check_dataset, load_split
+    from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS
 
     if args.adapter and len(args.model) > 1:
         raise InputError(
             f"`--adapter` is {args.adapter!r}, which is for one MODEL: pass adapters' folders among the MODELs."
         )
+    if (args.thinking_tags or args.answer_tags) and not args.tagged:
+        raise InputError("`--thinking-tags` and `--answer-tags` need `--tagged`: add it, or leave them out.")
+    if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).parent, os.W_OK)):
+        raise InputError(f"`--json` is {args.json!r}, which can't be written: name a file in an existing folder.")
+    args.tags = (args.thinking_tags or THINKING_TAGS, args.answer_tags or ANSWER_TAGS)
+    args.options = _model_options(args)
     args.dataset = args.dataset or (TAGGED_DATASET if args.tagged else DATASET)
     dataset = load_split(args.dataset, args.split)
     if args.tagged:
@@ -73,6 +103,22 @@ def run(args: argparse.Namespace) -> None:
         _print_table(args, dataset)
     else:
         _print_one(args, dataset)
+
+
+def _model_options(args: argparse.Namespace) -> dict:
+    """Keyword arguments of `from_pretrained`, as a recipe's keys of the same names give them."""
+    from trl import ModelConfig
+
+    from ..errors import InputError
+    from ..recipe import model_options
+
+    given = {key: getattr(args, key) for key in MODEL_KEYS if getattr(args, key)}
+    trust_remote_code = given.pop("trust_remote_code", False)
+    if args.load_in_4bit and args.load_in_8bit:
+        raise InputError("`--load_in_4bit` and `--load_in_8bit` exclude each other: give one.")
+    # By default as the weights were saved, but computations with 4-bit ones as in a recipe
+    defaults = {"model_revision": None} if args.load_in_4bit else {"model_revision": None, "dtype": "auto"}
+    return model_options(ModelConfig(**{**defaults, **given}), trust_remote_code)
 
 
 def _print_one(args: argparse.Namespace, dataset) -> None:
@@ -104,7 +150,7 @@ def _measure(args: argparse.Namespace, name: str, dataset) -> dict:
 
     from ..loading import load_model_and_tokenizer
 
-    model, tokenizer = load_model_and_tokenizer(name, args.adapter, args.device)
+    model, tokenizer = load_model_and_tokenizer(name, args.adapter, args.device, args.options)
     figures = {
         "model": name,
         "adapter": args.adapter,
@@ -133,9 +179,9 @@ def _figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict[str, f
 def _tagged_figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict[str, float]:
     from ..evaluation import generate_answers, held_out_nll, tagged_scores
 
-    nll = held_out_nll(model, tokenizer, dataset, args.batch_size, tagged=True)
+    nll = held_out_nll(model, tokenizer, dataset, args.batch_size, True, *args.tags)
     generations = generate_answers(model, tokenizer, dataset["prompt"], args.max_new_tokens, args.batch_size)
-    return {"held_out_nll": nll, **tagged_scores(generations, dataset["answer"])}
+    return {"held_out_nll": nll, **tagged_scores(generations, dataset["answer"], *args.tags)}
 
 
 def _write_json(args: argparse.Namespace, results: list[dict]) -> None:

@@ -13,7 +13,7 @@ from ..answers import extract_answer
 from ..errors import InputError
 from ..evaluation import generate_answers, held_out_nll_of_rows, numeric_answers
 from ..loading import load_split
-from ..tagged_answers import extract_tagged_answer, follows_format
+from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS, extract_tagged_answer, follows_format
 from .lm_eval_tasks import evaluate_tasks
 
 
@@ -27,7 +27,11 @@ def load_evaluation_data(settings: dict[str, Any]) -> Dataset:
 
 
 def evaluate_model(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    thinking_tags: Sequence[str] = THINKING_TAGS,
+    answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> dict[str, Any]:
     """
     Evaluate a model as a study asks.
@@ -39,6 +43,10 @@ def evaluate_model(
             Its tokenizer, with a chat template.
         settings (`dict[str, Any]`):
             `evaluations` of the study.
+        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
+            Opening and closing tag of the reasoning that the model was trained with, for `tagged`.
+        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
+            Opening and closing tag of the answer, for `tagged`.
 
     Returns:
         `dict[str, Any]`: `evaluations`, by metric its mean, the values of the rows and how much each row counts; and
@@ -48,7 +56,8 @@ def evaluate_model(
         `InputError`: If the model's likelihoods are not finite.
     """
     dataset = load_evaluation_data(settings)
-    rows = held_out_nll_of_rows(model, tokenizer, dataset, settings["batch_size"], settings["tagged"])
+    tags = (thinking_tags, answer_tags)
+    rows = held_out_nll_of_rows(model, tokenizer, dataset, settings["batch_size"], settings["tagged"], *tags)
     for i, (nll, _) in enumerate(rows):
         if not math.isfinite(nll):
             raise InputError(
@@ -62,19 +71,26 @@ def evaluate_model(
         prompts = dataset["prompt"][:] if has_answers else dataset["prompt"][:SAMPLES]
         texts = generate_answers(model, tokenizer, prompts, settings["max_new_tokens"], settings["batch_size"])
         if has_answers:
-            metrics |= answer_metrics(texts, dataset, settings["tagged"])
+            metrics |= answer_metrics(texts, dataset, settings["tagged"], *tags)
         generations = samples(dataset, texts)
     if settings["lm_eval"] is not None:
         metrics |= evaluate_tasks(model, tokenizer, settings["batch_size"], **settings["lm_eval"])
     return {"evaluations": metrics, "generations": generations}
 
 
-def answer_metrics(texts: list[str], dataset: Dataset, tagged: bool) -> dict[str, Any]:
+def answer_metrics(
+    texts: list[str],
+    dataset: Dataset,
+    tagged: bool,
+    thinking_tags: Sequence[str] = THINKING_TAGS,
+    answer_tags: Sequence[str] = ANSWER_TAGS,
+) -> dict[str, Any]:
     """Right answers, and texts that have the form asked for."""
     if tagged:
+        tags = (thinking_tags, answer_tags)
         pairs = zip(texts, dataset["answer"], strict=True)
-        right = [same_answer(extract_tagged_answer(text), str(answer)) for text, answer in pairs]
-        formatted = [follows_format(text) for text in texts]
+        right = [same_answer(extract_tagged_answer(text, *tags), str(answer)) for text, answer in pairs]
+        formatted = [follows_format(text, *tags) for text in texts]
     else:
         found = [extract_answer(text) for text in texts]
         right = [answer == expected for answer, expected in zip(found, numeric_answers(dataset), strict=True)]

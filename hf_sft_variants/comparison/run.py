@@ -21,8 +21,9 @@ from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..loading import load_model_and_tokenizer
-from ..recipe import apply_recipe, build_trainer, parse_flags, save, trainer_and_parser
+from ..recipe import apply_recipe, build_trainer, model_options, parse_flags, save, trainer_and_parser
 from ..recipe_checks import read_mapping
+from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS
 from .budgets import amount_of, steps_of_seconds, steps_of_tokens
 from .costs import extra_passes, peak_memory
 from .evaluations import evaluate_model
@@ -121,13 +122,20 @@ def _without_infinities(log: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(folder: Path, run: dict[str, Any]) -> None:
-    """Evaluate the saved model, also right after training: so it makes no difference when that is done."""
+    """
+    Evaluate the saved model, loaded as the recipe says: as it was trained, and the same whenever that is done.
+    """
     settings, path = run["evaluations"], folder / EVALUATION_FILE
     if path.is_file() and read_json(path)["settings"] == settings:
         return
-    _, (_, training_args, _, _) = _parse(read_mapping(str(folder / RECIPE_FILE)), str(folder / RECIPE_FILE))
-    model, tokenizer = load_model_and_tokenizer(str(folder), device=str(training_args.device))
-    write_json(path, {"settings": settings, **evaluate_model(model, tokenizer, settings)})
+    _, (_, training_args, model_args, _) = _parse(read_mapping(str(folder / RECIPE_FILE)), str(folder / RECIPE_FILE))
+    options = model_options(model_args, training_args.trust_remote_code) | (training_args.model_init_kwargs or {})
+    model, tokenizer = load_model_and_tokenizer(str(folder), None, str(training_args.device), options)
+    tags = (
+        getattr(training_args, "thinking_tags", THINKING_TAGS),
+        getattr(training_args, "answer_tags", ANSWER_TAGS),
+    )
+    write_json(path, {"settings": settings, **evaluate_model(model, tokenizer, settings, *tags)})
 
 
 def _parse(recipe: dict[str, Any], source: str) -> tuple:

@@ -53,8 +53,9 @@ class PoFTConfig(SFTConfig):
         reference_batch_tokens (`int`, *optional*, defaults to `4096`):
             Most tokens in a batch when scoring, padding included.
         reference_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained` for the reference models, such as `quantization_config`. `dtype`
-            defaults to bfloat16 on an accelerator, float32 on the CPU.
+            Keyword arguments of `from_pretrained` for the reference models, such as `quantization_config`, or
+            `device_map` for models larger than one GPU. `dtype` defaults to bfloat16 on an accelerator, float32 on the
+            CPU. The base model of an adapter has the revision that the adapter was saved with.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]

@@ -1,42 +1,44 @@
-"""Log-probabilities of a prepared data set's labels under any causal language model, without building logits."""
+"""Log-probabilities of a prepared data set's labels under any causal language model, in small tiles of logits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from accelerate.utils import is_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..base.trl_internals import DataCollatorForLanguageModeling, add_fused_lm_head
-from ..errors import InputError
+from ..base.trl_internals import DataCollatorForLanguageModeling, add_fused_lm_head, fused_lm_head_settings
+
+
+# Elements of a tile of logits: 128 MiB in float32
+_TILE = 2**25
 
 
 class LogProbScorer:
     """
-    Scores batches of tokenized examples with a model's fused LM head.
+    Scores batches of tokenized examples. Only positions with a label go through the LM head, a few at a time.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model; its `forward` gets TRL's fused LM head.
+            Causal language model with any adapter, quantized or not, on one device or several.
         per_token (`bool`, *optional*, defaults to `False`):
             Whether to return each label's log-probability beside their sum.
         padding_free (`bool`, *optional*):
             Whether a batch is one row without padding. By default where the model's attention is flash attention,
-            which skips the other documents; elsewhere a padded batch of similar lengths is faster.
-
-    Raises:
-        `InputError`: For an adapter that the fused LM head can't see: prompt learning, or one on `lm_head`.
+            which skips the other documents; elsewhere a padded batch of similar lengths is faster. Not with prompt
+            learning, whose virtual tokens belong in front of every example.
     """
 
     def __init__(self, model: PreTrainedModel, per_token: bool = False, padding_free: bool | None = None):
-        base_model = model.get_base_model() if is_peft_model(model) else model
-        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-            raise InputError("A model with a prompt-learning adapter can't score: its virtual tokens move the labels.")
-        if isinstance(base_model.get_output_embeddings(), BaseTunerLayer):
-            raise InputError("A model with an adapter on `lm_head` can't score: the fused LM head does not see it.")
-        add_fused_lm_head(base_model)
+        self.base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        with _kept_forward(self.base_model):
+            add_fused_lm_head(self.base_model)
+            self.head_settings = fused_lm_head_settings(self.base_model)
         self.model = model.eval()
         self.per_token = per_token
         if padding_free is None:
-            padding_free = "flash" in (base_model.config._attn_implementation or "")
+            uses_flash = "flash" in (self.base_model.config._attn_implementation or "")
+            padding_free = uses_flash and not has_virtual_tokens(model)
         # The padding token is not looked at: it is masked
         self.collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
 
@@ -55,17 +57,45 @@ class LogProbScorer:
             for each token of `input_ids`, 0 where nothing is scored).
         """
         batch = self.collator([{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples])
-        device = self.model.device
+        device = input_device(self.model)
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        log_probs = self.model(**batch, fused_lm_head=True).log_probs.float()
+        labels = batch.pop("labels")
+        log_probs = self._log_probs(self._hidden_states(batch), labels).cpu()
         lengths = [len(example["input_ids"]) for example in examples]
-        # One entry for each token of `input_ids`: nothing predicts the first
-        log_probs = torch.cat([log_probs.new_zeros(len(log_probs), 1), log_probs], dim=1).cpu()
         rows = log_probs[0, : sum(lengths)].split(lengths) if self.collator.padding_free else log_probs
         return [
             self._result(row[:length], example["labels"])
             for row, length, example in zip(rows, lengths, examples, strict=True)
         ]
+
+    def _hidden_states(self, batch: dict) -> torch.Tensor:
+        """What the LM head would get, behind whatever an adapter does to the inputs."""
+        backbone = self.base_model.base_model
+        with _kept_forward(self.base_model):
+            self.base_model.forward = lambda **inputs: backbone(**{**inputs, "use_cache": False})
+            return self.model(**batch).last_hidden_state
+
+    def _log_probs(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each label, zero where there is none; nothing predicts the first token of a row."""
+        log_probs = torch.zeros(labels.shape)
+        mask, targets = labels[:, 1:] != -100, labels[:, 1:]
+        # Counted from the right: prompt learning prepends virtual tokens
+        hidden_states = hidden_states[:, -labels.size(1) : -1]
+        hidden_states, targets = hidden_states[mask.to(hidden_states.device)], targets[mask]
+        size = max(_TILE // self.base_model.config.get_text_config().vocab_size, 1)
+        tiles = zip(hidden_states.split(size), targets.split(size), strict=True)
+        log_probs[:, 1:][mask.cpu()] = torch.cat([self._of_tile(*tile).cpu() for tile in tiles])
+        return log_probs
+
+    def _of_tile(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # Called as a module: an adapter on it, its quantization and its offloading do their part
+        logits = self.base_model.get_output_embeddings()(hidden_states).float()
+        logits *= self.head_settings["logit_scale"]
+        soft_cap = self.head_settings["final_logit_softcapping"]
+        if soft_cap is not None:
+            logits = logits.div_(soft_cap).tanh_().mul_(soft_cap)
+        targets = targets.to(logits.device)
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
     def _result(self, log_probs: torch.Tensor, labels: list[int]) -> dict:
         result = {
@@ -75,3 +105,28 @@ class LogProbScorer:
         if self.per_token:
             result["token_log_probs"] = log_probs.numpy()
         return result
+
+
+def has_virtual_tokens(model: PreTrainedModel) -> bool:
+    """Whether a prompt-learning adapter puts tokens of its own in front of each row, padding included."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model's inputs belong: of one that is spread over devices or offloaded, where its embeddings are run."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
+
+
+@contextmanager
+def _kept_forward(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a model have another `forward` for a while."""
+    before = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(model).pop("forward", None)
+        else:
+            model.forward = before

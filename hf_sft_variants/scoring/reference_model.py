@@ -1,31 +1,28 @@
 """Reference models: loaded to be asked, never trained."""
 
-import hashlib
 import os
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
+from ..base.fingerprints import fingerprint
 from ..errors import InputError
+from .loading import config_options, errors_of_loading, file_options, find_files, load_model, load_tokenizer
 
 
-# Options of `from_pretrained` that say which files are read
-_WHERE = ("cache_dir", "revision", "token")
+_WHAT = "the reference model"
 
-_WEIGHT_FILES = {".safetensors", ".bin", ".json"}
+# Options of `from_pretrained` that change where a model comes from or is put, or are in its version: not its output
+_NOT_IN_OUTPUT = (
+    "cache_dir", "device_map", "force_download", "local_files_only", "max_memory", "offload_buffers",
+    "offload_folder", "revision", "token",
+)  # fmt: skip
 
 
 def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> PreTrainedModel | PeftModel:
@@ -37,35 +34,15 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
             Model id or folder; a PEFT adapter is loaded on the base model it names.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained`. `dtype` defaults to bfloat16 on an accelerator, float32 on the CPU;
-            with `quantization_config` the model is put where it says. `revision` is that of an adapter, not of its
-            base model.
+            with `device_map` the model stays where that puts it. `revision` is that of `model`; of a folder with an
+            adapter, its base model's, by default the one the adapter was saved with.
 
     Raises:
         `InputError`: If the model can't be loaded or lacks weights, or under DeepSpeed ZeRO-3.
     """
     refuse_zero3(model)
     options = with_default_dtype(model_init_kwargs)
-    try:
-        adapter = _adapter_config(model, options)
-        name = adapter.base_model_name_or_path if adapter else model
-        base_options = _without_revision(options) if adapter else options
-        loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **base_options)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"The reference model {model!r} can't be loaded: {error} Give the id or the folder of a causal language "
-            "model."
-        ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"The reference model {model!r} lacks the weights {missing[:3]}, which would be random. Give a causal "
-            "language model."
-        )
-    if "quantization_config" not in options:
-        loaded = loaded.to(PartialState().device)
-    if adapter:
-        loaded = PeftModel.from_pretrained(loaded, model, revision=options.get("revision"))
-    return loaded.eval().requires_grad_(False)
+    return load_model(model, options, PartialState().device, what=_WHAT).requires_grad_(False)
 
 
 def refuse_zero3(model: str) -> None:
@@ -94,22 +71,9 @@ def load_reference_tokenizer(model: str, model_init_kwargs: dict | None = None) 
             Keyword arguments of `from_pretrained` for the model; those that name the version are used.
 
     Raises:
-        `InputError`: If there is no tokenizer.
+        `InputError`: If there is no tokenizer that can be loaded.
     """
-    options = _config_options(model_init_kwargs or {})
-    try:
-        base_model = _base_model(model, options)
-        try:
-            return AutoTokenizer.from_pretrained(model, **options)
-        except (OSError, ValueError):
-            if base_model == model:
-                raise
-            return AutoTokenizer.from_pretrained(base_model)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The reference model {model!r} has no tokenizer that can be loaded: {error} Save the tokenizer beside "
-            "the model."
-        ) from error
+    return load_tokenizer(model, model_init_kwargs, what=_WHAT)
 
 
 def require_same_vocabulary(
@@ -141,9 +105,8 @@ def require_same_vocabulary(
 
 def max_positions(model: str, model_init_kwargs: dict | None = None) -> int | None:
     """Most tokens a reference model can read, by its configuration; `None` where that names no limit."""
-    options = _config_options(model_init_kwargs or {})
-    name = _base_model(model, options)
-    config = AutoConfig.from_pretrained(name, **(options if name == model else {}))
+    files = find_files(model, model_init_kwargs, what=_WHAT)
+    config = AutoConfig.from_pretrained(files.model, **config_options(files.options))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -153,70 +116,32 @@ def with_default_dtype(model_init_kwargs: dict | None) -> dict:
     return {"dtype": torch.float32 if on_cpu else torch.bfloat16, **(model_init_kwargs or {})}
 
 
-def _adapter_config(model: str, options: dict) -> PeftConfig | None:
-    """Configuration of an adapter; `None` for a model of its own."""
-    if os.path.isdir(model):
-        is_adapter = os.path.isfile(os.path.join(model, "adapter_config.json"))
-        return PeftConfig.from_pretrained(model) if is_adapter else None
-    try:
-        AutoConfig.from_pretrained(model, **_config_options(options))
-    except OSError:  # an adapter's repository has no config.json
-        return PeftConfig.from_pretrained(model, revision=options.get("revision"))
-    return None
-
-
-def _base_model(model: str, options: dict) -> str:
-    adapter = _adapter_config(model, options)
-    return adapter.base_model_name_or_path if adapter else model
-
-
-def _without_revision(options: dict) -> dict:
-    return {name: value for name, value in options.items() if name != "revision"}
-
-
-def _config_options(options: dict) -> dict:
-    return {name: options[name] for name in ("revision", "trust_remote_code", "subfolder") if name in options}
-
-
-def identify_model(model: str | PreTrainedModel, model_init_kwargs: dict | None = None) -> dict[str, str]:
+def identify_model(model: str, model_init_kwargs: dict | None = None) -> dict[str, str]:
     """
     What tells a model from others and from itself after training, as JSON values: its scores may be used again only
     where all of this is the same.
 
-    A folder is known by its files' names, sizes and times of change; an id of the Hub by its commit; an adapter by
-    itself and its base model; a loaded model by a hash of its parameters. The default `dtype` is among the options.
+    A folder is known by its content ([`~hf_sft_variants.base.fingerprints.fingerprint`]), wherever it is; an id of the
+    Hub by its commit; an adapter by itself and its base model. The default `dtype` is among the options.
     """
     options = with_default_dtype(model_init_kwargs)
     # `dtype` may be a text, and trackers make it one; the token is a secret, and these values stand in files
-    names = {name: str(value).removeprefix("torch.") for name, value in sorted(options.items()) if name != "token"}
-    described = {"options": str(names)}
-    if not isinstance(model, str):
-        return {"model": type(model).__name__, "version": _hash_of_parameters(model), **described}
-    adapter = _adapter_config(model, options)
-    if adapter:
-        base = identify_model(adapter.base_model_name_or_path, _without_revision(options))
-        described["base"] = f"{base['model']} {base['version']}"
-    return {"model": _location(model), "version": _version(model, options, adapter), **described}
+    names = {
+        name: str(value).removeprefix("torch.")
+        for name, value in sorted(options.items())
+        if name not in _NOT_IN_OUTPUT
+    }
+    files = find_files(model, options, what=_WHAT)
+    with errors_of_loading(_WHAT, model):
+        base = _identity(files.model, files.options, CONFIG_NAME)
+        if files.adapter is None:
+            return {**base, "options": str(names)}
+        adapter = _identity(files.adapter, files.adapter_options, ADAPTER_CONFIG_NAME)
+    return {**adapter, "base": " ".join(base.values()), "options": str(names)}
 
 
-def _location(model: str) -> str:
-    return str(Path(model).resolve()) if os.path.isdir(model) else model
-
-
-def _version(model: str, options: dict, adapter: PeftConfig | None) -> str:
-    if os.path.isdir(model):
-        folder = Path(model, options.get("subfolder", ""))
-        files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHT_FILES)
-        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
-    name, where = (ADAPTER_CONFIG_NAME, _WHERE) if adapter else (CONFIG_NAME, (*_WHERE, "subfolder"))
-    file = cached_file(model, name, **{option: options[option] for option in where if option in options})
-    return str(extract_commit_hash(file, None))  # which is part of the path
-
-
-def _hash_of_parameters(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _identity(name: str, options: dict, config_file: str) -> dict[str, str]:
+    if os.path.isdir(name):
+        return {"version": fingerprint(Path(name, options.get("subfolder", "")))}
+    file = cached_file(name, config_file, **file_options(options))
+    return {"model": name, "version": str(extract_commit_hash(file, None))}  # which is part of the path

@@ -61,8 +61,9 @@ class SFTGOConfig(SFTConfig):
             For `group_by="rho1"`: id or path of a causal language model with the same tokenizer, or of an adapter. It
             scores the data once and is gone before training.
         reference_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained` for `reference_model`. `dtype` defaults to bfloat16 on an
-            accelerator, float32 on the CPU.
+            Keyword arguments of `from_pretrained` for `reference_model`, such as `quantization_config`, or
+            `device_map` for a model larger than one GPU. `dtype` defaults to bfloat16 on an accelerator, float32 on
+            the CPU.
         score_cache_dir (`str`, *optional*):
             Folder where the scores of `importance_model` and `reference_model` are kept, a folder in it for each model
             and set of options. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder.

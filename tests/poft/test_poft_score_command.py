@@ -113,7 +113,7 @@ def test_bad_input(folder, capsys):
         main(["score", "--config", "recipe.yaml", "--keep-top", "1.5", "--kept", "a.jsonl"])
     assert "1.5 is not between 0 and 1" in capsys.readouterr().err
     assert main(["score", "--config", "recipe.yaml", "--reference_models", "nowhere"]) == 2
-    assert "The reference model 'nowhere' has no tokenizer" in capsys.readouterr().err
+    assert "The tokenizer of the reference model 'nowhere' can't be loaded" in capsys.readouterr().err
 
 
 def test_a_recipe_without_reference_models_is_prepared(folder, capsys):

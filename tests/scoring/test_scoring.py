@@ -14,13 +14,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from filelock import FileLock
-from helpers import padded_document_log_probs
+from helpers import commit_of, padded_document_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -305,30 +304,23 @@ def score_without_lock(rows, folder, monkeypatch):
         score(rows, folder, scorer=CountingScorer())
 
 
-def commit_of(repository, digit):
-    """The folder of a commit in the cache of the Hub, which is that of the branch `main` from now on."""
-    (repository / "refs").mkdir(parents=True, exist_ok=True)
-    (repository / "refs" / "main").write_text(digit * 40)
-    folder = repository / "snapshots" / (digit * 40)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 class TestReferenceModels:
-    def test_identity_changes_with_the_weights(self, tiny_model, tmp_path):
-        before = identify_model(tiny_model)
-        assert identify_model(copy.deepcopy(tiny_model)) == before
+    def test_identity_is_of_the_content(self, tiny_model, tmp_path):
+        tiny_model.save_pretrained(tmp_path / "model")
+        saved = identify_model(str(tmp_path / "model"))
+        in_bfloat16 = identify_model(str(tmp_path / "model"), {"dtype": torch.bfloat16})
+        assert in_bfloat16 != saved
+        assert identify_model(str(tmp_path / "model"), {"dtype": "bfloat16"}) == in_bfloat16
+        # What stands in the files of scores is no secret, and nothing that leaves the scores as they are
+        elsewhere = {"token": "hf_secret", "device_map": "auto", "offload_folder": "/tmp", "cache_dir": "/tmp"}
+        assert identify_model(str(tmp_path / "model"), elsewhere) == saved
+        shutil.copytree(tmp_path / "model", tmp_path / "other" / "copy", copy_function=shutil.copy)
+        os.utime(tmp_path / "other" / "copy" / "model.safetensors", ns=(1, 1))
+        for path in (f"{tmp_path}/model/", f"{tmp_path}/other/../model", f"{tmp_path}/other/copy"):
+            assert identify_model(path) == saved
         tiny_model.model.layers[0].mlp.up_proj.weight.data += 1
-        assert identify_model(tiny_model) != before
-
-        tiny_model.save_pretrained(tmp_path)
-        saved = identify_model(str(tmp_path))
-        assert identify_model(str(tmp_path)) == saved
-        in_bfloat16 = identify_model(str(tmp_path), {"dtype": torch.bfloat16})
-        assert in_bfloat16 != saved and identify_model(str(tmp_path), {"dtype": "bfloat16"}) == in_bfloat16
-        assert identify_model(str(tmp_path), {"token": "hf_secret"}) == saved  # which stands in the files of scores
-        os.utime(tmp_path / "model.safetensors", ns=(1, 1))
-        assert identify_model(str(tmp_path)) != saved
+        tiny_model.save_pretrained(tmp_path / "model")
+        assert identify_model(str(tmp_path / "model")) != saved
 
     def test_loads_models_and_adapters(self, tiny_model, token_rows, tmp_path):
         tiny_model.save_pretrained(tmp_path / "base")
@@ -341,27 +333,18 @@ class TestReferenceModels:
         first, second = (LogProbScorer(model)(list(token_rows))[0]["sum_log_prob"] for model in (adapted, loaded))
         assert first == pytest.approx(second)
 
-    def test_revision_is_that_of_the_adapter(self, tiny_model, tmp_path, monkeypatch):
-        tiny_model.save_pretrained(tmp_path / "base")
-        base = load_reference_model(str(tmp_path / "base"))
-        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
-        asked, load = [], AutoModelForCausalLM.from_pretrained
-        monkeypatch.setattr(
-            AutoModelForCausalLM,
-            "from_pretrained",
-            lambda *args, **options: asked.append(options) or load(*args, **options),
-        )
-        load_reference_model(str(tmp_path / "adapter"), {"revision": "v1"})
-        load_reference_model(str(tmp_path / "base"), {"revision": "v1"})
-        assert [options.get("revision") for options in asked] == [None, "v1"]
-
     def test_identity_of_an_adapter_has_its_base(self, tiny_model, tmp_path):
+        for name in ("base", "copy"):
+            tiny_model.save_pretrained(tmp_path / name)
+            base = load_reference_model(str(tmp_path / name))
+            torch.manual_seed(1)
+            adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+            adapted.save_pretrained(tmp_path / f"adapter_of_{name}")
+        before = identify_model(str(tmp_path / "adapter_of_base"))
+        assert identify_model(str(tmp_path / "adapter_of_copy")) == before
+        tiny_model.model.norm.weight.data += 1
         tiny_model.save_pretrained(tmp_path / "base")
-        base = load_reference_model(str(tmp_path / "base"))
-        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
-        before = identify_model(str(tmp_path / "adapter"))
-        os.utime(tmp_path / "base" / "model.safetensors", ns=(1, 1))
-        assert identify_model(str(tmp_path / "adapter")) != before
+        assert identify_model(str(tmp_path / "adapter_of_base")) != before
 
     def test_ids_of_the_hub(self, tiny_model, token_rows, tmp_path, monkeypatch):
         """A model and an adapter by their ids, each known by its commit, from the cache of the Hub."""
@@ -383,20 +366,47 @@ class TestReferenceModels:
         assert identify_model("org/base")["version"] == identify_model("org/adapter")["version"] == "c" * 40
         assert identify_model("org/base", {"revision": "a" * 40})["version"] == "a" * 40
 
-    def test_adapter_on_the_head_can_not_score(self, tiny_model):
-        adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["lm_head"]))
-        with pytest.raises(ValueError, match="adapter on `lm_head` can't score"):
-            LogProbScorer(adapted)
+    @pytest.mark.parametrize("adapted", [False, True], ids=["", "adapter"])
+    @pytest.mark.parametrize("offloaded", ["cpu", "disk"])
+    def test_a_dispatched_model_keeps_its_places(self, offloaded, adapted, tiny_model, token_rows, tmp_path):
+        """Parts of it on disk, and used from there; the files of the model stay as they are."""
+        tiny_model.config.tie_word_embeddings = False
+        tiny_model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(tiny_model.lm_head.weight))
+        tiny_model.save_pretrained(tmp_path / "base")
+        name, before = str(tmp_path / "base"), identify_model(str(tmp_path / "base"))
+        if adapted:
+            base = load_reference_model(name)
+            config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+            name = str(tmp_path / "adapter")
+            get_peft_model(base, config).save_pretrained(name)
+        places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": offloaded}
+        options = {"device_map": places, "offload_folder": str(tmp_path / "offloaded")}
+        dispatched = load_reference_model(name, options)
+        embeddings = dispatched.get_input_embeddings()
+        assert embeddings.weight.device.type == "meta"
+        assert (dispatched.get_output_embeddings().weight.device.type == "meta") == (offloaded == "disk")
+        expected, scores = (
+            [result["sum_log_prob"] for result in LogProbScorer(model)(list(token_rows))]
+            for model in (load_reference_model(name), dispatched)
+        )
+        assert scores == expected
+        assert embeddings.weight.device.type == "meta"
+        assert identify_model(str(tmp_path / "base")) == before
 
-    def test_prompt_learning_can_not_score(self, tiny_model):
-        adapted = get_peft_model(tiny_model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
-        with pytest.raises(ValueError, match="prompt-learning adapter can't score"):
-            LogProbScorer(adapted)
+    def test_virtual_tokens_in_front_of_an_offloaded_model(self, tiny_model, tmp_path):
+        tiny_model.save_pretrained(tmp_path / "base")
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        adapter = str(tmp_path / "adapter")
+        get_peft_model(load_reference_model(str(tmp_path / "base")), config).save_pretrained(adapter)
+        options = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": str(tmp_path / "offloaded")}
+        with pytest.raises(InputError, match="need a base model without offloading: use another `device_map`"):
+            load_reference_model(adapter, options)
 
     def test_missing_weights(self, tiny_model, tmp_path):
         tiny_model.config.tie_word_embeddings = False
         LlamaForSequenceClassification(tiny_model.config).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"lacks the weights \['lm_head.weight'\], which would be random"):
+        with pytest.raises(ValueError, match=r"it lacks the weights \['lm_head.weight'\], which would be random"):
             load_reference_model(str(tmp_path))
 
     def test_four_bits(self, token_rows, tmp_path):

@@ -1,0 +1,251 @@
+"""The one way to load a causal language model, or a PEFT adapter on its base model, to score or generate with it."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from accelerate.logging import get_logger
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import cached_file, find_adapter_config_file
+
+from ..errors import InputError, first_line
+
+
+logger = get_logger(__name__)
+
+# Options of `from_pretrained` that say which files are read
+_FILES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# Options of `from_pretrained` that place the model, each by itself
+_PLACES = ("device_map", "tp_plan", "distributed_config")
+
+# What transformers, PEFT and bitsandbytes raise for files and options that can't be used
+_LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, EOFError,
+    SafetensorError, UnpicklingError, UserWarning,
+)  # fmt: skip
+_FIX = (
+    "Pass the folder of a causal language model or of a PEFT adapter, or an id on the Hub; for an adapter, its base "
+    "model must be where its adapter_config.json says."
+)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """
+    Where the files of a model are.
+
+    Attributes:
+        model (`str`):
+            Id or folder of the model; for an adapter, of its base model.
+        options (`dict[str, Any]`):
+            Keyword arguments of `from_pretrained` for it.
+        adapter (`str`, *optional*):
+            Id or folder of the adapter.
+        adapter_options (`dict[str, Any]`):
+            Which files of the adapter's repository are meant.
+        adapter_config ([`~peft.PeftConfig`], *optional*):
+            The adapter's configuration.
+    """
+
+    model: str
+    options: dict[str, Any]
+    adapter: str | None = None
+    adapter_options: dict[str, Any] = field(default_factory=dict)
+    adapter_config: PeftConfig | None = None
+
+
+def find_files(
+    model: str, options: dict[str, Any] | None = None, adapter: str | None = None, what: str = "`model`"
+) -> ModelFiles:
+    """
+    Find out whether a model is an adapter, and where its base model is.
+
+    `revision` is that of `model`. Folders have none: where `model` is the folder of an adapter, it is the base
+    model's. Without one, the base model has the revision that the adapter was saved with.
+
+    Args:
+        model (`str`):
+            Id or folder of a model, or of an adapter.
+        options (`dict[str, Any]`, *optional*):
+            Keyword arguments of `from_pretrained`.
+        adapter (`str`, *optional*):
+            Id or folder of an adapter to load on `model`.
+        what (`str`, *optional*, defaults to ``"`model`"``):
+            What to call the model in errors.
+
+    Raises:
+        `InputError`: If the adapter's configuration is missing or can't be read, or names no base model.
+    """
+    options = dict(options or {})
+    where = file_options(options)
+    if adapter is not None:
+        where = {name: value for name, value in where.items() if name not in ("revision", "subfolder")}
+    name = model if adapter is None else adapter
+    with errors_of_loading(what if adapter is None else "`adapter`", name):
+        if find_adapter_config_file(name, **where) is None:
+            if adapter is not None:
+                raise InputError("there is no adapter_config.json in it")
+            return ModelFiles(model, options)
+        config = PeftConfig.from_pretrained(name, **where)
+        if adapter is None and config.base_model_name_or_path is None:
+            raise InputError("its adapter_config.json names no base model")
+    revision = options.get("revision")
+    if adapter is None:
+        options.pop("subfolder", None)
+        model, revision = config.base_model_name_or_path, revision if os.path.isdir(name) else None
+    return ModelFiles(model, {**options, "revision": revision or config.revision}, name, where, config)
+
+
+def load_model(
+    model: str,
+    options: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    adapter: str | None = None,
+    what: str = "`model`",
+) -> PreTrainedModel | PeftModel:
+    """
+    Load a causal language model in evaluation mode.
+
+    Args:
+        model (`str`):
+            Id or folder of a model; an adapter is loaded on the base model it names. See [`find_files`].
+        options (`dict[str, Any]`, *optional*):
+            Keyword arguments of `from_pretrained`. With `device_map` the model stays where that puts it.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where to put the model otherwise.
+        adapter (`str`, *optional*):
+            Id or folder of an adapter to load on `model`.
+        what (`str`, *optional*, defaults to ``"`model`"``):
+            What to call the model in errors.
+
+    Raises:
+        `InputError`: If the model or the adapter can't be loaded, or lacks weights.
+    """
+    files = find_files(model, options, adapter, what)
+    options = files.options
+    if all(options.get(name) is None for name in _PLACES):
+        options = {**options, "device_map": {"": device}}
+    with errors_of_loading(what, model):
+        loaded, info = AutoModelForCausalLM.from_pretrained(files.model, output_loading_info=True, **options)
+        if info["missing_keys"]:
+            raise InputError(f"it lacks the weights {sorted(info['missing_keys'])[:3]}, which would be random")
+    if files.adapter is not None:
+        with errors_of_loading(what if adapter is None else "`adapter`", files.adapter):
+            places = getattr(loaded, "hf_device_map", {})
+            if {"cpu", "disk"} & set(map(str, places.values())):
+                del loaded
+                loaded = _with_adapter_offloaded(places, files)
+            else:
+                loaded = _with_adapter(loaded, files)
+    return loaded.eval()
+
+
+def load_tokenizer(
+    model: str, options: dict[str, Any] | None = None, adapter: str | None = None, what: str = "`model`"
+) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer of a model; an adapter without one of its own has its base model's.
+
+    Arguments are those of [`load_model`].
+
+    Raises:
+        `InputError`: If there is no tokenizer that can be loaded.
+    """
+    files = find_files(model, options, adapter, what)
+    with errors_of_loading(f"the tokenizer of {what}", model):
+        tokenizer = _adapter_tokenizer(files)
+        return tokenizer or AutoTokenizer.from_pretrained(files.model, **config_options(files.options))
+
+
+def file_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those keyword arguments of `from_pretrained` that say which files are read."""
+    return {name: options[name] for name in _FILES if name in options}
+
+
+def config_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those keyword arguments of `from_pretrained` that configurations and tokenizers take, too."""
+    return {name: options[name] for name in (*_FILES, "trust_remote_code") if name in options}
+
+
+@contextmanager
+def errors_of_loading(what: str, name: str) -> Iterator[None]:
+    """Makes an `InputError` of whatever a library raises for a model that can't be loaded."""
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        what = what[0].upper() + what[1:]
+        raise InputError(f"{what} {name!r} can't be loaded: {first_line(error).rstrip('.')}. {_FIX}") from error
+
+
+def _with_adapter(model: PreTrainedModel, files: ModelFiles) -> PeftModel:
+    folder = Path(files.adapter, files.adapter_options.get("subfolder", ""))
+    # PEFT would look for a folder on the Hub
+    if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise InputError(f"it has no {SAFETENSORS_WEIGHTS_NAME}")
+    _resize_embeddings(model, files)
+    with warnings.catch_warnings():
+        # The weights would be random
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(model, files.adapter, torch_device="cpu", **files.adapter_options)
+
+
+def _with_adapter_offloaded(places: dict[str, Any], files: ModelFiles) -> PeftModel:
+    """
+    Put an adapter on a base model that is partly in memory or on disk.
+
+    PEFT would place it anew, and write the weights that are on disk into the base model's own files. So the adapter is
+    put on a whole model, which is then taken apart.
+    """
+    if files.adapter_config.is_prompt_learning:
+        raise InputError("its virtual tokens need a base model without offloading: use another `device_map`")
+    model = AutoModelForCausalLM.from_pretrained(files.model, **{**files.options, "device_map": {"": "cpu"}})
+    device_map = {f"base_model.model.{name}": place for name, place in places.items()}
+    return dispatch_model(
+        _with_adapter(model, files),
+        device_map,
+        offload_dir=files.options.get("offload_folder"),
+        skip_keys=model._skip_keys_device_placement,
+    )
+
+
+def _resize_embeddings(model: PreTrainedModel, files: ModelFiles) -> None:
+    """As many embeddings as the adapter has saved, or, as in PEFT's own loader, as its tokenizer has tokens."""
+    embeddings = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    (name,) = (name for name, module in model.named_modules() if module is embeddings)
+    weights = load_peft_weights(files.adapter, device="cpu", **files.adapter_options)
+    whole = re.compile(rf"\.{re.escape(name)}(\.token_adapter|\.base_layer|\.modules_to_save)*\.weight$")
+    saved = [len(value) for key, value in weights.items() if whole.search(key)]
+    if saved:
+        new_size = saved[0]
+    else:
+        new_size = max(len(_adapter_tokenizer(files) or ()), size)
+        if new_size > size:
+            logger.warning(
+                f"The tokenizer of the adapter {files.adapter!r} has {new_size} tokens and its base model {size} "
+                "embeddings, but the adapter has saved none: those of the new tokens are random."
+            )
+    if new_size != size:
+        model.resize_token_embeddings(new_size)
+
+
+def _adapter_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with an adapter."""
+    quietly = ("missing_entries", "connection_errors", "gated_repo")
+    where = {**files.adapter_options, **{f"_raise_exceptions_for_{name}": False for name in quietly}}
+    if files.adapter is None or cached_file(files.adapter, TOKENIZER_CONFIG_FILE, **where) is None:
+        return None
+    trust_remote_code = files.options.get("trust_remote_code", False)
+    return AutoTokenizer.from_pretrained(files.adapter, trust_remote_code=trust_remote_code, **files.adapter_options)
