@@ -6,14 +6,13 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfTransformer
 from transformers import PreTrainedTokenizerBase
 
+from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
 from .grouping import supervised_positions
@@ -120,16 +119,8 @@ def shared_tfidf(
     Raises:
         `InputError`: In all processes, what it raises in that one.
     """
-    result = [None]
-    if PartialState().is_main_process:
-        try:
-            result = [load_or_fit_tfidf(dataset, path, tokenizer).transformer]
-        except InputError as error:  # the others wait for a result
-            result = [error]
-    broadcast_object_list(result)
-    if isinstance(result[0], InputError):
-        raise result[0]
-    return TokenTfidf(result[0], tokenizer)
+    transformer = on_main_process(lambda: load_or_fit_tfidf(dataset, path, tokenizer).transformer)
+    return TokenTfidf(transformer, tokenizer)
 
 
 def load_or_fit_tfidf(

@@ -109,16 +109,17 @@ def test_a_stream_is_fitted_on_its_beginning(token_rows, tokenizer, tmp_path, mo
 def test_all_processes_have_what_the_first_one_has(token_rows, tokenizer, monkeypatch):
     """Also where each reads another part of a stream; and its error."""
     sent = []
-    monkeypatch.setattr("hf_sft_variants.sft_go.tfidf.broadcast_object_list", lambda objects: sent.append(objects[0]))
+
+    def send(outcome):
+        sent.append(list(outcome))
+        return outcome
+
+    monkeypatch.setattr("hf_sft_variants.base.processes.broadcast_object_list", send)
     first = shared_tfidf(token_rows.select(range(4)), None, tokenizer)
     with pytest.raises(InputError, match="has the token id 5000"):
         shared_tfidf(Dataset.from_dict({"labels": [[3, 5000]]}), None, tokenizer)
 
-    def receive(objects):
-        assert objects == [None]
-        objects[0] = sent.pop(0)
-
-    monkeypatch.setattr("hf_sft_variants.sft_go.tfidf.broadcast_object_list", receive)
+    monkeypatch.setattr("hf_sft_variants.base.processes.broadcast_object_list", lambda outcome: sent.pop(0))
     monkeypatch.setattr(PartialState, "is_main_process", False)
     other_rows = token_rows.select(range(4, 8)).to_iterable_dataset()
     assert shared_tfidf(other_rows, None, tokenizer).digest() == first.digest()
