@@ -1,10 +1,15 @@
-"""Fingerprints of files and model folders: of what they hold, wherever they are and whenever they were written."""
+"""
+Fingerprints of files, model folders and tokenizers: of what they hold, wherever they are and whenever they were made.
+"""
 
 import hashlib
 import json
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 
 # Files of a model's folder that its output depends on
@@ -40,6 +45,24 @@ def fingerprint(path: str | os.PathLike) -> str:
         return _of_file(path)
     files = sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file())
     return _digest(f"{file.name} {_of_file(file)}".encode() for file in files)
+
+
+def describe_content(path: str | os.PathLike) -> dict[str, str]:
+    """A file or a folder by its name, for people, and its [`fingerprint`], which is [`what_counts`]."""
+    return {"name": Path(path).resolve().name, "content": fingerprint(path)}
+
+
+def what_counts(value: Any) -> Any:
+    """JSON values without the names of what [`describe_content`] describes."""
+    if isinstance(value, list):
+        return [what_counts(item) for item in value]
+    is_description = isinstance(value, dict) and value.keys() == {"name", "content"}
+    return value["content"] if is_description else value
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells tokenizers apart: all tokens and their ids."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
 def _of_file(path: Path) -> str:

@@ -2,6 +2,7 @@ from ..base.example_keys import EXAMPLE_KEY, add_example_keys
 from .cached_scores import cached_scores
 from .log_probs import LogProbScorer
 from .reference_model import (
+    describe_model,
     identify_model,
     load_reference_model,
     load_reference_tokenizer,
@@ -16,6 +17,7 @@ __all__ = [
     "LogProbScorer",
     "add_example_keys",
     "cached_scores",
+    "describe_model",
     "identify_model",
     "load_reference_model",
     "load_reference_tokenizer",

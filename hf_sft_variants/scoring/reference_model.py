@@ -199,6 +199,16 @@ def identify_model(model: str | PreTrainedModel, model_init_kwargs: dict | None 
     return {"model": _location(model), "version": _version(model, options, adapter), **described}
 
 
+def describe_model(model: str, model_init_kwargs: dict | None = None) -> dict[str, str]:
+    """
+    A model by its name, for people, and by its version, wherever it is and whatever numbers it computes in. The latter
+    is what [`~hf_sft_variants.base.fingerprints.what_counts`].
+    """
+    identity = identify_model(model, model_init_kwargs)
+    versions = [identity[name] for name in ("version", "base") if name in identity]
+    return {"name": Path(model).name if os.path.isdir(model) else model, "content": " ".join(versions)}
+
+
 def _location(model: str) -> str:
     return str(Path(model).resolve()) if os.path.isdir(model) else model
 
