@@ -1,5 +1,5 @@
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,10 @@ from transformers import Trainer
 
 # A metric is a pair (numerator, denominator), summed over all processes before it is divided.
 Ratio = tuple[torch.Tensor | float, torch.Tensor | float]
+
+
+# Row of the data set that each token of a padding-free batch comes from, counted from 0 in each batch
+ROW_IDS = "row_ids"
 
 
 class NumItems(dict):
@@ -169,6 +173,34 @@ def make_annotated_batch(
         # Clamped so that a batch with nothing to learn gives a finite zero rather than 0 / 0
         num_items=NumItems({name: torch.as_tensor(count).clamp(min=1) for name, count in num_items.items()}),
         outputs=outputs,
+    )
+
+
+def without_rows_from(
+    batch: AnnotatedBatch, first: int | torch.Tensor, row_ids: torch.Tensor, padding_values: dict[str, int | float]
+) -> AnnotatedBatch:
+    """
+    A copy of a micro-batch in which the last rows are padding: no labels, annotations at their padding values.
+
+    Args:
+        batch ([`AnnotatedBatch`]):
+            Stays as it is.
+        first (`int` or scalar `torch.Tensor`):
+            Number of the first row to leave out.
+        row_ids (`torch.Tensor` of shape `(B, L)` or `(B, 1)`):
+            Row of the data set that each label belongs to.
+        padding_values (`dict[str, int | float]`):
+            Annotation column to the value that stands on padding.
+    """
+    left_out = row_ids >= first
+    return replace(
+        batch,
+        log_probs=batch.log_probs.masked_fill(left_out, 0),
+        label_mask=batch.label_mask & ~left_out,
+        annotations={
+            name: values.masked_fill(left_out, padding_values[name]) for name, values in batch.annotations.items()
+        },
+        metrics={},
     )
 
 

@@ -5,12 +5,15 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .batch import ROW_IDS
+from .prepared_sets import MADE_WITH
 
 
 @dataclass
 class AnnotationCollator:
     """
-    Adds the annotation columns to what another collator makes.
+    Adds the annotation columns to what another collator makes, and `row_ids` to a padding-free batch: a packed row has
+    several documents, so these do not say where it ends.
 
     Args:
         collator (`Callable`):
@@ -28,21 +31,24 @@ class AnnotationCollator:
     padding_values: dict[str, int | float]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        unseen = {MADE_WITH, *self.padding_values}
         # Collators that pad whatever they are given, such as those of transformers, would fail on the annotations
         batch = self.collator(
-            [{name: example[name] for name in example if name not in self.padding_values} for example in examples]
+            [{name: example[name] for name in example if name not in unseen} for example in examples]
         )
         token_ids = [torch.as_tensor(example["input_ids"]) for example in examples]
-        if batch["input_ids"].size(0) == 1:  # padding-free, or a single row
-            token_ids = [torch.cat(token_ids)]
-        self._check_tokens_kept(batch["input_ids"], token_ids)
+        shape = batch["input_ids"].shape
+        self._check_tokens_kept(batch["input_ids"], [torch.cat(token_ids)] if shape[0] == 1 else token_ids)
         for name, padding_value in self.padding_values.items():
-            batch[name] = self._collate_column(name, padding_value, examples, batch["input_ids"].shape)
+            rows = [self._annotation(example, name, isinstance(padding_value, float)) for example in examples]
+            batch[name] = self._pad(rows, padding_value, shape)
+        if shape[0] < len(examples):  # padding-free
+            batch[ROW_IDS] = self._pad([torch.full_like(ids, row) for row, ids in enumerate(token_ids)], -1, shape)
         return batch
 
-    def _collate_column(self, name, padding_value, examples, shape) -> torch.Tensor:
-        rows = [self._annotation(example, name, isinstance(padding_value, float)) for example in examples]
-        if shape[0] == 1:
+    @staticmethod
+    def _pad(rows: list[torch.Tensor], padding_value: int | float, shape: torch.Size) -> torch.Tensor:
+        if shape[0] == 1:  # padding-free, or a single row
             rows = [torch.cat(rows)]
         padded = torch.full(shape, padding_value, dtype=rows[0].dtype)
         for row, values in enumerate(rows):

@@ -19,12 +19,13 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
 from . import batch as batches
-from .batch import AnnotatedBatch, NumItems, RememberOutputs, make_annotated_batch
+from .batch import ROW_IDS, AnnotatedBatch, NumItems, RememberOutputs, make_annotated_batch
 from .checkpoints import SameRunMixin
 from .collator import AnnotationCollator
-from .metrics import MetricSums
+from .metrics import MetricSumsMixin
 from .model_card import ModelCardMixin
 from .preparation import cut_to_max_length, pack, require_supervised_token
+from .prepared_sets import PreparedSetsMixin, add_made_with, is_packed, require_as_first_row
 from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
 from .row_checks import check_rows, checked_text, refuse_token_columns, require_row
 from .trl_internals import get_dataset_column_names, global_then_local_main_first, leave_out_of_push
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _NUM_ITEMS = "num_items_in_step"
 
 
-class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
+class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, PreparedSetsMixin, MetricSumsMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss may use what is known about each token.
 
@@ -91,10 +92,6 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
     config_class: type[SFTConfig] = SFTConfig
     annotation_columns: dict[str, int | float] = {}
 
-    metric_sums_class = MetricSums
-
-    _eval_set_prefix = ""
-
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -136,7 +133,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
             formatting_func=formatting_func,
         )
         refuse_what_was_loaded(self)
-        if self.annotation_columns:
+        if self.annotation_columns or self.padding_free:
             self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
         for callback in self.method_callbacks():
             if not any(isinstance(other, type(callback)) for other in self.callback_handler.callbacks):
@@ -208,12 +205,15 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         columns = set(get_dataset_column_names(dataset))
-        if {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
+        has_text = "input_ids" not in columns
+        made_with = None if has_text else self.check_prepared(dataset, packing, dataset_name)
+        if made_with is not None and isinstance(dataset, IterableDataset):
+            dataset = require_as_first_row(dataset, dataset_name)
+        if is_packed(made_with) or {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
             # Packing it again would lose where its documents end
             dataset = check_rows(dataset, args, self._tokenizer, dataset_name)
             self.remember_examples(dataset, dataset_name)
             return dataset
-        has_text = "input_ids" not in columns
         if has_text:
             refuse_token_columns(dataset, dataset_name)
         with global_then_local_main_first():
@@ -236,8 +236,12 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
         dataset = self.score(dataset, dataset_name)
         with global_then_local_main_first():
             dataset = self.annotate(dataset, dataset_name)
+            columns = get_dataset_column_names(dataset)
             if packing:
                 dataset = pack(dataset, list(self.annotation_columns), args, dataset_name)
+            if self.annotation_columns:
+                made_with = self.describe_annotations(columns, packing, packing, made_with)
+                dataset = add_made_with(dataset, made_with, args, dataset_name)
         dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         self.remember_examples(dataset, dataset_name)
         return dataset
@@ -250,6 +254,9 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
     def _reject_skip_prepare_without_labels(self, datasets, data_collator):
         # TRL looks at the collator's type, which `evaluate` finds wrapped
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
+        if self._skip_prepare_dataset:
+            for name, dataset in datasets.items():
+                self.check_prepared(dataset, self._packs(name), name)
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed casts every floating-point input to the model's dtype; annotations and counts keep theirs
@@ -283,6 +290,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)  # the caller's stays as it is
         step_items = inputs.pop(_NUM_ITEMS, None)
+        row_ids = inputs.pop(ROW_IDS, None)
         annotations = {name: inputs.pop(name) for name in self.annotation_columns}
         model = RememberOutputs(model)
         parent_result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -301,24 +309,5 @@ class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, SFTTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
-        batch.metrics["nll"] = (-batch.log_probs.detach().sum(), batch.label_mask.sum())
-        mode, prefix = ("train", "") if self.model.training else ("eval", self._eval_set_prefix)
-        self._metric_sums.add(mode, prefix, batch.metrics, self.accelerator)
+        self.sum_metrics(batch, row_ids)
         return (loss, parent_result[1]) if return_outputs else loss
-
-    # Metrics
-
-    def log(self, logs, start_time=None):
-        mode = "train" if self.model.training else "eval"
-        for name, mean in self._metric_sums.take(mode).items():
-            self._metrics[mode][name] = [mean]
-        super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # Of several evaluation sets, each has its own metrics: "eval_<name>" becomes "<name>_" before the metric
-        self._eval_set_prefix = "" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_") + "_"
-        self._metric_sums.take("eval")  # `predict` leaves its own
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._eval_set_prefix = ""

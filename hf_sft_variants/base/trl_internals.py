@@ -74,6 +74,7 @@ ATTRIBUTES = [
     "lr_scheduler",
     "model_wrapped",
     "optimizer",
+    "padding_free",
     "place_model_on_device",
     "processing_class",
     "router_aux_loss_coef",

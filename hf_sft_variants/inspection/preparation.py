@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
+from ..base.prepared_sets import is_prepared_and_packed
 from ..errors import InputError, first_line
 from ..recipe import load_splits, parse, pick_split, trainer_and_parser
 from ..recipe_checks import read_mapping
@@ -26,8 +27,9 @@ _UNTRAINED = {
     "model_init_kwargs": None,
 }
 
-# Examples stay whole and in the data set's order
-_VIEW = {"packing": False, "padding_free": False, "shuffle_dataset": False, "eval_strategy": "no"}
+# Examples stay in the data set's order, and whole
+_VIEW = {"shuffle_dataset": False, "eval_strategy": "no"}
+_UNPACKED = {"packing": False, "padding_free": False}
 
 
 @dataclass
@@ -76,14 +78,21 @@ def load_recipe(path: str, flags: list[str]) -> Recipe:
 
 def prepare_view(recipe: Recipe) -> SFTTrainer:
     """
-    As [`prepare`], for the `train_dataset` alone, whose examples stay unpacked and in the data set's order.
+    As [`prepare`], for the `train_dataset` alone, whose examples stay in the data set's order, and whole unless they
+    come packed.
     """
     args = recipe.training_args
+    _set(args, _VIEW)
+    train_dataset = pick_split(
+        load_splits(recipe.script_args, recipe.dataset_args), "dataset_train_split", recipe.script_args
+    )
+    if is_prepared_and_packed(train_dataset):
+        return prepare(recipe)
     if args.packing and args.packing_strategy == "bfd":
         args.truncation_mode = "keep_start"  # what this strategy does to a sample that is too long
     elif args.packing:
         args.max_length = None  # samples are split, not truncated
-    _set(args, _VIEW)
+    _set(args, _UNPACKED)
     return prepare(recipe)
 
 

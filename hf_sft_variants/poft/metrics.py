@@ -44,21 +44,20 @@ class PreferenceMetrics(MetricSums):
         super().__init__()
         self.extremes = {"train": {}, "eval": {}}
 
-    def add(self, mode: str, prefix: str, metrics: dict[str, Ratio], accelerator: Accelerator) -> None:
+    def add(self, mode: str, metrics: dict[str, Ratio], accelerator: Accelerator) -> None:
         extremes = {name: metrics.pop(name)[0] for name in _EXTREMES if name in metrics}
-        super().add(mode, prefix, metrics, accelerator)
+        super().add(mode, metrics, accelerator)
         if not extremes:
             return
         gathered = accelerator.gather(torch.stack(list(extremes.values()))[None])
         for name, values in zip(extremes, gathered.unbind(dim=1), strict=True):
-            before = self.extremes[mode].get(prefix + name, values[0])
-            self.extremes[mode][prefix + name] = _EXTREMES[name](torch.cat([values, before[None]]))
+            before = self.extremes[mode].get(name, values[0])
+            self.extremes[mode][name] = _EXTREMES[name](torch.cat([values, before[None]]))
 
     def take(self, mode: str) -> dict[str, float]:
         metrics = super().take(mode)
-        for name in [name for name in metrics if name.endswith(_TAU_SQUARE)]:
-            prefix, square = name.removesuffix(_TAU_SQUARE), metrics.pop(name)
-            if square > 0:
-                metrics[f"{prefix}poft/effective_sample_size"] = metrics[prefix + _TAU] ** 2 / square
+        square = metrics.pop(_TAU_SQUARE, 0)
+        if square > 0:
+            metrics["poft/effective_sample_size"] = metrics[_TAU] ** 2 / square
         extremes, self.extremes[mode] = self.extremes[mode], {}
         return {**metrics, **{name: value.item() for name, value in extremes.items() if value.isfinite()}}

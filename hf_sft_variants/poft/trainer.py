@@ -7,9 +7,11 @@ from datasets import IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import count_supervised_samples
+from ..base.fingerprints import describe_content
 from ..base.preparation import map_description
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
+from ..scoring import describe_model
 from .config import PoFTConfig
 from .loss import preference_loss
 from .metrics import PreferenceMetrics, preference_metrics
@@ -136,9 +138,39 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     @property
     def _num_references(self):
-        if self._reference_names is None and self.args.needs_references and hasattr(self, "train_dataset"):
-            self._reference_names = names_of_prepared(get_dataset_column_names(self.train_dataset))
         return len(self._reference_names or [])
+
+    def annotation_settings(self, columns, is_packed):
+        args = self.args
+        if not args.needs_references:
+            return {"score_end_of_turn": args.score_end_of_turn, "preference_weighting": "uniform"}
+        settings = {"score_end_of_turn": args.score_end_of_turn, "preference_weighting": "not uniform"}
+        if args.reference_score_column in columns:  # the user's own scores
+            return settings
+        if args.reference_score_file:
+            files = [describe_content(file) for file in args.reference_score_file]
+            settings |= {"reference_score_file": files, "length_normalizer": args.length_normalizer}
+        elif self.reference_scoring:
+            kwargs = self.reference_scoring.model_init_kwargs
+            models = [describe_model(model, kwargs) for model in self.reference_scoring.models]
+            settings |= {"reference_models": models, "length_normalizer": args.length_normalizer}
+        return settings
+
+    def own_token_columns(self):
+        return []
+
+    def check_prepared(self, dataset, packing, dataset_name):
+        prepared = names_of_prepared(get_dataset_column_names(dataset)) if self.args.needs_references else []
+        models = self.args.reference_models or prepared
+        if prepared:
+            self._set_references(models if len(models) == len(prepared) else prepared, dataset_name)
+        made_with = super().check_prepared(dataset, packing, dataset_name)
+        if prepared and len(models) != len(prepared):
+            raise InputError(
+                f"The {dataset_name} dataset is prepared with the scores of {len(prepared)} reference models, but "
+                f"`reference_models={models}` names {len(models)}. Name those, or none."
+            )
+        return made_with
 
     def user_token_columns(self):
         return ["scored_mask"]
@@ -187,7 +219,6 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         if not self.args.needs_references:
             return dataset
         if COLUMN.format(0) in columns:  # a data set that was prepared before
-            self._set_references(names_of_prepared(columns), dataset_name)
             return dataset
         column = _JOINED_COLUMN
         if self.args.reference_score_column in columns:

@@ -3,6 +3,7 @@ from .cached_scores import cached_scores
 from .loading import load_model, load_tokenizer
 from .log_probs import LogProbScorer, has_virtual_tokens, input_device
 from .reference_model import (
+    describe_model,
     identify_model,
     load_reference_model,
     load_reference_tokenizer,
@@ -16,6 +17,7 @@ __all__ = [
     "EXAMPLE_KEY",
     "LogProbScorer",
     "cached_scores",
+    "describe_model",
     "has_virtual_tokens",
     "identify_model",
     "input_device",

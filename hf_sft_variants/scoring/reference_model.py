@@ -145,3 +145,13 @@ def _identity(name: str, options: dict, config_file: str) -> dict[str, str]:
         return {"version": fingerprint(Path(name, options.get("subfolder", "")))}
     file = cached_file(name, config_file, **file_options(options))
     return {"model": name, "version": str(extract_commit_hash(file, None))}  # which is part of the path
+
+
+def describe_model(model: str, model_init_kwargs: dict | None = None) -> dict[str, str]:
+    """
+    A model by its name, for people, and by its version, wherever it is and whatever numbers it computes in. The latter
+    is what [`~hf_sft_variants.base.fingerprints.what_counts`].
+    """
+    identity = identify_model(model, model_init_kwargs)
+    versions = [identity[name] for name in ("version", "base") if name in identity]
+    return {"name": Path(model).name if os.path.isdir(model) else model, "content": " ".join(versions)}

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.assistant_turns import special_token_ids
+from ..base.fingerprints import vocabulary_hash
 from ..base.token_offsets import Span, TokenOffsets
 from ..scoring import cached_scores
 from ..scoring.shards import plan_shards
@@ -16,7 +17,6 @@ from .config import SFTGOConfig
 from .grouping import supervised_positions
 from .importance_model import MAX_WINDOW, identify_importance_model, load_importance_model, max_window
 from .importance_words import cut_windows, score_characters, split_into_words
-from .tfidf import vocabulary_hash
 
 
 # Label of the sub-words that the compressor keeps

@@ -1,5 +1,4 @@
 import hashlib
-import json
 import zlib
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfTransformer
 from transformers import PreTrainedTokenizerBase
 
+from ..base.fingerprints import vocabulary_hash
 from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
@@ -95,6 +95,11 @@ class TokenTfidf:
         transformer = TfidfTransformer()
         transformer.idf_ = idf.astype(np.float64)
         return cls(transformer, tokenizer)
+
+    @classmethod
+    def load_if_there(cls, path: str | None, tokenizer: PreTrainedTokenizerBase) -> "TokenTfidf | None":
+        """As [`load`]; `None` without a file."""
+        return cls.load(path, tokenizer) if path is not None and Path(path).exists() else None
 
     def save(self, path: str | Path) -> None:
         """Write the inverse document frequencies and the vocabulary's hash as a NumPy archive (no pickle)."""
@@ -210,8 +215,3 @@ def _count_terms(label_rows: list[list[int]], vocab_size: int) -> tuple[csr_arra
     row_ends = np.searchsorted(pairs, np.arange(len(rows) + 1) * vocab_size)
     matrix = csr_array((counts.astype(np.float64), pairs % vocab_size, row_ends), shape=(len(rows), vocab_size))
     return matrix, term_of_token
-
-
-def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells tokenizers apart: all tokens and their ids."""
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()

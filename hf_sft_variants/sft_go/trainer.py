@@ -10,6 +10,7 @@ from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.assistant_turns import special_token_ids
 from ..base.preparation import map_description
 from ..errors import InputError
+from ..scoring import describe_model
 from .config import SFTGOConfig
 from .excess_loss import group_by_excess_loss
 from .grouping import (
@@ -107,6 +108,33 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     def user_token_columns(self):
         return [column for column in (self.args.importance_column, self.args.group_column) if column is not None]
+
+    def annotation_settings(self, columns, is_packed):
+        args = self.args
+        reference = self._describe_scoring_model() if args.group_by == "rho1" else {"reference_model": None}
+        if not is_packed:  # groups are made anew, but examples that were too long for a reference model are gone
+            return reference
+        names = ["group_by", "group_scope", "group_column", "importance_column"]
+        if args.group_column is None:
+            names += ["min_grouped_tokens", "special_tokens_important"]
+            names += [] if args.group_by == "rho1" else ["important_fraction"]
+        settings = {**{name: getattr(args, name) for name in names}, **reference}
+        if args.group_by == "llmlingua2":
+            settings |= self._describe_scoring_model()
+        elif args.group_by == "tfidf":
+            tfidf = self._tfidf or TokenTfidf.load_if_there(args.tfidf_file, self._tokenizer)
+            settings |= {} if tfidf is None else {"document_frequencies": tfidf.digest()}
+        return settings
+
+    def _describe_scoring_model(self):
+        """Nothing if the model is not here, but where packed rows were scored."""
+        args = self.args
+        name = "reference_model" if args.group_by == "rho1" else "importance_model"
+        try:
+            return {name: describe_model(getattr(args, name), args.reference_model_init_kwargs)}
+        except (InputError, OSError):
+            logger.warning(f"`{name}={getattr(args, name)!r}` is not here: whether it scored the data is not known.")
+            return {}
 
     def remember_examples(self, dataset, dataset_name):
         super().remember_examples(dataset, dataset_name)

@@ -148,6 +148,15 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
     def user_token_columns(self):
         return ["key_mask"]
 
+    def annotation_settings(self, columns, is_packed):
+        names = (
+            "thinking_tags", "answer_tags", "key_delimiter", "key_pattern", "reasoning_column", "answer_column",
+            "key_turns", "key_tags_in_loss",
+        )  # fmt: skip
+        # Without need of keys, examples stay that have none, or not all of it
+        stages = "with keys" if self.args.needs_keys else "without keys"
+        return {"stages": stages, **{name: getattr(self.args, name) for name in names}}
+
     def annotate_untruncated(self, dataset, dataset_name, has_text):
         args = self.args
         fn_kwargs = {

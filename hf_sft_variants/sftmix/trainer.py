@@ -173,6 +173,9 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             self.halves = self._halves_at_the_start()
         return dataset
 
+    def annotation_settings(self, columns, is_packed):
+        return {}  # an example's number depends on nothing, and is given anew
+
     def _halves_at_the_start(self) -> torch.Tensor:
         args, num_examples = self.args, len(self.train_examples)
         if not args.needs_confidence:
@@ -212,7 +215,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         )
         weights = [weight for inputs in batch_samples for weight in inputs["mixup_weights"]]
         mean_lambda = {"sftmix/mean_lambda": (sum(weights), len(weights))}
-        self._metric_sums.add("train", "", mean_lambda, self.accelerator)
+        self._metric_sums.add("train", mean_lambda, self.accelerator)
         return batch_samples, num_tokens
 
     def _with_pairs(self, inputs: dict[str, Any]) -> dict[str, Any]:

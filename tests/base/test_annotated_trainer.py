@@ -7,12 +7,13 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from helpers import SMALL, assert_same_gradients, make_trainer, one_step
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.base.refusals import refuse_sequence_sharding
 from hf_sft_variants.errors import InputError
+from hf_sft_variants.generation import evaluation_mode
 
 
 def echo_tokens(example):
@@ -135,7 +136,10 @@ class TestAnnotationsFollowTokens:
             assert metrics[f"eval_{name}_echo/token_sum"] == sum(labels)
         assert "eval_echo/token_sum" in trainer.evaluate(chat_rows)
         assert "eval_new_nll" in trainer.evaluate({"new": chat_rows.to_iterable_dataset()})
-        assert "eval_evaluation_nll" in trainer.evaluate(chat_rows, metric_key_prefix="evaluation")
+        for prefix in ("test", "eval_late"):
+            logged = trainer.evaluate(chat_rows, metric_key_prefix=prefix)
+            found = {name for name in logged if name.endswith(("nll", "token_sum"))}
+            assert found == {f"{prefix}_nll", f"{prefix}_echo/token_sum"}
 
     def test_skipped_preparation_needs_the_columns(self, tiny_model, tokenizer, token_rows, tmp_path):
         options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 1, "save_strategy": "no"}
@@ -256,6 +260,60 @@ class TestWhatStaysTRLs:
             assert {key: ours[key] for key in kept} == kept
             if "loss" in plain:
                 assert ours["nll"] == pytest.approx(plain["loss"], rel=1e-4)
+
+    def test_a_failed_attempt_is_not_logged(self, tiny_model, tokenizer, token_rows, tmp_path):
+        """`auto_find_batch_size` begins anew with 3 rows, after one batch of 4 that fits and one that does not."""
+
+        class FullTrainer(AnnotatedSFTTrainer):
+            def compute_annotated_loss(self, batch):
+                if batch.num_samples == 4 and self.state.global_step == 1:
+                    raise RuntimeError("CUDA out of memory.")
+                return super().compute_annotated_loss(batch)
+
+        common = {"max_steps": 2, "logging_steps": 2, "save_strategy": "no"}
+        logs = []
+        for trainer_class, options in (
+            (FullTrainer, {"per_device_train_batch_size": 4, "auto_find_batch_size": True}),
+            (AnnotatedSFTTrainer, {"per_device_train_batch_size": 3}),
+        ):
+            trainer = make_trainer(
+                trainer_class, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path,
+                train_sampling_strategy="sequential", learning_rate=0.0, **common, **options,
+            )  # fmt: skip
+            trainer.train()
+            logs.append(trainer.state.log_history[0])
+        assert [logs[0][name] for name in ("nll", "entropy")] == [logs[1][name] for name in ("nll", "entropy")]
+
+    def test_predictions_are_not_logged(self, tiny_model, tokenizer, token_rows, tmp_path):
+        """Neither before training nor in the midst of a step, which ends with a log."""
+
+        class Predicting(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                self.trainer.predict(token_rows.select([0]))
+
+        class LoggingFirst(TrainerCallback):
+            def on_train_begin(self, args, state, control, **kwargs):
+                with evaluation_mode(self.trainer.model):
+                    self.trainer.log({"of_a_callback": 1.0})
+
+        logs = []
+        for callbacks in ([], [Predicting(), LoggingFirst()]):
+            trainer = make_trainer(
+                AnnotatedSFTTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, callbacks=callbacks,
+                max_steps=2, save_strategy="no", prediction_loss_only=True, eval_dataset=token_rows,
+            )  # fmt: skip
+            for callback in callbacks:
+                callback.trainer = trainer
+                trainer.predict(token_rows.select([0]))
+            trainer.train()
+            logs.append([log for log in trainer.state.log_history if "train_runtime" not in log])
+        expected, (first, *found) = logs
+        assert set(first) == {"of_a_callback", "epoch", "step"}
+        assert [log["nll"] for log in found] == [log["nll"] for log in expected]
+        expected = {name: value for name, value in trainer.evaluate().items() if "entropy" in name or "nll" in name}
+        trainer.predict(token_rows.select([0]))
+        again = trainer.evaluate()
+        assert len(expected) == 2 and {name: again[name] for name in expected} == expected
 
     @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
     def test_outputs_are_returned(self, tiny_model, tokenizer, token_rows, tmp_path):

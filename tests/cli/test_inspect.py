@@ -190,6 +190,16 @@ class TestRecipes:
         )
         assert shown == sorted(pair for row in packed for pair in zip(row["input_ids"], row["group_ids"], strict=True))
 
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_prepared_rows_are_shown_as_they_are(self, packing, folder, capsys, trained_rows):
+        """Without the column that says what they were prepared with."""
+        prepared = trained_rows(packing=packing)
+        (folder / "prepared").mkdir()
+        prepared.to_parquet(folder / "prepared" / "train.parquet")
+        flags = ("--dataset_name", "prepared", "--packing", str(packing), "--rows", ":")
+        shown = inspect_text(capsys, "--config", "sft_go.yaml", *flags)
+        assert f"of {len(prepared)}" in shown and "important" in shown and "annotated_with" not in shown
+
     def test_groups_depend_on_the_whole_training_set(self, folder):
         every_row = Page(inspect_page("--config", "sft_go.yaml", "--rows", ":")).data["rows"]["5"]
         assert Page(inspect_page("--config", "sft_go.yaml", "--rows", "5")).data["rows"]["5"] == every_row

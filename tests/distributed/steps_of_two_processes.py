@@ -56,7 +56,9 @@ def run_case(case, model, tokenizer, rows, output_dir):
     )  # fmt: skip
     check.trainer = trainer
     trainer.train(resume_from_checkpoint=case.get("checkpoint"))
+    evaluated = trainer.evaluate(rows.select(range(case["evaluated"]))) if "evaluated" in case else {}
     return {
+        "evaluated": evaluated,
         "log": trainer.state.log_history[0],
         "learning_rates": [log["learning_rate"] for log in trainer.state.log_history if "loss" in log],
         "gradients": recorder.gradients,

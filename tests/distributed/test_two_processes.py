@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_gradients, folder_of_all_workers, make_trainer, once, one_step, one_step_log, scores_in
+from steps_of_two_processes import CLASSES
 
 from hf_sft_variants import (
     PoFTConfig,
@@ -65,6 +66,17 @@ SFTMIX_PHASES = {
 }
 SFTMIX_RUNS = {"sftmix_phases": SFTMIX_PHASES, "sftmix_online": {**SFTMIX_PHASES, "confidence_source": "online"}}
 RHO1 = {**PADDED, "group_by": "rho1", "score_batch_tokens": 40}
+# Batches of three for each process: of five rows, or of eight packed into four, some are repeated
+EVALUATIONS = {
+    f"{name}_{layout}": (trainer, {**common, **options, "per_device_eval_batch_size": 3, "learning_rate": 0.0})
+    for name, trainer, options in (
+        ("sft_go", "SFTGOTrainer", {}),
+        ("sftkey", "SFTKeyTrainer", {"stages": ["key"]}),
+        ("poft", "PoFTTrainer", {}),
+        ("sftmix", "SFTMixTrainer", SFTMIX_OPTIONS["sftmix"]),
+    )
+    for layout, common in (("padded", PADDED), ("packed", PACKED))
+}
 SEPARATE_COUNTS = {"average_tokens_across_devices": False}
 
 
@@ -126,6 +138,8 @@ def launch_processes(folder, eight_rows):
         "options": {**PADDED, **SEPARATE_COUNTS, "worst_group_weight": 0},
     }
     cases["rho1"] = {"trainer": "SFTGOTrainer", "options": {**RHO1, **rho1_paths(folder, "scores_of_two")}}
+    for name, (trainer, options) in EVALUATIONS.items():
+        cases[f"evaluated_{name}"] = {"trainer": trainer, "options": options, "evaluated": num_evaluated(options)}
     (folder / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("steps_of_two_processes.py")
     subprocess.run(
@@ -135,6 +149,10 @@ def launch_processes(folder, eight_rows):
         stdin=subprocess.DEVNULL,
     )
     return torch.load(folder / "results.pt", weights_only=True)
+
+
+def num_evaluated(options):
+    return 8 if options.get("packing") else 5
 
 
 def rho1_paths(folder, scores):
@@ -213,6 +231,17 @@ def test_sftmix_runs_equal_to_one_process(case, results, folder, tiny_model, tok
     for name, values in results[case]["weights"].items():
         torch.testing.assert_close(values, weights[name], rtol=1e-5, atol=1e-6)
         assert torch.equal(values, results[f"{case}_resumed"]["weights"][name])
+
+
+@pytest.mark.parametrize("case", EVALUATIONS)
+def test_rows_repeated_for_the_last_batch_do_not_count(case, results, tiny_model, tokenizer, eight_rows, tmp_path):
+    name, options = EVALUATIONS[case]
+    rows = eight_rows.select(range(num_evaluated(options)))
+    trainer = make_trainer(*CLASSES[name], tiny_model, tokenizer, eight_rows, tmp_path, **options)
+    metrics = {name: value for name, value in trainer.evaluate(rows).items() if name == "eval_nll" or "/" in name}
+    assert len(metrics) >= (1 if "sftmix" in case else 4)
+    evaluated = results[f"evaluated_{case}"]["evaluated"]
+    assert {name: evaluated[name] for name in metrics} == pytest.approx(metrics, rel=1e-6)
 
 
 def test_reference_scores_are_shared(results, folder, tiny_model, tokenizer, eight_rows, tmp_path):

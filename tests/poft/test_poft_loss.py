@@ -143,7 +143,7 @@ def test_metrics_over_micro_batches(batches):
     for batch in batches:
         batch["reference_log_probs"] = batch["reference_log_probs"][:1]
         result = preference_loss(**batch, weighting="poft")
-        sums.add("train", "", {"nll": (1.0, 1), **preference_metrics(result, ["a"])}, accelerator)
+        sums.add("train", {"nll": (1.0, 1), **preference_metrics(result, ["a"])}, accelerator)
         taus += slow_loss_and_gradient(batch, "poft")[2]
         margins += [sum(p) / len(p) - r[0] for _, p, r in examples_of(batch) if p]
     logged = sums.take("train")

@@ -1,0 +1,233 @@
+"""Prepared data sets say which trainer annotated them with which settings; a trainer with others refuses them."""
+
+import json
+from functools import cached_property
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl import SFTConfig
+
+from ..errors import InputError
+from .checkpoints import describe_settings
+from .field_checks import as_json_values
+from .fingerprints import vocabulary_hash, what_counts
+from .preparation import kept_length, map_description
+from .trl_internals import get_dataset_column_names
+
+
+# A column, the same on all rows, survives `select`, `concatenate_datasets`, Parquet, JSON and the Hub
+MADE_WITH = "annotated_with"
+
+_RAW_ROWS = "give the raw rows, before any preparation"
+
+
+class PreparedSetsMixin:
+    """Takes data sets that were prepared with the trainer's own settings, and refuses others."""
+
+    def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
+        """
+        The settings that the annotations depend on, as JSON values. They are written to the column `annotated_with` of
+        the prepared data set; a trainer with other settings refuses the data set. By default all fields that the
+        configuration class adds to [`~trl.SFTConfig`]. Settings that are left out are not compared.
+
+        Args:
+            columns (`list[str]`):
+                Columns of the annotated data set.
+            is_packed (`bool`):
+                Whether its rows are packed. Packed rows are taken as they are. Others are annotated again, so settings
+                whose effect [`annotate`] overwrites can be left out.
+        """
+        return describe_settings(self.args)
+
+    def own_token_columns(self) -> list[str]:
+        """The `annotation_columns` that a user's rows of tokens may bring."""
+        return self.user_token_columns()
+
+    def check_prepared(
+        self, dataset: Dataset | IterableDataset, packing: bool, dataset_name: str
+    ) -> dict[str, Any] | None:
+        """
+        What a tokenized data set was annotated with; `None` if it is not annotated.
+
+        Raises:
+            `InputError`: If it was annotated by another trainer or with other settings, or does not say by which.
+        """
+        columns = get_dataset_column_names(dataset)
+        if MADE_WITH not in columns:
+            if not self._skip_prepare_dataset:
+                unknown = {*self.annotation_columns} & {*columns} - {*self.own_token_columns()}
+                refuse_unknown_annotations(unknown, dataset_name)
+            return None
+        made_with = read_made_with(dataset, dataset_name)
+        wanted = self.describe_annotations(columns, packing, is_packed(made_with))
+        all_wanted = {**wanted, "settings": {**wanted["settings"], **self._settings_of_first_set}}
+        require_same_settings(made_with, all_wanted, dataset_name)
+        # All data sets must share what this trainer does not know, such as reference models that it does not name
+        unknown = made_with["settings"].keys() - wanted["settings"].keys()
+        self._settings_of_first_set |= {name: made_with["settings"][name] for name in unknown}
+        return made_with
+
+    def describe_annotations(
+        self, columns: list[str], packing: bool, is_packed: bool, before: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """
+        The trainer and its settings, for the column `annotated_with`. `before`: what the rows were annotated with
+        before, which is kept where this trainer does not know better.
+        """
+        settings = {
+            **(before["settings"] if before else {}),
+            "processing_class": self._vocabulary,
+            **cut_settings(self.args, packing, is_packed),
+            **self.annotation_settings(columns, is_packed),
+        }
+        return {"trainer": _annotating_class(type(self)), "settings": as_json_values(settings)}
+
+    def _packs(self, dataset_name: str) -> bool:
+        args = self.args
+        return args.packing if dataset_name == "train" or args.eval_packing is None else args.eval_packing
+
+    @cached_property
+    def _vocabulary(self) -> str:
+        return vocabulary_hash(self._tokenizer)[:16]
+
+    @cached_property
+    def _settings_of_first_set(self) -> dict[str, Any]:
+        return {}
+
+
+def _annotating_class(trainer_class: type) -> str:
+    """The class that says how a trainer annotates: a subclass with another loss alone annotates as its parent does."""
+    hooks = {"annotate", "annotate_untruncated", "annotation_columns", "prepare_rows", "score"}
+    return next(cls.__name__ for cls in trainer_class.__mro__ if hooks & vars(cls).keys())
+
+
+def is_packed(made_with: dict[str, Any] | None) -> bool:
+    """Whether a data set with this in its column `annotated_with` is packed; `wrapped` rows don't show it."""
+    return made_with is not None and bool(made_with["settings"].get("packing"))
+
+
+def is_prepared_and_packed(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a data set is packed already, with annotations."""
+    return MADE_WITH in get_dataset_column_names(dataset) and is_packed(read_made_with(dataset, "train"))
+
+
+def add_made_with(
+    dataset: Dataset | IterableDataset, made_with: dict[str, Any], args: SFTConfig, dataset_name: str
+) -> Dataset | IterableDataset:
+    """Add the column `annotated_with`: on each row, as JSON, the trainer and the settings that prepared it."""
+    fn_kwargs = {"text": json.dumps(made_with, sort_keys=True)}
+    map_kwargs = map_description(dataset, args, f"Marking {dataset_name} dataset")
+    return dataset.map(_add_text, batched=True, fn_kwargs=fn_kwargs, **map_kwargs)
+
+
+def _add_text(examples: dict[str, list], text: str) -> dict[str, list]:
+    return {MADE_WITH: [text] * len(examples["input_ids"])}
+
+
+def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dict[str, Any]:
+    """
+    What the column `annotated_with` says; of a stream its first row, and [`require_as_first_row`] looks at the others.
+
+    Raises:
+        `InputError`: If rows were made with different settings, or the column is something else.
+    """
+    dataset = dataset.with_format(None)
+    is_stream = isinstance(dataset, IterableDataset)
+    texts = {next(iter(dataset))[MADE_WITH]} if is_stream else set(dataset[MADE_WITH][:])
+    if len(texts) > 1:
+        raise InputError(_mixture_message(dataset_name))
+    (text,) = texts
+    try:
+        made_with = json.loads(text)
+        return {"trainer": str(made_with["trainer"]), "settings": dict(made_with["settings"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"The {dataset_name} dataset has a column `{MADE_WITH}` that no trainer wrote ({text!r}). Rename it, or "
+            f"{_RAW_ROWS}."
+        ) from error
+
+
+def require_as_first_row(dataset: IterableDataset, dataset_name: str) -> IterableDataset:
+    """Refuse rows of a stream that were made with other settings than its first row, when they come."""
+    fn_kwargs = {"text": next(iter(dataset))[MADE_WITH], "dataset_name": dataset_name}
+    return dataset.map(_require_text, fn_kwargs=fn_kwargs)
+
+
+def _require_text(example: dict[str, Any], text: str, dataset_name: str) -> dict[str, Any]:
+    if example[MADE_WITH] != text:
+        raise InputError(_mixture_message(dataset_name))
+    return example
+
+
+def _mixture_message(dataset_name: str) -> str:
+    return (
+        f"The rows of the {dataset_name} dataset were prepared with different settings, or some of them not at all: "
+        f"the column `{MADE_WITH}` says with which. Prepare all of them alike, or {_RAW_ROWS}."
+    )
+
+
+def require_same_settings(found: dict[str, Any], wanted: dict[str, Any], dataset_name: str) -> None:
+    """
+    Refuse a data set that was prepared by another trainer or with other settings. A setting that only one side has is
+    not compared, such as reference models that the configuration does not name.
+
+    Args:
+        found (`dict[str, Any]`):
+            What the data set was made with.
+        wanted (`dict[str, Any]`):
+            What the trainer would make it with.
+        dataset_name (`str`):
+            Name of the data set, for messages.
+
+    Raises:
+        `InputError`: If they differ, naming what does.
+    """
+    if found["trainer"] != wanted["trainer"]:
+        raise InputError(
+            f"The {dataset_name} dataset was prepared by {found['trainer']}, but this is {wanted['trainer']}, which "
+            f"annotates differently. Use {found['trainer']}, or {_RAW_ROWS}."
+        )
+    changes = [
+        f"`{name}` was {value!r}, is {wanted['settings'][name]!r}"
+        for name, value in found["settings"].items()
+        if name in wanted["settings"] and what_counts(value) != what_counts(wanted["settings"][name])
+    ]
+    if changes:
+        raise InputError(
+            f"The {dataset_name} dataset was prepared with other settings: {'; '.join(changes)}. Set them back, or "
+            f"{_RAW_ROWS}."
+        )
+
+
+def refuse_unknown_annotations(columns: set[str], dataset_name: str) -> None:
+    """
+    Refuse annotation columns of unknown origin.
+
+    Raises:
+        `InputError`: If there are any.
+    """
+    if columns:
+        raise InputError(
+            f"The {dataset_name} dataset is tokenized and has the column `{min(columns)}`, which this trainer makes, "
+            f"but no column `{MADE_WITH}` that says with which settings. Remove the column, or {_RAW_ROWS}."
+        )
+
+
+def cut_settings(args: SFTConfig, packing: bool, is_packed: bool) -> dict[str, Any]:
+    """
+    The settings of truncation and packing that prepared rows depend on.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Has the settings.
+        packing (`bool`):
+            Whether the trainer packs the data set.
+        is_packed (`bool`):
+            Whether the rows are packed already. Rows that are not packed may be packed later.
+    """
+    max_length = args.max_length if is_packed else kept_length(args, packing)
+    return {
+        "packing": args.packing_strategy if packing and is_packed else False,
+        "max_length": max_length,
+        "truncation_mode": "keep_start" if packing or max_length is None else args.truncation_mode,
+    }
