@@ -99,8 +99,6 @@ def describe_start(trainer: "SFTMixTrainer", model: str | PreTrainedModel) -> di
     name = trainer.args.reference_model or model
     if isinstance(name, str):
         identity = identify_model(name, trainer.args.model_init_kwargs)
-        if os.path.isdir(name):
-            identity.pop("model", None)
     else:
         identity = {"version": _version_of_loaded(trainer.model)}
     return {f"model.{part}": value for part, value in identity.items()}
