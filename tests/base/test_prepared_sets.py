@@ -196,7 +196,7 @@ def test_the_same_settings_train_the_same(method, layout, make, rows, tmp_path):
         assert list(again) == list(trainer.train_dataset) == list(prepared)
     assert trainer.evaluate(kept)["eval_nll"] == trainer.evaluate()["eval_nll"]
     assert first_loss(trainer) == loss
-    if method == "sftkey" or layout:
+    if method != "sftmix":  # whose pairs of a stream are those inside of the micro-batches
         assert first_loss(make(method, prepared.to_iterable_dataset(), max_steps=2, **layout)) == loss
 
 
@@ -259,6 +259,27 @@ def test_document_frequencies_are_of_one_training_set(make, rows):
         trainer.evaluate(packed)
         with pytest.raises(InputError, match="`document_frequencies` was "):
             trainer.evaluate(other)
+
+
+def test_another_file_of_document_frequencies_is_refused(make, rows, tmp_path):
+    files = {"tfidf_file": str(tmp_path / "first.npz")}, {"tfidf_file": str(tmp_path / "second.npz")}
+    first, second = (
+        make("sft_go", rows.select(some), **PACKED, **file).train_dataset
+        for some, file in zip((range(8), range(4, 12)), files, strict=True)
+    )
+    make("sft_go", first, **PACKED, **files[0], eval_dataset=first)
+    for prepared, file in ((first, files[1]), (second, files[0])):
+        with pytest.raises(InputError, match="`document_frequencies` was "):
+            make("sft_go", prepared, **PACKED, **file)
+
+
+def test_examples_that_a_reference_model_could_not_read_are_gone(make, rows, references):
+    """So rows that it scored are not those of another grouping, though the groups would be made anew."""
+    options = {"group_by": "rho1", "reference_model": str(references / "first"), "score_cache_dir": str(references)}
+    prepared = make("sft_go", rows, **options).train_dataset
+    make("sft_go", prepared, important_fraction=0.2, **options)
+    with pytest.raises(InputError, match="`reference_model` was {.*, is None"):
+        make("sft_go", prepared)
 
 
 def test_another_tokenizer_is_refused(make, rows, tokenizer):

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.base.example_keys import add_content_keys
-from hf_sft_variants.sft_go.tfidf import vocabulary_hash
+from hf_sft_variants.base.fingerprints import vocabulary_hash
 
 
 class Executed:
