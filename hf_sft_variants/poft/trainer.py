@@ -176,6 +176,12 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         return ["scored_mask"]
 
     def prepare_rows(self, dataset, dataset_name):
+        column = COLUMN.format(0)
+        if self.args.needs_references and column in get_dataset_column_names(dataset):
+            raise InputError(
+                f"The {dataset_name} dataset has the column `{column}`, which this trainer makes, but no `input_ids`. "
+                "Rename the column or remove it; scores of your own belong in `reference_score_column`."
+            )
         if self._is_to_be_scored(dataset, dataset_name):  # keyed by the rows as they came, whatever model is trained
             return add_content_keys(dataset, self.args.dataset_num_proc, self.args.dataset_text_field)
         return dataset

@@ -104,10 +104,17 @@ def require_same_vocabulary(
 
 
 def max_positions(model: str, model_init_kwargs: dict | None = None) -> int | None:
-    """Most tokens a reference model can read, by its configuration; `None` where that names no limit."""
+    """
+    Most tokens of an example that a reference model can read, by its configuration; `None` where that names no limit.
+    Virtual tokens of prompt learning take positions, too.
+    """
     files = find_files(model, model_init_kwargs, what=_WHAT)
     config = AutoConfig.from_pretrained(files.model, **config_options(files.options))
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    adapter = files.adapter_config
+    if limit is None or adapter is None or not adapter.is_prompt_learning:
+        return limit
+    return limit - adapter.num_virtual_tokens
 
 
 def with_default_dtype(model_init_kwargs: dict | None) -> dict:

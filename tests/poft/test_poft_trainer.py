@@ -14,6 +14,7 @@ from peft import LoraConfig, TaskType
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import PoFTConfig, PoFTTrainer
+from hf_sft_variants.errors import InputError
 
 
 CLASSES = (PoFTTrainer, PoFTConfig)
@@ -311,11 +312,26 @@ class TestBadInput:
             with pytest.raises(ValueError, match="there is none for the train dataset: set `reference_models`"):
                 train_set(rows)
 
-    def test_streams_and_plain_texts_can_not_be_scored(self, train_set, token_rows, tmp_path):
+    def test_what_can_not_be_scored(self, train_set, token_rows, tmp_path):
         with pytest.raises(ValueError, match="The train dataset is a stream, but all its examples"):
             train_set(token_rows.to_iterable_dataset(), reference_models=["a"], max_steps=1)
-        with pytest.raises(ValueError, match=r"has the columns \['text'\], by which examples can't be named"):
-            train_set(Dataset.from_dict({"text": ["a b"]}), reference_models=["a"])
+        rows = Dataset.from_dict({"question": ["a"], "answer": ["b"]})
+        with pytest.raises(InputError, match=r"has the columns \['answer', 'question'\], by which examples can't be"):
+            train_set(rows, reference_models=["a"], formatting_func=lambda row: row["question"] + row["answer"])
+
+    def test_plain_texts_are_scored_as_their_tokens(self, train_set, tiny_model, tokenizer, tmp_path):
+        tiny_model.save_pretrained(tmp_path / "reference")
+        tokenizer.save_pretrained(tmp_path / "reference")
+        options = {"reference_models": [str(tmp_path / "reference")], "score_cache_dir": str(tmp_path / "scores")}
+        scored = train_set(Dataset.from_dict({"text": ["What is 12?", "Add the tens"]}), **options)
+        again = train_set(scored.select_columns(["input_ids", "labels"]), **options)
+        assert again["reference_log_prob_0"][:] == scored["reference_log_prob_0"][:]
+
+    def test_texts_with_a_column_of_prepared_ones(self, train_set, chat_rows):
+        rows = chat_rows.add_column("reference_log_prob_0", [-1.0] * 12)
+        for options in ({"reference_models": ["a"]}, {"reference_score_column": "reference_log_prob_0"}):
+            with pytest.raises(InputError, match="has the column `reference_log_prob_0`, which this .* Rename"):
+                train_set(rows, **options)
 
     def test_sums_are_not_in_the_column(self, train_set, scored_rows):
         with pytest.raises(ValueError, match="`length_normalizer='target'` needs summed log-probabilities"):

@@ -8,6 +8,7 @@ from datasets import Dataset, load_from_disk
 from helpers import assert_same_gradients, make_trainer, one_step, padded_document_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
@@ -202,6 +203,16 @@ class TestBadInput:
         long = token_rows.select([0, 8])
         with pytest.raises(InputError, match="2 of 2 examples of the train dataset can't be scored: 2 by .* Raise"):
             make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, long, tmp_path, **options)
+
+    def test_virtual_tokens_take_positions(self, options, tiny_model, tokenizer, token_rows, tmp_path, caplog):
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=25, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+        base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+        (tmp_path / "reference" / "config.json").unlink()
+        adapter = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+        adapter.save_pretrained(tmp_path / "reference")
+        make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+        assert "6 of 16 examples of the train dataset can't be scored: 6 by" in caplog.text
 
     def test_streaming(self, options, tiny_model, tokenizer, token_rows, tmp_path):
         rows = token_rows.to_iterable_dataset()
