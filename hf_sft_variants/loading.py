@@ -102,7 +102,8 @@ def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
         raise InputError("`dataset` is empty: pass at least one row.")
     for column in (column for column in columns if column != "answer"):
         for i, value in enumerate(dataset[column]):
-            if not isinstance(value, list):
+            is_conversation = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+            if not is_conversation or (column == "prompt" and not value):
                 raise InputError(
                     f"Column {column!r} of `dataset` holds {value!r} in row {i}: pass conversations, i.e. lists of "
                     "{'role': ..., 'content': ...}."
@@ -113,7 +114,9 @@ def _usable_device(device: str | None) -> torch.device:
     if device is None:
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
+        number = torch.zeros(1, device=device)
+        number.item()  # "meta" has no numbers
+        return number.device
     except (RuntimeError, AssertionError) as error:  # an assertion where torch is built without that kind of device
         raise InputError(
             f"`device` is {device!r}, which can't be used here ({first_line(error)}): pass e.g. cpu or cuda:0."

@@ -23,7 +23,7 @@ from trl import (
     get_quantization_config,
 )
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .recipe_checks import check_flags, check_keys, check_module, read_mapping, typed_values
 
 
@@ -193,16 +193,21 @@ def model_options(model_args: ModelConfig, trust_remote_code: bool = False) -> d
     Keyword arguments of `from_pretrained` that a recipe's keys stand for; `model_init_kwargs` goes before them.
 
     Raises:
-        `InputError`: If `dtype` can't be that of the computations with 4-bit weights.
+        `InputError`: If `dtype` can't be that of the computations with 4-bit weights, or a key of the quantization has
+            a value that it can't have.
     """
     if model_args.load_in_4bit and model_args.dtype == "auto":
         raise InputError("`dtype` must be float32, bfloat16 or float16 with `load_in_4bit`, got 'auto'.")
+    try:
+        quantization_config = get_quantization_config(model_args)
+    except ValueError as error:
+        raise InputError(f"The model can't be quantized as the keys say: {first_line(error)}") from error
     return {
         "revision": model_args.model_revision,
         "trust_remote_code": trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        "quantization_config": get_quantization_config(model_args),
+        "quantization_config": quantization_config,
     }
 
 

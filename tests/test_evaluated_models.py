@@ -267,12 +267,21 @@ def other_device(folder):
     return ["base", "--device", "cuda:99"], r"`device` is 'cuda:99', which can't be used here \(.+\): pass e.g. cpu"
 
 
+def device_without_numbers(folder):
+    return ["base", "--device", "meta"], r"`device` is 'meta', which can't be used here \(.+\): pass e.g. cpu"
+
+
 def folder_of_json(folder):
     return ["base", "--json", "nowhere/figures.json"], "`--json` is 'nowhere/figures.json', which can't be written"
 
 
 def json_is_a_folder(folder):
     return ["base", "--json", "data"], "`--json` is 'data', which can't be written: name a file in an existing folder"
+
+
+def json_in_a_file(folder):
+    path = "base/config.json/figures.json"
+    return ["base", "--json", path], f"`--json` is '{path}', which can't be written: name a file in an existing folder"
 
 
 def both_bits(folder):
@@ -284,12 +293,17 @@ def no_compute_dtype(folder):
     return ["base", *options], "`dtype` must be float32, bfloat16 or float16 with `load_in_4bit`, got 'auto'"
 
 
+def unknown_storage(folder):
+    options = ["--load_in_4bit", "--bnb_4bit_quant_storage", "zip"]
+    return ["base", *options], "The model can't be quantized as the keys say: `bnb_4bit_quant_storage` must be"
+
+
 def tags_without_tagged(folder):
     return ["base", "--answer-tags", "[a]", "[/a]"], "`--thinking-tags` and `--answer-tags` need `--tagged`"
 
 
 def same_tags(folder):
-    Path("data/test.jsonl").write_text('{"prompt": [], "reasoning": "a", "answer": "5"}\n')
+    Path("data/test.jsonl").write_text('{"prompt": [{}], "reasoning": "a", "answer": "5"}\n')
     return [
         "base",
         "--tagged",
@@ -312,6 +326,18 @@ def completion_of_a_later_row(folder):
     return ["base"], "Column 'completion' of `dataset` holds None in row 3: pass conversations"
 
 
+def empty_prompt(folder):
+    row = {"prompt": [], "completion": [{"role": "assistant", "content": "5"}], "answer": "5"}
+    Path("data/test.jsonl").write_text(json.dumps(row) + "\n")
+    return ["base"], r"Column 'prompt' of `dataset` holds \[\] in row 0: pass conversations"
+
+
+def messages_that_are_texts(folder):
+    row = {"prompt": ["Hi"], "completion": ["5"], "answer": "5"}
+    Path("data/test.jsonl").write_text(json.dumps(row) + "\n")
+    return ["base"], r"Column 'prompt' of `dataset` holds \['Hi'\] in row 0: pass conversations"
+
+
 def broken_data(folder):
     Path("data/test.jsonl").write_text('{"prompt": [')
     return ["base"], "`dataset` 'data' with `split` 'test' could not be loaded"
@@ -321,9 +347,10 @@ def broken_data(folder):
     "spoil",
     [
         break_weights, break_adapter_config, break_base_name, break_adapter_type, remove_adapter_weights,
-        leave_out_adapter_weights, leave_out_weights, no_adapter, other_device, folder_of_json, json_is_a_folder,
-        both_bits, no_compute_dtype, tags_without_tagged, same_tags, empty_completions, completion_of_a_later_row,
-        broken_data,
+        leave_out_adapter_weights, leave_out_weights, no_adapter, other_device, device_without_numbers,
+        folder_of_json, json_is_a_folder, json_in_a_file, both_bits, no_compute_dtype, unknown_storage,
+        tags_without_tagged, same_tags, empty_completions, completion_of_a_later_row, empty_prompt,
+        messages_that_are_texts, broken_data,
     ],
 )  # fmt: skip
 def test_what_can_not_be_evaluated_is_an_error_without_a_traceback(spoil, folder, capsys, monkeypatch):

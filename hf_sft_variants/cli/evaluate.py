@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if (args.thinking_tags or args.answer_tags) and not args.tagged:
         raise InputError("`--thinking-tags` and `--answer-tags` need `--tagged`: add it, or leave them out.")
-    if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).parent, os.W_OK)):
+    if args.json and not _is_writable(Path(args.json)):
         raise InputError(f"`--json` is {args.json!r}, which can't be written: name a file in an existing folder.")
     args.tags = (args.thinking_tags or THINKING_TAGS, args.answer_tags or ANSWER_TAGS)
     args.options = _model_options(args)
@@ -103,6 +103,13 @@ def run(args: argparse.Namespace) -> None:
         _print_table(args, dataset)
     else:
         _print_one(args, dataset)
+
+
+def _is_writable(path: Path) -> bool:
+    """Whether a file is there, or can be made, that can be written."""
+    if path.exists():
+        return not path.is_dir() and os.access(path, os.W_OK)
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def _model_options(args: argparse.Namespace) -> dict:
