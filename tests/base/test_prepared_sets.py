@@ -89,6 +89,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_settings_are_refused(change, make, rows):
     method, before, after, message = CHANGES[change]

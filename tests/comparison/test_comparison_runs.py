@@ -77,7 +77,7 @@ def test_a_study_from_its_start_to_its_end(write_study, in_this_process, capsys)
         > 0
     )
     assert by_arm["longer"]["tokens"] == max(log.get("num_tokens", 0) for log in by_arm["longer"]["log_history"])
-    assert list(Path("study/runs/sums/poft/seed_0/scores").glob("*.parquet"))
+    assert list(Path("study/runs/sums/poft/seed_0/scores").glob("*/*.parquet"))
     assert yaml.safe_load(Path("study/runs/sums/longer/seed_0/recipe.yaml").read_text())["max_steps"] == 3
 
     model, tokenizer = load_model_and_tokenizer("study/runs/sums/poft/seed_0", device="cpu")
