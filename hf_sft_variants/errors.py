@@ -6,5 +6,8 @@ class InputError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's message; the name of its class where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """First line of an error's message, with the next where it ends with a colon; its class where it has none."""
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):
+        first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    return first.strip() or type(error).__name__

@@ -8,7 +8,7 @@ from helpers import slow_nll
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from hf_sft_variants.errors import InputError
+from hf_sft_variants.errors import InputError, first_line
 from hf_sft_variants.evaluation import (
     check_tagged_dataset,
     exact_match,
@@ -261,3 +261,15 @@ def test_a_split_that_cannot_be_loaded_is_named(tmp_path):
         load_split(str(tmp_path), "validation")
     with pytest.raises(InputError, match="`dataset` 'nowhere/at-all'"):
         load_split("nowhere/at-all")
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("", "RuntimeError"),
+        ("one\ntwo", "one"),
+        ("Error(s) in loading state_dict:\n\tsize mismatch", "Error(s) in loading state_dict: size mismatch"),
+    ],
+)
+def test_first_line_of_an_error(message, expected):
+    assert first_line(RuntimeError(message)) == expected

@@ -105,7 +105,9 @@ def find_files(
     if adapter is None:
         options.pop("subfolder", None)
         model, revision = config.base_model_name_or_path, revision if os.path.isdir(name) else None
-    return ModelFiles(model, {**options, "revision": revision or config.revision}, name, where, config)
+    if model == config.base_model_name_or_path:
+        revision = revision or config.revision
+    return ModelFiles(model, {**options, "revision": revision}, name, where, config)
 
 
 def load_model(
