@@ -1,4 +1,4 @@
-"""Mixup of last hidden states at no other product of the LM head: the logits of both rows are mixed instead."""
+"""Mixup of last hidden states without logits of its own: those of the two rows are mixed."""
 
 import functools
 import types
@@ -155,9 +155,10 @@ def paired_log_probs(
     $$ \lambda \log \tilde p(y^c) + (1-\lambda) \log \tilde p(y^u) $$
 
     The head is linear up to its soft-cap, so what the head makes of the mixture is the mixture of what it makes of the
-    two rows. Both are there anyway: mixing takes no other product with `weight`, neither forward nor backward. Logits
-    exist one tile at a time; the backward pass makes them again. λ is a constant of the gradient. Softmax and sums are
-    in float32, whatever the dtype of the product.
+    two rows, which are there anyway. Logits exist one tile at a time. In units of the product that makes all of them,
+    a trained `weight` takes four products, as TRL's head does; a frozen one (LoRA, QLoRA) two, where TRL's takes
+    three, and half of one for the mixtures. λ is a constant of the gradient. Softmax and sums are in float32, whatever
+    the dtype of the product.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(N, H)`):
@@ -181,8 +182,8 @@ def paired_log_probs(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]`: `log_probs`, `entropy`, `is_top1`, each of
-        shape `(N,)` and zero where there is no label, and `mixed_log_probs` of shape `(P,)`; in nats. All but
-        `is_top1` have a gradient.
+        shape `(N,)` and zero where there is no label, and `mixed_log_probs` of shape `(P,)`; in nats. The
+        log-probabilities have a gradient.
 
     Raises:
         `InputError`: If a row of a pair has no label or is in two pairs, or if the pairs' lengths differ.

@@ -1,10 +1,10 @@
 """
 The autograd function behind [`paired_log_probs`]: logits tile by tile, mixed while they are at hand.
 
-The gradient of a label's log-probability on its hidden state is attention over the vocabulary with the weight's rows as
-keys and values: `W[y] - sum_v softmax(h W^T)[v] W[v]`. Its direction does not depend on the loss. So where the head is
-frozen, the forward pass makes it, chunk by chunk with a running maximum, and the backward pass scales it: two products
-with the weight instead of three.
+The gradient of a label's log-probability on its hidden state is attention over the vocabulary, with the weight's rows
+as keys and values: `W[y] - sum_v softmax(h W^T)[v] W[v]`. Its direction does not depend on the loss. So where the head
+is frozen, the forward pass makes it, chunk by chunk with a running maximum, and the backward pass scales it: two
+products with the weight instead of three.
 """
 
 from typing import NamedTuple
@@ -85,8 +85,8 @@ class PairedLogProbFunction(torch.autograd.Function):
 
     Products with the weight, in units of the one that makes the logits: with a frozen head two, and half of one for
     the mixtures, all in the forward pass; with a trained head one in the forward pass and three in the backward pass,
-    which makes each tile's values again, turns them into their gradient in place and adds that of the mixtures; without
-    a gradient one.
+    which makes each tile's values again, turns them into their gradient in place and adds that of the mixtures;
+    without a gradient one.
     """
 
     @staticmethod

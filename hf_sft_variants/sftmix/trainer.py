@@ -49,7 +49,8 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     (1-\lambda) y^u), \quad \lambda \sim \text{Beta}(\alpha, \alpha) $$
 
     Differs from [`~trl.SFTTrainer`] in the loss and in the order of the examples, and takes the same arguments. Mixing
-    takes no other product with the LM head ([`~hf_sft_variants.sftmix.paired_lm_head.add_paired_lm_head`]). Method:
+    takes no more products with the LM head than SFTTrainer's step, and with LoRA fewer
+    ([`~hf_sft_variants.sftmix.paired_lm_head.add_paired_lm_head`]). Method:
     [SFTMix](https://huggingface.co/papers/2410.05248). No official code is known. The paper does not say when the
     reference is evaluated, nor how the mixup loss is reduced; ours is the mean over the mixed positions of the
     optimizer step. λ is drawn for each pair at each step, from the seed, the step and the pair's numbers, so a resumed
