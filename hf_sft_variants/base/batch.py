@@ -155,7 +155,7 @@ def make_annotated_batch(
         annotations (`dict[str, torch.Tensor]`):
             Annotation columns, one value for each token of `input_ids`.
         padding_values (`dict[str, int | float]`):
-            Annotation column to the value that stands on padding.
+            Annotation column to its value on padding.
         num_items (`dict[str, torch.Tensor]`):
             Counts of the optimizer step.
     """
@@ -190,7 +190,7 @@ def without_rows_from(
         row_ids (`torch.Tensor` of shape `(B, L)` or `(B, 1)`):
             Row of the data set that each label belongs to.
         padding_values (`dict[str, int | float]`):
-            Annotation column to the value that stands on padding.
+            Annotation column to its value on padding.
     """
     left_out = row_ids >= first
     return replace(

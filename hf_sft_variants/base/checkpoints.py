@@ -138,7 +138,7 @@ def _describe_content(name: str) -> str | dict[str, str]:
 
 
 def local_name(name: str) -> str:
-    """Last part of a path on this machine, which is nobody else's business; an id of the Hub as it is."""
+    """Last part of a path on this machine, so that no one else sees its folders; an id of the Hub as it is."""
     is_path = os.path.exists(name) or name.startswith((os.sep, ".", "~"))
     return os.path.basename(os.path.abspath(name)) if is_path else name
 

@@ -20,7 +20,7 @@ class AnnotationCollator:
             TRL's collator, or the user's own, which does not see the annotations. It must keep each row's tokens at
             the start of the row (pad on the right) or, padding-free, one after the other.
         padding_values (`dict[str, int | float]`):
-            Annotation column to the value that stands on padding; a float makes the column float32, an integer int64.
+            Annotation column to its value on padding; a float makes the column float32, an integer int64.
 
     Raises:
         `InputError`: If an example has no such column; if an annotation has another length than the example's

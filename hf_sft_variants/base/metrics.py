@@ -88,11 +88,10 @@ class MetricSumsMixin:
         self._metric_sums.take(mode)
         self._metrics[mode].clear()
 
-    def _inner_training_loop(self, *args, **kwargs):
-        # `auto_find_batch_size` begins anew after an attempt that did not fit
+    def begin_run(self, checkpoint):
+        super().begin_run(checkpoint)
         for mode in ("train", "eval"):
             self.forget_metrics(mode)
-        return super()._inner_training_loop(*args, **kwargs)
 
     def log(self, logs, start_time=None):
         # Not by the model's mode alone: a callback may have evaluated, or predicted, in the midst of training

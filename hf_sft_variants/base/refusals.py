@@ -121,8 +121,8 @@ def _check_settings(args: SFTConfig) -> None:
 def require_causal_lm(model: PreTrainedModel) -> None:
     """
     Raises:
-        `InputError`: If it is no model of `transformers` or `peft`.
-        `InputError`: If it is no causal language model.
+        `InputError`: If it is not a model of `transformers` or `peft`.
+        `InputError`: If it is not a causal language model.
     """
     is_adapted = isinstance(model, Module) and is_peft_model(model)
     base_model = model.get_base_model() if is_adapted else model

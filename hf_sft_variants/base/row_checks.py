@@ -218,7 +218,7 @@ def checked_text(example: dict[str, Any], formatting_func: Callable[[dict[str, A
     What a user's `formatting_func` makes of a row.
 
     Raises:
-        `InputError`: If it is no text.
+        `InputError`: If it is not a text.
     """
     text = formatting_func(example)
     if not isinstance(text, str):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _NUM_ITEMS = "num_items_in_step"
 
 
-class AnnotatedSFTTrainer(ModelCardMixin, SameRunMixin, PreparedSetsMixin, MetricSumsMixin, SFTTrainer):
+class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, SameRunMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss may use what is known about each token.
 
