@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import PoFTConfig, PoFTTrainer
-from hf_sft_variants.answers import ANSWER_MARK
 from hf_sft_variants.evaluation import held_out_nll
+from hf_sft_variants.evaluation.answers import ANSWER_MARK
 from hf_sft_variants.quickstart.data import build_splits
 
 

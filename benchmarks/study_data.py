@@ -16,8 +16,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_sft_variants.answers import ANSWER_MARK
 from hf_sft_variants.errors import InputError
+from hf_sft_variants.evaluation.answers import ANSWER_MARK
 from hf_sft_variants.quickstart import build_splits, write_data
 
 

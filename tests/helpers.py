@@ -6,6 +6,7 @@ import os
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 
@@ -126,3 +127,23 @@ def commit_of(repository, digit):
     folder = repository / "snapshots" / (digit * 40)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+class Operations(TorchDispatchMode):
+    """Multiplications of each matrix product, and the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "dot", "mv", "_grouped_mm"):
+            left, right = [arg for arg in args if torch.is_tensor(arg)][-2:]
+            self.products.append(left.numel() * right.shape[-1])
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if torch.is_tensor(tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result

@@ -5,7 +5,7 @@ import sys
 
 from .. import __version__
 from ..errors import InputError
-from . import compare, evaluate, inspect, prepare_data, quickstart, score
+from . import compare, evaluate, inspect, quickstart, score
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (quickstart, prepare_data, inspect, score, evaluate, compare):
+    for module in (quickstart, inspect, score, evaluate, compare):
         module.add_parser(subparsers)
     return parser
 

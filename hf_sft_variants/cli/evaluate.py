@@ -79,9 +79,9 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluates, and prints the figures."""
     from ..errors import InputError
-    from ..evaluation import check_tagged_dataset
-    from ..loading import check_dataset, load_split
-    from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS
+    from ..evaluation import check_dataset, check_tagged_dataset
+    from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
+    from ..launch.loading import load_split
 
     if args.adapter and len(args.model) > 1:
         raise InputError(
@@ -117,7 +117,7 @@ def _model_options(args: argparse.Namespace) -> dict:
     from trl import ModelConfig
 
     from ..errors import InputError
-    from ..recipe import model_options
+    from ..launch.recipe import model_options
 
     given = {key: getattr(args, key) for key in MODEL_KEYS if getattr(args, key)}
     trust_remote_code = given.pop("trust_remote_code", False)
@@ -155,7 +155,7 @@ def _print_table(args: argparse.Namespace, dataset) -> None:
 def _measure(args: argparse.Namespace, name: str, dataset) -> dict:
     from accelerate.utils import release_memory
 
-    from ..loading import load_model_and_tokenizer
+    from ..launch.loading import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(name, args.adapter, args.device, args.options)
     figures = {

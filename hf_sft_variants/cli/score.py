@@ -73,8 +73,8 @@ def _require_nothing_to_write(args, recipe) -> None:
 def _write(args, recipe, scoring) -> None:
     import pyarrow as pa
 
+    from ..launch.recipe import load_splits, pick_split
     from ..poft.score_files import keys_of_best, write_score_file
-    from ..recipe import load_splits, pick_split
 
     if args.output:
         write_score_file(pa.concat_tables(scoring.scores.values()), args.output)

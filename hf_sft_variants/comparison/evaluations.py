@@ -8,12 +8,12 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..answer_matching import same_answer
-from ..answers import extract_answer
 from ..errors import InputError
 from ..evaluation import generate_answers, held_out_nll_of_rows, numeric_answers
-from ..loading import load_split
-from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS, extract_tagged_answer, follows_format
+from ..evaluation.answers import extract_answer
+from ..evaluation.matching import same_answer
+from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS, extract_tagged_answer, follows_format
+from ..launch.loading import load_split
 from .lm_eval_tasks import evaluate_tasks
 
 

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+PACKAGES = ("hf_sft_variants", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    return {"hf_sft_variants": __version__, **{name: version(name) for name in PACKAGES}}
+    return {name: version(name) for name in PACKAGES}
 
 
 def _cpu_name() -> str:

@@ -10,10 +10,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
-from ..evaluation import check_tagged_dataset, numeric_answers
-from ..loading import check_dataset
-from ..recipe import apply_recipe, load_splits, parse_flags, pick_split, trainer_and_parser
-from ..recipe_checks import check_keys, key_types, nearest, read_mapping
+from ..evaluation import check_dataset, check_tagged_dataset, numeric_answers
+from ..launch.recipe import apply_recipe, load_splits, parse_flags, pick_split, trainer_and_parser
+from ..launch.recipe_checks import check_keys, key_types, nearest, read_mapping
 from .evaluations import load_evaluation_data
 from .files import EVALUATION_FILE, RUN_FILE, TRAINING_FILE, read_json
 from .lm_eval_tasks import check_tasks

@@ -20,10 +20,10 @@ from accelerate.utils import release_memory
 from transformers import TrainerCallback
 
 from ..errors import InputError
-from ..loading import load_model_and_tokenizer
-from ..recipe import apply_recipe, build_trainer, model_options, parse_flags, save, trainer_and_parser
-from ..recipe_checks import read_mapping
-from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS
+from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
+from ..launch.loading import load_model_and_tokenizer
+from ..launch.recipe import apply_recipe, build_trainer, model_options, parse_flags, save, trainer_and_parser
+from ..launch.recipe_checks import read_mapping
 from .budgets import amount_of, steps_of_seconds, steps_of_tokens
 from .costs import extra_passes, peak_memory
 from .evaluations import evaluate_model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..recipe_checks import nearest, read_mapping
+from ..launch.recipe_checks import nearest, read_mapping
 
 
 STUDY_KEYS = ("output_dir", "seeds", "baseline", "overrides", "data", "arms", "budget", "evaluations")

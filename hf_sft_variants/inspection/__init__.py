@@ -1,7 +1,7 @@
 """What a recipe trains on, token by token: in the loss or not, the group, the score."""
 
+from ..launch.preparation import load_recipe, prepare, prepare_view
 from .page import page_settings, render_page
-from .preparation import load_recipe, prepare, prepare_view
 from .rows import parse_range, read_view
 from .text import render_text
 

@@ -12,8 +12,8 @@ from string import Template
 
 from trl import SFTConfig
 
+from ..launch.preparation import Recipe
 from .histogram import group_class, render_histogram
-from .preparation import Recipe
 from .rows import Column, Row, View
 from .text import row_counts
 from .token_text import visible_pieces

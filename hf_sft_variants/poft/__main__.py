@@ -1,4 +1,4 @@
-from ..recipe import main
+from ..launch.recipe import main
 from . import PoFTConfig, PoFTTrainer
 
 

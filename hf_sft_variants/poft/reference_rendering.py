@@ -6,8 +6,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-from ..base.assistant_turns import RenderedExample, render_example
 from ..errors import InputError
+from ..text.assistant_turns import RenderedExample, render_example
 from .scored_tokens import scored_mask
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..base.assistant_turns import (
+from ..errors import InputError
+from ..text.assistant_turns import (
     RenderedExample,
     render_example,
     require_same_tokens,
 )
-from ..errors import InputError
 
 
 def has_responses(columns: list[str]) -> bool:
@@ -27,7 +27,7 @@ def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: s
     Args:
         example (`dict[str, Any]`):
             Row with `messages`, or `prompt` and `completion`.
-        rendered ([`~hf_sft_variants.base.assistant_turns.RenderedExample`]):
+        rendered ([`~hf_sft_variants.text.assistant_turns.RenderedExample`]):
             The row in the template and the tokens of a model.
         eos_token (`str`):
             What is at the end of a plain completion and not of its words.

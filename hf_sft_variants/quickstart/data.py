@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..answers import ANSWER_MARK, normalize_number
 from ..errors import InputError
-from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS
+from ..evaluation.answers import ANSWER_MARK, normalize_number
+from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
 
 
 INSTRUCTION = f"Work step by step, one step a line. End with a line: {ANSWER_MARK} answer"

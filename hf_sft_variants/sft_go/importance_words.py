@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..base.token_offsets import Span
+from ..text.token_offsets import Span
 
 
 # SentencePiece's stands before a word; its offsets may be those of the word's first character

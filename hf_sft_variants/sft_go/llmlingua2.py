@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.assistant_turns import special_token_ids
 from ..base.fingerprints import vocabulary_hash
-from ..base.token_offsets import Span, TokenOffsets
 from ..scoring import cached_scores
 from ..scoring.shards import plan_shards
+from ..text.assistant_turns import special_token_ids
+from ..text.token_offsets import Span, TokenOffsets
 from .config import SFTGOConfig
 from .grouping import supervised_positions
 from .importance_model import MAX_WINDOW, identify_importance_model, load_importance_model, max_window

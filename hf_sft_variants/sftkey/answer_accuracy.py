@@ -11,8 +11,8 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import InputError
 from ..evaluation import tagged_scores
-from ..generation import evaluation_mode, generate_answers
-from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS, check_tags
+from ..evaluation.generation import evaluation_mode, generate_answers
+from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS, check_tags
 
 
 class AnswerAccuracyCallback(TrainerCallback):
@@ -47,8 +47,8 @@ class AnswerAccuracyCallback(TrainerCallback):
             Opening and closing tag of the reasoning.
         answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
             Opening and closing tag of the answer. Without tags an answer is found behind `####`, in `\boxed{}` or
-            behind "the answer is" ([`~hf_sft_variants.tagged_answers.extract_tagged_answer`]); the format rate, and
-            with it the score, say nothing then.
+            behind "the answer is" ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]); the format
+            rate, and with it the score, say nothing then.
 
     Raises:
         InputError: If a data set is empty, a stream or lacks a column or an answer, a number is below 1, or the tags

@@ -7,7 +7,7 @@ from trl import SFTConfig
 
 from ..base.field_checks import require_valid_fields
 from ..errors import InputError
-from ..tagged_answers import check_tags
+from ..evaluation.tagged_answers import check_tags
 
 
 FULL, KEY = "full", "key"

@@ -8,7 +8,9 @@ from typing import Any
 import regex
 from transformers import PreTrainedTokenizerBase
 
-from ..base.assistant_turns import (
+from ..errors import InputError
+from ..evaluation.tagged_answers import tagged_response
+from ..text.assistant_turns import (
     RenderedExample,
     Turn,
     assistant_start,
@@ -17,9 +19,7 @@ from ..base.assistant_turns import (
     require_same_tokens,
     special_token_ids,
 )
-from ..base.token_offsets import Span, TokenOffsets
-from ..errors import InputError
-from ..tagged_answers import tagged_response
+from ..text.token_offsets import Span, TokenOffsets
 
 
 KEY, NOT_KEY, NO_LABEL = 1, 0, -1

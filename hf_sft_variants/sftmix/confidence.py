@@ -19,7 +19,7 @@ from ..base.example_keys import EXAMPLE_KEY, add_content_keys, keys_are_of
 from ..base.processes import on_main_process
 from ..base.trl_internals import DataCollatorForLanguageModeling, global_then_local_main_first
 from ..errors import InputError
-from ..generation import evaluation_mode
+from ..evaluation.generation import evaluation_mode
 from ..scoring.shards import plan_shards, write_parquet
 from .confidence_file import confidence_table, require_unique_keys
 

@@ -18,11 +18,11 @@ from ..base.preparation import map_description
 from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
+from ..lm_head.paired_lm_head import add_paired_lm_head
 from .confidence_file import halves_from_file, require_unique_keys
 from .config import SFTMixConfig
 from .mixing import draw_mixup
 from .online import OnlineConfidence
-from .paired_lm_head import add_paired_lm_head
 from .pairing import (
     CONFIDENT,
     NEITHER,
@@ -50,7 +50,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     Differs from [`~trl.SFTTrainer`] in the loss and in the order of the examples, and takes the same arguments. Mixing
     takes no more products with the LM head than SFTTrainer's step, and with LoRA fewer
-    ([`~hf_sft_variants.sftmix.paired_lm_head.add_paired_lm_head`]). Method:
+    ([`~hf_sft_variants.lm_head.paired_lm_head.add_paired_lm_head`]). Method:
     [SFTMix](https://huggingface.co/papers/2410.05248). No official code is known. The paper does not say when the
     reference is evaluated, nor how the mixup loss is reduced; ours is the mean over the mixed positions of the
     optimizer step. λ is drawn for each pair at each step, from the seed, the step and the pair's numbers, so a resumed

@@ -13,7 +13,7 @@ from trl import DPOConfig, SFTConfig, SFTTrainer
 from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.base.refusals import refuse_sequence_sharding
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.generation import evaluation_mode
+from hf_sft_variants.evaluation.generation import evaluation_mode
 
 
 def echo_tokens(example):

@@ -22,9 +22,7 @@ def quickstart_folder(tmp_path, monkeypatch, tiny_model, tokenizer):
     return tmp_path / "quickstart"
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["quickstart"], ["prepare-data"], ["score"], ["inspect"], ["evaluate"], ["compare"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["quickstart"], ["score"], ["inspect"], ["evaluate"], ["compare"]])
 def test_help_fits_a_screen_and_shows_an_example(arguments, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):

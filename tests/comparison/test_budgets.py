@@ -11,7 +11,7 @@ from hf_sft_variants.comparison.budgets import amount_of, steps_of_seconds
 from hf_sft_variants.comparison.files import read_json, write_json
 from hf_sft_variants.comparison.plan import description
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.loading import load_model_and_tokenizer, load_split
+from hf_sft_variants.launch.loading import load_model_and_tokenizer, load_split
 
 
 METHODS = {

@@ -9,8 +9,8 @@ import pytest
 
 from hf_sft_variants.comparison import plan_runs, read_study
 from hf_sft_variants.comparison.run import _parse
+from hf_sft_variants.launch.recipe import build_trainer
 from hf_sft_variants.quickstart import build_splits, write_data
-from hf_sft_variants.recipe import build_trainer
 
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from hf_sft_variants.cli import main as cli
 from hf_sft_variants.comparison import plan_runs, process, read_study, run, runs
 from hf_sft_variants.comparison.costs import peak_memory
 from hf_sft_variants.evaluation import exact_match, held_out_nll
-from hf_sft_variants.loading import load_model_and_tokenizer, load_split
+from hf_sft_variants.launch.loading import load_model_and_tokenizer, load_split
 
 
 SFT, SFT_GO = {"recipe": "sft.yaml"}, {"recipe": "sft_go.yaml"}

@@ -13,7 +13,7 @@ from hf_sft_variants.comparison import evaluations, run
 from hf_sft_variants.comparison.files import read_json, write_json
 from hf_sft_variants.comparison.study import EVALUATION_DEFAULTS
 from hf_sft_variants.evaluation import held_out_nll
-from hf_sft_variants.loading import load_split
+from hf_sft_variants.launch.loading import load_split
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hf_sft_variants.comparison.evaluations import answer_metrics, evaluate_mode
 from hf_sft_variants.comparison.study import EVALUATION_DEFAULTS
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.evaluation import held_out_nll, last_number_match, tagged_scores
-from hf_sft_variants.loading import load_model_and_tokenizer, load_split
+from hf_sft_variants.launch.loading import load_model_and_tokenizer, load_split
 
 
 def mean_of(metric):

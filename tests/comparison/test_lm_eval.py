@@ -12,7 +12,7 @@ from hf_sft_variants.comparison.evaluations import evaluate_model
 from hf_sft_variants.comparison.lm_eval_tasks import import_lm_eval
 from hf_sft_variants.comparison.study import EVALUATION_DEFAULTS
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.loading import load_model_and_tokenizer
+from hf_sft_variants.launch.loading import load_model_and_tokenizer
 
 
 TASK = {

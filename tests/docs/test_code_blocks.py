@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 import hf_sft_variants
 from hf_sft_variants.comparison.study import STUDY_KEYS, study_of
-from hf_sft_variants.recipe import make_parser, parse
+from hf_sft_variants.launch.recipe import make_parser, parse
 
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from methods import METHODS, with_references
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.recipe import make_parser, parse
+from hf_sft_variants.launch.recipe import make_parser, parse
 
 
 TABLE = [

@@ -15,9 +15,9 @@ from templates_on_the_spot import TOOLS
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_sft_variants import PoFTConfig, PoFTTrainer, ReferenceScoringCallback
-from hf_sft_variants.base.token_offsets import TokenOffsets
 from hf_sft_variants.poft import reference_scoring
 from hf_sft_variants.poft.reference_rendering import merge_system_turn, render_for_reference
+from hf_sft_variants.text.token_offsets import TokenOffsets
 
 
 CLASSES = (PoFTTrainer, PoFTConfig)

@@ -5,8 +5,8 @@ import sys
 import pytest
 from datasets import load_dataset
 
-from hf_sft_variants.answers import extract_answer, normalize_number
 from hf_sft_variants.errors import InputError
+from hf_sft_variants.evaluation.answers import extract_answer, normalize_number
 from hf_sft_variants.quickstart import TASKS, build_splits, data, write_data
 from hf_sft_variants.quickstart.data import tagged_splits
 

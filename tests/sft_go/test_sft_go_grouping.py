@@ -3,13 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sft_variants.base.assistant_turns import special_token_ids
 from hf_sft_variants.sft_go.grouping import (
     MAX_GROUPS,
     copy_group_ids,
     copy_scores,
     group_by_importance,
 )
+from hf_sft_variants.text.assistant_turns import special_token_ids
 
 
 @given(

@@ -2,8 +2,7 @@
 
 import torch
 from datasets import Dataset
-from helpers import make_trainer
-from test_paired_lm_head import Operations
+from helpers import Operations, make_trainer
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import SFTMixConfig, SFTMixTrainer

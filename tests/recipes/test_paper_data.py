@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset, load_dataset
+from paper_data import PAPER_DATA, cot_collection, gsm8k, openbookqa, openr1_math
+from paper_splits import load_source, prepare_splits
 
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.quickstart import write_data
-from hf_sft_variants.sftkey.paper_data import PAPER_DATA, cot_collection, gsm8k, openbookqa, openr1_math
-from hf_sft_variants.sftkey.paper_splits import load_source, prepare_splits
 
 
 def gsm8k_row(i=0, **columns):

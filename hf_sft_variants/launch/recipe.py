@@ -23,7 +23,7 @@ from trl import (
     get_quantization_config,
 )
 
-from .errors import InputError, first_line
+from ..errors import InputError, first_line
 from .recipe_checks import check_flags, check_keys, check_module, read_mapping, typed_values
 
 

@@ -9,7 +9,8 @@ from tokenizers import processors
 from tokenizers_by_hand import BY_HAND, bert_pieces, sentence_piece, sentence_unigram, split_tags, whole_words
 from transformers import ByT5Tokenizer
 
-from hf_sft_variants.base.assistant_turns import (
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.text.assistant_turns import (
     assistant_start,
     render_conversation,
     render_example,
@@ -18,8 +19,7 @@ from hf_sft_variants.base.assistant_turns import (
     special_token_ids,
     tokenize_with_offsets,
 )
-from hf_sft_variants.base.token_offsets import TokenOffsets
-from hf_sft_variants.errors import InputError
+from hf_sft_variants.text.token_offsets import TokenOffsets
 
 
 def says(role, content, **more):

@@ -1,6 +1,5 @@
 """Loading what is to be evaluated, with an error that says the fix where that is not possible."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +8,8 @@ from datasets.exceptions import DatasetsError
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InputError, first_line
-from .scoring import load_model, load_tokenizer
+from ..errors import InputError, first_line
+from ..scoring import load_model, load_tokenizer
 
 
 def load_model_and_tokenizer(
@@ -77,37 +76,6 @@ def load_split(dataset: str, split: str = "test", config: str | None = None) -> 
     if len(rows) == 0:
         raise InputError(f"`split` {split!r} of `dataset` {dataset!r} is empty: choose another split.")
     return rows
-
-
-def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
-    """
-    Checks that a data set can be evaluated.
-
-    Args:
-        dataset (`Dataset`):
-            The data set.
-        columns (`Sequence[str]`):
-            Columns it must have; `prompt` and `completion` must be conversations.
-
-    Raises:
-        InputError: If the data set is empty, lacks a column or has no conversations.
-    """
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        raise InputError(
-            f"`dataset` has no column {', '.join(map(repr, missing))}, only "
-            f"{', '.join(map(repr, dataset.column_names))}: rename or add what is missing."
-        )
-    if len(dataset) == 0:
-        raise InputError("`dataset` is empty: pass at least one row.")
-    for column in (column for column in columns if column != "answer"):
-        for i, value in enumerate(dataset[column]):
-            is_conversation = isinstance(value, list) and all(isinstance(message, dict) for message in value)
-            if not is_conversation or (column == "prompt" and not value):
-                raise InputError(
-                    f"Column {column!r} of `dataset` holds {value!r} in row {i}: pass conversations, i.e. lists of "
-                    "{'role': ..., 'content': ...}."
-                )
 
 
 def _usable_device(device: str | None) -> torch.device:

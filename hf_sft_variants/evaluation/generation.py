@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .scoring import has_virtual_tokens, input_device
+from ..scoring import has_virtual_tokens, input_device
 
 
 def generate_answers(

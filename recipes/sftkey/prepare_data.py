@@ -1,13 +1,16 @@
-"""`hf-sft-variants prepare-data`: the data sets of the SFTKey paper by its rules, as a recipe's folder."""
+"""Writes a data set of the SFTKey paper as a folder that its recipes train on."""
 
 import argparse
 from pathlib import Path
 from shlex import quote
 
-from ..errors import InputError
+from paper_splits import load_source, prepare_splits
+
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.quickstart import write_data
 
 
-EXAMPLE = "example: hf-sft-variants prepare-data gsm8k --output data/gsm8k"
+EXAMPLE = "example: python recipes/sftkey/prepare_data.py gsm8k --output data/gsm8k"
 
 # Data set -> the recipe that trains on it
 RECIPES = {
@@ -18,14 +21,11 @@ RECIPES = {
 }
 
 
-def add_parser(subparsers) -> None:
-    """Adds the subcommand's parser."""
-    description = (
-        "Write a data set of the SFTKey paper as JSON Lines, a file per split: prompt, reasoning and answer. Rows "
-        "that lack one of them, or that have a tag in them, are dropped and counted."
-    )
-    parser = subparsers.add_parser(
-        "prepare-data", help="write the data of the SFTKey paper", description=description, epilog=EXAMPLE
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write a data set of the SFTKey paper as JSON Lines, a file per split: prompt, reasoning and "
+        "answer. Rows that lack one of them, or that have a tag in them, are dropped and counted.",
+        epilog=EXAMPLE,
     )
     parser.add_argument("data", choices=RECIPES, metavar="DATA", help=f"data set of the paper: {', '.join(RECIPES)}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
@@ -36,14 +36,19 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn (%(default)s)")
     parser.add_argument("--completion", action="store_true", help="add an untagged completion, for plain SFT")
     parser.add_argument("--overwrite", action="store_true", help="replace data of other settings")
-    parser.set_defaults(run=run)
+    return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Writes the data, and says what was dropped and what to run next."""
-    from ..quickstart import write_data
-    from ..sftkey.paper_splits import load_source, prepare_splits
+    parser = build_parser()
+    try:
+        prepare(parser.parse_args(argv))
+    except InputError as error:
+        parser.error(str(error))
 
+
+def prepare(args: argparse.Namespace) -> None:
     folder = Path(args.output)
     splits = load_source(args.data, args.source, args.subset)
     _refuse_other_splits(folder, {*splits, *(["test"] if args.test_size else [])})
@@ -64,3 +69,7 @@ def _refuse_other_splits(folder: Path, splits: set[str]) -> None:
             f"`--output` holds {str(others[0])!r}, which these settings do not make and a recipe would load, too: "
             "remove it or choose another folder."
         )
+
+
+if __name__ == "__main__":
+    main()

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from paper_data import PAPER_DATA, Converted
 from tqdm.auto import tqdm
 
-from ..answers import ANSWER_MARK
-from ..errors import InputError
-from .paper_data import PAPER_DATA, Converted
+from hf_sft_variants.errors import InputError, first_line
+from hf_sft_variants.evaluation.answers import ANSWER_MARK
 
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -56,7 +56,7 @@ def load_source(name: str, source: str | None = None, subset: str | None = None)
             splits = load_dataset(data.source, subset or data.subset, revision=data.revision)
     except (DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"`--source` {source or data.source!r} could not be loaded ({_first_line(error)}): pass a folder "
+            f"`--source` {source or data.source!r} could not be loaded ({first_line(error)}): pass a folder "
             "or a file with rows like those of the Hub, or another id on the Hub; `--subset` names a subset there."
         ) from error
     return {split: _with_columns(rows, data.columns, name, split) for split, rows in splits.items()}

@@ -6,12 +6,12 @@ import inspect
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import Operations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -31,7 +31,7 @@ from transformers import (
 from trl.kernels import ChunkedLogProbFunction
 
 from hf_sft_variants.base.trl_internals import add_fused_lm_head
-from hf_sft_variants.sftmix.paired_lm_head import add_paired_lm_head, paired_log_probs
+from hf_sft_variants.lm_head.paired_lm_head import add_paired_lm_head, paired_log_probs
 
 
 OUTPUTS = ("log_probs", "entropy", "is_top1")
@@ -294,26 +294,6 @@ def test_pairs_that_can_not_be():
 
 
 # What it costs
-
-
-class Operations(TorchDispatchMode):
-    """Multiplications of each matrix product, and the largest tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.products = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if name in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "dot", "mv", "_grouped_mm"):
-            left, right = [arg for arg in args if torch.is_tensor(arg)][-2:]
-            self.products.append(left.numel() * right.shape[-1])
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if torch.is_tensor(tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 def operations_of(function, **case):

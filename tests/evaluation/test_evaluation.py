@@ -17,8 +17,8 @@ from hf_sft_variants.evaluation import (
     last_number_match,
     tagged_scores,
 )
-from hf_sft_variants.loading import load_model_and_tokenizer, load_split
-from hf_sft_variants.tagged_answers import tagged_response
+from hf_sft_variants.evaluation.tagged_answers import tagged_response
+from hf_sft_variants.launch.loading import load_model_and_tokenizer, load_split
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_exact_match_counts_marked_answers_only(monkeypatch, tiny_model, tokeniz
         contents = [tokenizer.decode(ids) for ids in prompts]
         return [next(text for question, text in text_of.items() if question in content) for content in contents]
 
-    monkeypatch.setattr("hf_sft_variants.generation._generate", answer)
+    monkeypatch.setattr("hf_sft_variants.evaluation.generation._generate", answer)
     share, generations = exact_match(tiny_model, tokenizer, rows, batch_size=3)
     assert share == 0.5
     assert generations == texts

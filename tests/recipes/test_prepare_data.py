@@ -2,10 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-
-from hf_sft_variants.cli import main
-from hf_sft_variants.cli.prepare_data import RECIPES
-from hf_sft_variants.sftkey.paper_data import PAPER_DATA
+from paper_data import PAPER_DATA
+from prepare_data import RECIPES, main
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -24,7 +22,14 @@ def source(tmp_path, monkeypatch):
 
 
 def prepare(source, *options):
-    return main(["prepare-data", "gsm8k", "--source", source, "--output", "data", *options])
+    main(["gsm8k", "--source", source, "--output", "data", *options])
+
+
+def refusal(capsys, *arguments):
+    """What is printed before the program ends with code 2."""
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--output", "data"])
+    return " ".join(capsys.readouterr().err.split())
 
 
 def read(split):
@@ -38,7 +43,7 @@ def test_the_choices_are_those_of_the_library_and_have_a_recipe():
 
 
 def test_data_are_written_and_what_was_dropped_is_said(source, capsys):
-    assert prepare(source) == 0
+    prepare(source)
     assert capsys.readouterr().out.splitlines() == [
         "wrote data/train.jsonl  (9 rows)",
         "      dropped 1: its `answer` has no ####, or several",
@@ -50,32 +55,32 @@ def test_data_are_written_and_what_was_dropped_is_said(source, capsys):
 
 
 def test_options_arrive(source):
-    assert prepare(source, "--limit", "4", "--test-size", "2", "--seed", "3", "--completion") == 0
+    prepare(source, "--limit", "4", "--test-size", "2", "--seed", "3", "--completion")
     assert (len(read("train")), len(read("test"))) == (4, 2)
     assert all(row["completion"][0]["content"].endswith(f"\n#### {row['answer']}") for row in read("train"))
 
 
 def test_data_of_other_settings_are_kept(source, capsys):
-    assert prepare(source) == prepare(source) == 0
+    prepare(source)
+    prepare(source)
     assert "kept  data/train.jsonl" in capsys.readouterr().out
-    assert prepare(source, "--limit", "4") == 2
-    assert "error: `data/train.jsonl` holds the data of other settings: pass --overwrite" in capsys.readouterr().err
+    message = refusal(capsys, "gsm8k", "--source", source, "--limit", "4")
+    assert "error: `data/train.jsonl` holds the data of other settings: pass --overwrite" in message
     assert len(read("train")) == 9
-    assert prepare(source, "--limit", "4", "--overwrite") == 0
+    prepare(source, "--limit", "4", "--overwrite")
     assert len(read("train")) == 4
 
 
 def test_a_split_of_other_settings_is_not_left_beside(source, capsys):
     """Its rows would be in the new training split, too."""
-    assert prepare(source, "--test-size", "2") == 0
-    assert prepare(source, "--overwrite") == 2
-    assert "error: `--output` holds 'data/test.jsonl', which these settings do not make" in capsys.readouterr().err
+    prepare(source, "--test-size", "2")
+    message = refusal(capsys, "gsm8k", "--source", source, "--overwrite")
+    assert "error: `--output` holds 'data/test.jsonl', which these settings do not make" in message
     assert len(read("train")) == 7
 
 
 def test_wrong_input_is_a_short_message(source, capsys):
-    assert main(["prepare-data", "openbookqa", "--source", source, "--output", "data"]) == 2
-    assert "error: Split 'train' of `--source` has no column 'question_stem'" in capsys.readouterr().err
-    assert prepare(source, "--limit", "0") == 2
-    assert "error: `--limit` is 0" in capsys.readouterr().err
+    message = refusal(capsys, "openbookqa", "--source", source)
+    assert "error: Split 'train' of `--source` has no column 'question_stem'" in message
+    assert "error: `--limit` is 0" in refusal(capsys, "gsm8k", "--source", source, "--limit", "0")
     assert not Path("data").exists()

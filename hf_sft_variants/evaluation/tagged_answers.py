@@ -6,9 +6,9 @@ from functools import lru_cache
 from itertools import pairwise, permutations
 from typing import NamedTuple
 
-from .answer_matching import PART_OF_FORMULA_BEHIND
+from ..errors import InputError
 from .answers import ANSWER_MARK, NUMBER, extract_answer, extract_boxed
-from .errors import InputError
+from .matching import PART_OF_FORMULA_BEHIND
 
 
 THINKING_TAGS = ("<Thinking>", "</Thinking>")

@@ -12,8 +12,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, S
 
 from ..base.prepared_sets import is_prepared_and_packed
 from ..errors import InputError, first_line
-from ..recipe import load_splits, parse, pick_split, trainer_and_parser
-from ..recipe_checks import read_mapping
+from .recipe import load_splits, parse, pick_split, trainer_and_parser
+from .recipe_checks import read_mapping
 
 
 # What a recipe trains with on a GPU and a machine without one refuses; nothing of it changes the data

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants.cli import main
 from hf_sft_variants.evaluation import generate_answers
-from hf_sft_variants.tagged_answers import tagged_response
+from hf_sft_variants.evaluation.tagged_answers import tagged_response
 
 
 @pytest.fixture
@@ -355,7 +355,7 @@ def broken_data(folder):
 )  # fmt: skip
 def test_what_can_not_be_evaluated_is_an_error_without_a_traceback(spoil, folder, capsys, monkeypatch):
     """Its argument, its value and the fix are named, before anything is generated."""
-    monkeypatch.setattr("hf_sft_variants.generation._generate", None)
+    monkeypatch.setattr("hf_sft_variants.evaluation.generation._generate", None)
     get_peft_model(load_base(), ADAPTERS["lora"]).save_pretrained("adapter")
     arguments, message = spoil(folder)
     assert main(["evaluate", "--dataset", "data", "--device", "cpu", *arguments]) == 2

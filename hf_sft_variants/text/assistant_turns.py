@@ -217,7 +217,7 @@ def render_tokens(
     Where no turn begins as the template has it, the roles can't be told, and every run is taken for a turn.
 
     Args:
-        token_offsets ([`~hf_sft_variants.base.token_offsets.TokenOffsets`]):
+        token_offsets ([`~hf_sft_variants.text.token_offsets.TokenOffsets`]):
             Of the tokenizer that made the tokens.
         special (`set[int]`):
             Ids of its special tokens ([`special_token_ids`]).

@@ -12,8 +12,8 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import TrlParser
 
-from .base.field_checks import has_type
-from .errors import InputError
+from ..base.field_checks import has_type
+from ..errors import InputError
 
 
 # `trl sft` takes `resume_from_checkpoint: true` and `dataset_config: 2024`

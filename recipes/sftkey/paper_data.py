@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..answers import ANSWER_MARK
-from ..errors import InputError
-from ..tagged_answers import ANSWER_TAGS, THINKING_TAGS
+from hf_sft_variants.errors import InputError
+from hf_sft_variants.evaluation.answers import ANSWER_MARK
+from hf_sft_variants.evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
 
 
 # `<<48/2=24>>`, which GSM8K writes for a calculator that the model would call

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sft_variants.answer_matching import same_answer
-from hf_sft_variants.answers import extract_answer, extract_boxed, extract_last_number, normalize_number
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.tagged_answers import extract_tagged_answer, follows_format, tagged_response
+from hf_sft_variants.evaluation.answers import extract_answer, extract_boxed, extract_last_number, normalize_number
+from hf_sft_variants.evaluation.matching import same_answer
+from hf_sft_variants.evaluation.tagged_answers import extract_tagged_answer, follows_format, tagged_response
 
 
 OTHER_TAGS = {"thinking_tags": ["[think]", "[/think]"], "answer_tags": ["<|answer|>", "<|/answer|>"]}

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tokenizers_on_the_spot import KINDS, byte_fallback, byte_level, characters_of_tokens, word_end_bpe, word_piece
 from transformers import ByT5Tokenizer
 
-from hf_sft_variants.base.token_offsets import TokenOffsets, token_offsets
+from hf_sft_variants.text.token_offsets import TokenOffsets, token_offsets
 
 
 TOKENIZERS = {kind: build() for kind, (build, _) in KINDS.items()}

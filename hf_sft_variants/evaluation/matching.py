@@ -4,8 +4,8 @@ import re
 import threading
 import warnings
 
+from ..errors import InputError
 from .answers import NUMBER, extract_boxed, normalize_number
-from .errors import InputError
 
 
 QUOTES = (('"', '"'), ("'", "'"), ("`", "`"), ("“", "”"), ("‘", "’"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))

@@ -15,10 +15,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import hf_sft_variants
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.recipe import main, make_parser, parse
+from hf_sft_variants.launch.recipe import main, make_parser, parse
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted(set(REPOSITORY.glob("recipes/**/*.yaml")) - set(REPOSITORY.glob("recipes/accelerate/*")))
 
 RECIPE = """\

@@ -1,0 +1,163 @@
+"""Likelihood of held-out completions."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..scoring import LogProbScorer
+from .generation import batches, evaluation_mode, prompt_token_ids
+from .tagged_answers import ANSWER_TAGS, THINKING_TAGS, tagged_response
+
+
+TAGGED_COLUMNS = ("reasoning", "answer")
+
+
+def held_out_nll(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    batch_size: int = 25,
+    tagged: bool = False,
+    thinking_tags: Sequence[str] = THINKING_TAGS,
+    answer_tags: Sequence[str] = ANSWER_TAGS,
+) -> float:
+    """
+    Negative log-likelihood of the completions, in nats per token, as a mean over all their tokens.
+
+    The tokens are those that [`~trl.SFTTrainer`] supervises: everything behind the prompt and the generation prompt,
+    with the end of the turn.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, with a chat template.
+        dataset (`Dataset`):
+            Rows with the conversations `prompt` and `completion`.
+        batch_size (`int`, *optional*, defaults to `25`):
+            Rows per forward pass. It changes speed and memory only.
+        tagged (`bool`, *optional*, defaults to `False`):
+            Whether the completions are tagged responses, made of the columns `reasoning` and `answer`. A data set
+            without `reasoning` must have them ready as `completion`.
+        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
+            Opening and closing tag of the reasoning, for `tagged`.
+        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
+            Opening and closing tag of the answer, for `tagged`.
+
+    Returns:
+        `float`: The mean negative log-likelihood.
+
+    Raises:
+        InputError: If the data set is empty, lacks a column, has no conversations or only empty completions.
+    """
+    rows = held_out_nll_of_rows(model, tokenizer, dataset, batch_size, tagged, thinking_tags, answer_tags)
+    return sum(nll for nll, _ in rows) / sum(count for _, count in rows)
+
+
+def held_out_nll_of_rows(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    batch_size: int = 25,
+    tagged: bool = False,
+    thinking_tags: Sequence[str] = THINKING_TAGS,
+    answer_tags: Sequence[str] = ANSWER_TAGS,
+) -> list[tuple[float, int]]:
+    """
+    Of each row the negative log-likelihood of its completion, in nats, and the number of its tokens.
+
+    Arguments and errors are those of [`held_out_nll`], which is the ratio of the two sums.
+    """
+    if tagged:
+        check_tagged_dataset(dataset)
+    else:
+        check_dataset(dataset, ("prompt", "completion"))
+    tags = (thinking_tags, answer_tags) if tagged else None
+    rows = [_tokenize(tokenizer, row["prompt"], _completion(row, i, tags)) for i, row in enumerate(dataset)]
+    if not any(label != -100 for row in rows for label in row["labels"][1:]):
+        raise InputError("`dataset` has only empty completions: pass at least one that has tokens.")
+    results = [(0.0, 0)] * len(rows)
+    with evaluation_mode(model):
+        scorer = LogProbScorer(model)
+        for batch in batches([len(row["input_ids"]) for row in rows], batch_size, "Held-out NLL"):
+            for i, result in zip(batch, scorer([rows[i] for i in batch]), strict=True):
+                results[i] = (-result["sum_log_prob"], result["num_tokens"])
+    return results
+
+
+def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
+    """
+    Checks that a data set can be evaluated.
+
+    Args:
+        dataset (`Dataset`):
+            The data set.
+        columns (`Sequence[str]`):
+            Columns it must have; `prompt` and `completion` must be conversations.
+
+    Raises:
+        InputError: If the data set is empty, lacks a column or has no conversations.
+    """
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise InputError(
+            f"`dataset` has no column {', '.join(map(repr, missing))}, only "
+            f"{', '.join(map(repr, dataset.column_names))}: rename or add what is missing."
+        )
+    if len(dataset) == 0:
+        raise InputError("`dataset` is empty: pass at least one row.")
+    for column in (column for column in columns if column != "answer"):
+        for i, value in enumerate(dataset[column]):
+            is_conversation = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+            if not is_conversation or (column == "prompt" and not value):
+                raise InputError(
+                    f"Column {column!r} of `dataset` holds {value!r} in row {i}: pass conversations, i.e. lists of "
+                    "{'role': ..., 'content': ...}."
+                )
+
+
+def check_tagged_dataset(dataset: Dataset) -> None:
+    """
+    Checks that tagged responses can be evaluated on a data set.
+
+    Args:
+        dataset (`Dataset`):
+            Rows with the conversation `prompt`, the string `answer`, and `reasoning` or the conversation `completion`.
+
+    Raises:
+        InputError: If the data set is empty, lacks a column or has no conversations.
+    """
+    if "reasoning" in dataset.column_names or "completion" not in dataset.column_names:
+        missing = [column for column in TAGGED_COLUMNS if column not in dataset.column_names]
+        if missing:
+            raise InputError(
+                f"`dataset` has no column {', '.join(map(repr, missing))}, only "
+                f"{', '.join(map(repr, dataset.column_names))}: tagged responses are made of 'reasoning' and 'answer'."
+            )
+        check_dataset(dataset, ("prompt", "answer"))
+    else:
+        check_dataset(dataset, ("prompt", "completion", "answer"))
+
+
+def _completion(row: dict, i: int, tags: tuple[Sequence[str], Sequence[str]] | None) -> list[dict]:
+    if tags is None or "reasoning" not in row:
+        return row["completion"]
+    for column in TAGGED_COLUMNS:
+        if row[column] is None:
+            raise InputError(f"`{column}` of row {i} is None: fill it in or drop the row.")
+    content = tagged_response(str(row["reasoning"]), str(row["answer"]), *tags)
+    return [{"role": "assistant", "content": content}]
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> dict[str, list[int]]:
+    """`input_ids` of a row, and `labels` on its completion; both as SFTTrainer finds them."""
+    prompt_ids = prompt_token_ids(tokenizer, prompt)
+    ids = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
+    # Some templates render the prompt alone differently: the completion starts where the two part
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False))
+    prompt_length = len(list(same))
+    return {"input_ids": ids, "labels": [-100] * prompt_length + ids[prompt_length:]}

@@ -1,0 +1,1 @@
+"""Log-probabilities of labelled positions, computed in tiles of the vocabulary."""

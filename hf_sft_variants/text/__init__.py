@@ -1,0 +1,1 @@
+"""Where assistant turns, words and contents are in the tokens of an example."""
