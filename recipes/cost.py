@@ -17,7 +17,7 @@ QLORA_SLOWDOWN = 1.3  # Llama 2 7B in 4 bits against bfloat16: LitGPT's finetune
 FOUR_BIT = (4 + 0.127) / 8  # bytes of a weight, with double quantization: section 3 of the QLoRA paper
 TRAINED = 16  # bytes per trained parameter: weight 4, gradient 4, Adam's moments 8; DeepSpeed: 2 + 2 + 4 + 8
 # Bytes that a layer saves per token for the backward pass, per unit of hidden, MLP and key-value size, in bfloat16:
-# counted with saved-tensor hooks on transformers' Llama. LoRA also saves the adapters' inputs, before and after dropout.
+# counted with saved-tensor hooks on transformers' Llama. LoRA also saves the adapters' inputs around dropout.
 LAYER_BYTES = {"full": (20, 8, 4), "lora": (49, 12, 4)}
 HEAD_TILE = 4096 * 32768 * 2  # bytes of logits held at a time by TRL's fused LM head
 GPUS = 8  # processes in TRL's own accelerate configs, if a recipe has no `num_processes`
