@@ -1,5 +1,5 @@
 """
-Draws `data_flow.svg`: the way of a data set through `AnnotatedSFTTrainer` to the loss.
+Draws `data_flow.svg`: how a data set passes through `AnnotatedSFTTrainer` to the loss.
 
     python docs/images/data_flow.py
 """
@@ -14,23 +14,21 @@ from matplotlib.axes import Axes
 TRL, BASE, METHOD = "TRL", "AnnotatedSFTTrainer", "a method overrides"
 COLORS = {TRL: "none", BASE: TEAL, METHOD: ORANGE}
 
-# Name, whose it is, and what happens there
+# Name, owner, and what happens there
 ONCE = [
     ("data set", TRL, "messages, prompt and completion, or text"),
-    ("prepare_rows", METHOD, "may change rows before they are tokenized"),
     ("tokenize", TRL, "SFTTrainer's preparation: chat template,\ninput_ids, labels (-100: not in the loss)"),
-    ("truncate", BASE, "to max_length, per-token columns\nwith the tokens"),
-    ("score", METHOD, "may run other models over the data"),
-    ("annotate", METHOD, "adds columns with a value on each token"),
-    ("pack", BASE, "with packing=True: several samples a row,\nthe annotations along with the tokens"),
+    ("annotate_untruncated", METHOD, "adds what must be found in whole examples"),
+    ("truncate", BASE, "cuts to max_length, annotation columns\nlike the tokens"),
+    ("annotate", METHOD, "adds columns with a value for each token;\nmay run other models over the data"),
+    ("pack", BASE, "with packing=True: several examples\nin a row, with their annotations"),
 ]
 EACH_STEP = [
-    ("collator", BASE, "TRL's pads tokens, ours annotations"),
+    ("collator", BASE, "pads annotations like the tokens"),
     ("model", TRL, ""),
     ("AnnotatedBatch", BASE, ""),
     ("compute_annotated_loss", METHOD, "sums over the micro-batch, divided by\nthe counts of the step; fills metrics"),
     ("backward, log", TRL, "metrics are summed over processes,\nthen divided"),
-    ("method_callbacks", METHOD, "follow the run: SFTKey's next stage,\nSFTMix's pairs"),
 ]
 
 STEP, BOX_HEIGHT = 40, 26
@@ -47,14 +45,14 @@ def draw_box(axes: Axes, x: float, y: float, width: float, name: str, whose: str
 
 
 def draw_arrow(axes: Axes, *points: tuple[float, float]) -> None:
-    """Along the points; the head is at the last one."""
+    """An arrow along the points, with its head at the last one."""
     axes.plot(*zip(*points[:-1], strict=True), color=INK, linewidth=1)
     style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", points[-1], points[-2], arrowprops=style)
 
 
 def draw_column(axes: Axes, steps: list[tuple[str, str, str]], top: float) -> None:
-    """Boxes one below the other, with arrows from each to the next."""
+    """Boxes in a column, with an arrow from each to the next."""
     for number, (name, whose, text) in enumerate(steps):
         y = top + STEP * number
         draw_box(axes, BOX_AT, y, BOX_WIDTH, name, whose)
@@ -64,7 +62,7 @@ def draw_column(axes: Axes, steps: list[tuple[str, str, str]], top: float) -> No
 
 
 def draw_counts(axes: Axes, collator_top: float) -> None:
-    """Beside the model: from the batches of a whole step to the loss of each of them."""
+    """Next to the model: the counts, from all batches of a step to the loss of each."""
     model, batch = collator_top + STEP, collator_top + 2 * STEP
     start, middle, between = BOX_AT + BOX_WIDTH - 16, COUNT_AT + COUNT_WIDTH / 2, model - (STEP - BOX_HEIGHT) / 2
     draw_arrow(axes, (start, collator_top + BOX_HEIGHT), (start, between), (middle, between), (middle, model - 1))
@@ -76,7 +74,7 @@ def draw_counts(axes: Axes, collator_top: float) -> None:
 
 
 def draw(path: Path) -> None:
-    """What happens once above, what happens at each step below, whose it is at the bottom."""
+    """Preparation above, each step below, and a legend at the bottom."""
     set_style()
     line = STEP * len(ONCE) + 16
     top = line + 34
