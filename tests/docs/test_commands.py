@@ -20,8 +20,9 @@ from helpers import LAUNCH, STRATEGIES
 from huggingface_hub import ModelCard
 from test_code_blocks import ROOT, blocks, texts
 
-from hf_sft_variants import SFTGOConfig, SFTGOTrainer, recipe
+from hf_sft_variants import SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.cli import main
+from hf_sft_variants.launch import recipe
 from hf_sft_variants.quickstart import build_splits, write_data
 from hf_sft_variants.quickstart.data import tagged_splits
 
