@@ -181,6 +181,7 @@ def start(launch: Namespace) -> None:
     run = partial(runpy.run_module, alter_sys=True) if launch.module else runpy.run_path
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys, "argv", [launch.training_script, *launch.training_script_args])
+        monkeypatch.setattr(sys, "path", [str(Path(launch.training_script).parent), *sys.path])
         run(launch.training_script, run_name="__main__")
 
 

@@ -375,7 +375,7 @@ def test_refused(method, case, start):
     error = ValueError if case.message.startswith(THEIRS) else case.error
     with pytest.raises(error, match=case.message) as caught:
         if case.model is not None:
-            start.model = case.model(start, Path("FOLDER"))
+            start.model = case.model(start, Path("FOLDER").absolute())
         start(method, case.options, case.rows, **case.arguments)
     assert type(caught.value) is error
 

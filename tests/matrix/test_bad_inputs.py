@@ -330,13 +330,16 @@ OWN_FIELDS = [
 ]
 
 
+CASES = [case for case in [*RANGES, *CHOICES, *CONFLICTS, *ROWS, *COLUMNS, *ARGUMENTS] if case[0] in METHODS]
+
+
 @pytest.mark.cell(
     "Bad input", "wrong data, options, files and models: an error in words, nothing trains", refused=True
 )
 @pytest.mark.parametrize(
     ("method", "message", "options", "rows", "arguments", "error"),
-    [case for case in RANGES + CHOICES + CONFLICTS + ROWS + COLUMNS + ARGUMENTS if case[0] in METHODS],
-    ids=str,
+    CASES,
+    ids=[f"{method}-{message}" for method, message, *_ in CASES],
 )
 @pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
 def test_refused(method, message, options, rows, arguments, error, start):
