@@ -77,10 +77,9 @@ class Start:
             dataset = Dataset.from_list(rows) if isinstance(rows, list) else Dataset.from_dict(rows)
         else:
             dataset = self.rows[rows]
-        scored = {"reference_models", "reference_score_file"} & options.keys() or "ref_logps" in (
-            dataset.column_names or ()
-        )
-        if method == "poft" and not scored and rows != "raw chat":
+        has_scores = "ref_logps" in (dataset.column_names or ())
+        needs_scores = method == "poft" and not {"reference_models", "reference_score_file"} & options.keys()
+        if needs_scores and not has_scores and rows != "raw chat":
             dataset = with_references(dataset)
         used = METHODS[method]
         args = used.config_class("run", **SMALL, **options)
