@@ -2,6 +2,7 @@ import gc
 import os
 import random
 from functools import partial
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # SFTTrainer refuses nn.Data
 import datasets
 import pytest
 import torch
+from other_process import OtherProcess
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -37,15 +39,23 @@ def no_progress_bars():
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_garbage_collection():
-    """Each run collects garbage several times: a third of a second each, among all the objects of the imports."""
+    """Each run collects garbage several times, which takes a third of a second each with the imports' objects."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
+def other_process():
+    """Runs functions of test modules in a process of its own, which takes ten seconds to start."""
+    process = OtherProcess(*Path(__file__).parent.glob("*/"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of about 330 tokens with a ChatML template, trained on the spot."""
+    """A small byte-level BPE with a ChatML template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -69,7 +79,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_model_factory(tokenizer):
-    """Makes Llamas of two layers with random weights, always the same ones."""
+    """Makes Llamas of two layers, each with the same random weights."""
     return partial(make_tiny_model, tokenizer)
 
 

@@ -1,18 +1,16 @@
-"""What several test modules need: small trainers, and the loss and gradients of one optimizer step."""
+"""Shared by the test modules: small trainers, the loss and gradients of one optimizer step, slow computations."""
 
 import copy
-import os
 
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 
 SMALL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1}
 
-# What tests/matrix/test_processes.py starts with each, and README and docs name
+# Launches of tests/matrix/test_processes.py, which README and docs name
 LAUNCH = "trl sft --config RECIPE.yaml --accelerate_config recipes/accelerate/{}.yaml"
 STRATEGIES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
 
@@ -91,18 +89,12 @@ def scores_in(folder):
     return scores
 
 
-def folder_of_all_workers(tmp_path_factory):
-    """A temporary folder of this run of pytest, the same for all workers of pytest-xdist."""
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    return tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()
-
-
-def once(path, make, *arguments):
-    """What `make` returns, made by the worker that asks first and read from the file by all."""
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            torch.save(make(*arguments), path)
-        return torch.load(path, weights_only=True)
+def save_models(folder, model, tokenizer):
+    """A model, and another one to be its reference."""
+    for name in ("model", "reference"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        model.model.embed_tokens.weight.data.mul_(1.1)
 
 
 def slow_nll(model, tokenizer, rows):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from helpers import folder_of_all_workers, once, scores_in
-from steps_of_two_machines import CASES, load, train
-from test_two_processes import save_models
+from helpers import save_models, scores_in
+from methods import needs
+from two_machines import CASES, load, train
 
 
 pytestmark = pytest.mark.distributed
@@ -20,13 +20,8 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model_factory, tokenizer):
-    folder = folder_of_all_workers(tmp_path_factory) / "two_machines"
-    once(folder.with_suffix(".pt"), fill, folder, tiny_model_factory, tokenizer)
-    return folder
-
-
-def fill(folder, tiny_model_factory, tokenizer):
     """A folder for each machine, with copies of models and data that were made at other times."""
+    folder = tmp_path_factory.mktemp("two_machines")
     save_models(folder / "0", tiny_model_factory(), tokenizer)
     rows = [
         {"prompt": f"What is {row} plus {row * 7}?", "completion": f"{' add' * (row % 3 + 1)} it\n#### {row * 8}"}
@@ -37,20 +32,17 @@ def fill(folder, tiny_model_factory, tokenizer):
         shutil.copytree(folder / "0", folder / copy, copy_function=shutil.copy)
     for machine, kept in (("0", "model"), ("1", "reference")):  # of one name, but not the same
         shutil.copytree(folder / machine / kept, folder / machine / "different")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return once(folder / "results.pt", launch_machines, folder)
-
-
-def launch_machines(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-    script = str(Path(__file__).with_name("steps_of_two_machines.py"))
+    script = str(Path(__file__).with_name("two_machines.py"))
     machines = [
         subprocess.Popen(
             [*launch, "--machine_rank", name, script, str(folder / name)],
@@ -80,6 +72,7 @@ def test_equal_to_one_process(case, results, folder, monkeypatch):
             torch.testing.assert_close(values, expected["weights"][name], rtol=1e-5, atol=1e-6)
 
 
+@needs("sft_go")
 def test_each_machine_has_the_scores(results, folder):
     """Also after one has lost them: they were sent, not made again."""
     ours, theirs = (scores_in(folder / name / "home" / "hf_sft_variants" / "scores") for name in ("0", "1"))
@@ -88,11 +81,13 @@ def test_each_machine_has_the_scores(results, folder):
     assert all(machine["rho1_served"]["losses"] == machine["rho1"]["losses"] for machine in results)
 
 
+@needs("sft_go")
 def test_all_machines_wait_while_one_finds_a_lock(results):
     assert [machine["rho1_waited"]["tries"] for machine in results] == [3, 0]
     assert all(machine["rho1_waited"]["losses"] == machine["rho1"]["losses"] for machine in results)
 
 
+@needs("sft_go", "poft")
 def test_what_differs_is_refused_on_all_machines(results):
     for machine in results:
         assert "Process 1 would score with another `version` than the main process" in machine["other_model"]

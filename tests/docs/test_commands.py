@@ -1,30 +1,40 @@
 """
-Commands of README and docs run as they stand, and so does each recipe of the quickstart, where a user has the
-quickstart's model and data: here a tiny model and few rows. Some are run by `.ci/run` itself, and launches on several
-processes by `tests/matrix/test_processes.py`.
+Commands of README and docs run as they are written, and so does each recipe of the quickstart, where a user has the
+quickstart's model and data: here a tiny model and few rows, in this process, where everything is imported.
+
+Some are run by `.ci/run` itself, launches on several processes by `tests/matrix/test_processes.py`, and the studies'
+arms by `tests/comparison/test_committed_studies.py`.
 """
 
-import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from argparse import Namespace
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
+from shlex import split
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from helpers import LAUNCH, STRATEGIES
 from huggingface_hub import ModelCard
+from methods import METHODS
 from test_code_blocks import ROOT, blocks, texts
+from trl.cli import accelerate_launcher
+from trl.cli.main import main as trl_main
 
-from hf_sft_variants import SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.cli import main
+from hf_sft_variants.comparison import plan_runs, read_study
 from hf_sft_variants.launch import recipe
 from hf_sft_variants.quickstart import build_splits, write_data
 from hf_sft_variants.quickstart.data import tagged_splits
+from hf_sft_variants.scoring import cached_scores
 
 
 CI = (ROOT / ".ci" / "run").read_text()
@@ -32,19 +42,13 @@ RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/quickstar
 LAUNCHES = [LAUNCH.format(strategy) for strategy in STRATEGIES]
 FOR_CI_ONLY = ("make", "pip")  # they change the checkout or the environment
 SMALL = {
-    "hf-sft-variants compare": "--jobs 2",
     "hf-sft-variants score --config recipes/quickstart/poft.yaml": "--reference_models quickstart/model",
     "python benchmarks/poft_corrupted_answers.py": "--seeds 1 --train_size 16",
     "python benchmarks/poft_reference_memory.py": "--references quickstart/model",
-    "python benchmarks/step_overhead.py": "--methods sft_go --length 32",
+    "python benchmarks/scoring_throughput.py": "--examples 16 --repeats 1",
+    "python benchmarks/step_overhead.py": "--methods sft_go --length 32 --pairs 2",
 }
 TAGS = {"sft_go": "sft-go", "sftkey": "sftkey", "poft": "poft", "sftmix": "sftmix"}
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-# Installed in CI, which fails without
-NEEDS_COMMAND = pytest.mark.skipif(
-    shutil.which("hf-sft-variants", path=PATH) is None and "CI" not in os.environ,
-    reason="hf-sft-variants is not installed: pip install -e .",
-)
 
 
 def commands_of(code: str) -> list[str]:
@@ -95,15 +99,14 @@ def sequences_to_run() -> list:
     for sequence in all_sequences():
         elsewhere = [command for command in sequence if is_run_by_ci(command) or command in LAUNCHES]
         sequence = [c for c in sequence if c not in elsewhere and not c.startswith(FOR_CI_ONLY)]
-        marks = [NEEDS_COMMAND] if any(command.startswith("hf-sft-variants") for command in sequence) else []
         if sequence:
-            parameters.append(pytest.param(sequence, id=sequence[0], marks=marks))
+            parameters.append(pytest.param(sequence, id=sequence[0]))
     return parameters
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
-    """What `hf-sft-variants quickstart` writes, beside the repository's files, and a recipe whose run was killed."""
+    """What `hf-sft-variants quickstart` writes, the repository's files, and a recipe whose run was killed."""
     folder = tmp_path_factory.mktemp("commands")
     splits = build_splits(train_size=24, test_size=4)
     write_data(folder / "quickstart" / "data", splits)
@@ -120,39 +123,72 @@ def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
     (folder / "RECIPE.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        recipe.main(SFTGOTrainer, SFTGOConfig, ["--config", "RECIPE.yaml", "--max_steps", "1"])
+        recipe.main(*METHODS["sft_go"].classes, ["--config", "RECIPE.yaml", "--max_steps", "1"])
     return folder
 
 
 @pytest.fixture
-def folder(quickstart, tmp_path) -> Path:
-    return shutil.copytree(quickstart, tmp_path / "folder", symlinks=True)
+def folder(quickstart, tmp_path, monkeypatch) -> Path:
+    folder = shutil.copytree(quickstart, tmp_path / "folder", symlinks=True)
+    monkeypatch.chdir(folder)
+    module = sys.modules[cached_scores.__module__]
+    monkeypatch.setattr(module, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(subprocess, "run", python_in_this_process)
+    return folder
+
+
+def python_in_this_process(command, run=subprocess.run, **options):
+    """Stands in for `subprocess.run`, so that the scripts which measure a process of their own import nothing anew."""
+    if command[0] != sys.executable:
+        return run(command, **options)
+    output = StringIO()
+    with redirect_stdout(output):
+        start(Namespace(module=False, training_script=command[1], training_script_args=command[2:]))
+    return SimpleNamespace(stdout=output.getvalue())
 
 
 def made_small(command: str) -> str:
     return " ".join([command, *(flags for start, flags in SMALL.items() if command.startswith(start))])
 
 
+def run(command: str) -> None:
+    program, *words = split(made_small(command))
+    if program == "hf-sft-variants" and words[0] == "compare":
+        assert plan_runs(read_study(words[words.index("--config") + 1]))
+    elif program == "hf-sft-variants":
+        assert main(words) == 0
+    elif program == "trl":
+        start(launch_of_trl(words))
+    elif program == "accelerate":
+        start(launch_command_parser().parse_args(words[1:]))
+    else:
+        is_module = words[0] == "-m"
+        script, *arguments = words[is_module:]
+        start(Namespace(module=is_module, training_script=script, training_script_args=arguments))
+
+
+def launch_of_trl(words: list[str]) -> Namespace:
+    """What the stock `trl` command would launch."""
+    launches = []
+    launch = partial(accelerate_launcher.launch_training_script, launch_command_fn=launches.append)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(accelerate_launcher, "launch_training_script", launch)
+        trl_main(words)
+    return launches[0]
+
+
+def start(launch: Namespace) -> None:
+    run = partial(runpy.run_module, alter_sys=True) if launch.module else runpy.run_path
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", [launch.training_script, *launch.training_script_args])
+        monkeypatch.setattr(sys, "path", [str(Path(launch.training_script).parent), *sys.path])
+        run(launch.training_script, run_name="__main__")
+
+
 @pytest.mark.parametrize("sequence", sequences_to_run())
 def test_commands(sequence, folder):
-    finished = subprocess.run(
-        ["bash", "-exc", "\n".join(map(made_small, sequence))],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PATH": PATH,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "ignore",
-            "HF_HOME": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-10_000:]
+    for command in sequence:
+        run(command)
     for config in re.findall(r"(?:trl sft|-m [\w.]+) --config (\S+)", "\n".join(sequence)):
         assert_trained(folder / yaml.safe_load((folder / config).read_text())["output_dir"])
 
@@ -165,26 +201,17 @@ def assert_trained(output: Path) -> None:
 
 
 @pytest.mark.parametrize("command", named_programs())
-def test_named_program(command, folder, monkeypatch):
-    """In this process, where all is imported."""
-    monkeypatch.chdir(folder)
-    _, *words = made_small(command).split()
-    run = runpy.run_path
-    if words[0] == "-m":
-        run = partial(runpy.run_module, alter_sys=True)
-        del words[0]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match="0") if "--help" in words else nullcontext():
-        run(words[0], run_name="__main__")
+def test_named_program(command, folder):
+    with pytest.raises(SystemExit, match="0") if "--help" in command else nullcontext():
+        run(command)
 
 
 @pytest.mark.parametrize("command", named("hf-sft-variants"))
-def test_named_command(command, folder, monkeypatch, capsys):
+def test_named_command(command, folder, capsys):
     """It runs if it has a recipe; others lack a model or need the Hub, and have flags that are there."""
-    monkeypatch.chdir(folder)
     _, subcommand, *words = made_small(command).split()
     if "--config" in words:
-        assert main([subcommand, *words]) == 0
+        run(command)
     else:
         with pytest.raises(SystemExit, match="0"):
             main([subcommand, "--help"])

@@ -49,11 +49,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 
 
 def make_model(family: str, tokenizer, **options) -> PreTrainedModel:
-    """
-    A model with random weights, always the same; biases and norms, which begin at 0 and 1, are random too.
-
-    `options` go to the configuration.
-    """
+    """A model with the same random weights each time, biases and norms too; `options` go to the configuration."""
     set_seed(0)
     config = copy.deepcopy(FAMILIES[family])
     config.update({"vocab_size": len(tokenizer), **options})

@@ -1,18 +1,20 @@
 """
-Plugin of pytest: the table in docs/compatibility.md, made of the marks `cell` and of the results of their tests.
+Plugin of pytest: the table in docs/compatibility.md, from the marks `cell` and the results of their tests.
 
 The cells of a test travel with its reports, so that they arrive where pytest-xdist collects the results.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 
-COLUMNS = {"base": "base", "sft_go": "SFT-GO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
+TITLES = {"base": "base", "sft_go": "SFT-GO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
+COLUMNS = {name: title for name, title in TITLES.items() if find_spec(f"hf_sft_variants.{name}")}
 # Areas of other names come after these
 AREAS = ["Data", "Batches", "Models", "PEFT", "Processes", "Resume", "Control", "TRL's expectations", "Bad input"]
 INTRODUCTION = """\
@@ -37,13 +39,14 @@ class Cell(NamedTuple):
 
 
 def cells_of(item: pytest.Item) -> list[Cell]:
-    """What the marks of a test say; one without the parameter `method` is about all methods."""
+    """The cells that a test is marked with; one without the parameter `method` is about all methods."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     methods = [parameters["method"]] if "method" in parameters else list(COLUMNS)
     return [
         Cell(*mark.args, method, "refused" if mark.kwargs.get("refused") else "yes")
         for mark in item.iter_markers("cell")
         for method in methods
+        if method in COLUMNS
     ]
 
 
@@ -88,34 +91,26 @@ def row(entries: list[str]) -> str:
 
 
 class TableWriter:
-    """Gathers the reports of a run and writes the table, if the tests of all cells have passed."""
+    """Gathers the reports of a run and writes the table, if all tests of all cells have passed."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.cells = set()
-        self.problem = None
+        self.passed, self.others = set(), set()
+        self.missing = set()
 
     def pytest_runtest_logreport(self, report):
-        cells = [Cell(*value) for name, value in report.user_properties if name == "cell"]
-        self.cells.update(cells)
-        if cells and report.outcome != "passed":  # a skipped test proves nothing
-            self.problem = f"{report.nodeid} has {report.outcome}"
+        cells = {Cell(*value) for name, value in report.user_properties if name == "cell"}
+        (self.passed if report.passed else self.others).update(cells)  # a skipped test proves nothing
 
-    def pytest_sessionfinish(self, session, exitstatus):
-        if not self.cells:
-            self.problem = "no test of a cell was run"
-        elif exitstatus != pytest.ExitCode.OK and self.problem is None:
-            self.problem = "a test that is no cell's has failed, or the run was stopped"
-        if self.problem is None:
-            missing = cells_of_all_tests(session.config) - self.cells
-            if missing:
-                self.problem = f"{len(missing)} cells have not been run, such as {min(missing)}"
-        if self.problem is None:
-            self.path.write_text(markdown(self.cells))
+    def pytest_sessionfinish(self, session):
+        cells = cells_of_all_tests(session.config)
+        self.missing = self.others | (cells - self.passed)
+        if cells and not self.missing:
+            self.path.write_text(markdown(cells))
 
     def pytest_terminal_summary(self, terminalreporter):
-        written = "is written" if self.problem is None else f"is not written: {self.problem}"
-        terminalreporter.write_line(f"{self.path} {written}")
+        problem = f"not written: {len(self.missing)} cells have not passed, such as {min(self.missing, default=None)}"
+        terminalreporter.write_line(f"{self.path} is {problem if self.missing else 'written'}")
 
 
 def pytest_addoption(parser):

@@ -1,15 +1,19 @@
 """How rows become batches: data as SFTTrainer prepares it, each method's loss as it is used, and its control."""
 
 import pytest
-from helpers import SMALL, make_trainer
-from methods import METHODS, SFT
-from steps import assert_as_used_is_the_slow_loss, assert_control_is_sft_trainer, prepared_rows
+from helpers import SMALL
+from losses import (
+    assert_as_used_is_the_slow_loss,
+    assert_control_is_sft_trainer,
+    assert_prepared_as_by_sft_trainer,
+)
+from methods import METHODS, cases_of, only
 
 
 # The response, for PoFT, and the key, for SFTKey, have to be whole
 CUT = "max_length cuts (SFTKey and PoFT drop what is cut too far)"
 CUT_PACKED = "max_length cuts, packing"
-# A step has all rows, in more than one micro-batch where they are enough
+# A step has all rows, in more than one micro-batch where there are enough
 LAYOUTS = {
     "padded": {"per_device_train_batch_size": 8},
     "gradient accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -38,9 +42,9 @@ REFUSED = {
     ("poft", "truncation_mode='keep_end'"): "`truncation_mode='keep_end'` cuts prompts",
     ("sftmix", "train_sampling_strategy='group_by_length'"): "`pair_similar_lengths=True` groups by length",
 }
-# Without whole examples nothing is known of their confidence; as used here, pairs are random
-REFUSED_BY_CONFIDENCE = ["packing, bfd_split", "packing, wrapped"]
 DROPPED = {(method, name) for method in ("sftkey", "poft") for name in (CUT, CUT_PACKED)}
+# PoFT's control counts parts of examples as examples, which are no longer of equal length
+CUT_BY_PACKING = [("poft", CUT), ("poft", CUT_PACKED)]
 
 
 def cases(excluded=()):
@@ -60,25 +64,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
 
 
 @pytest.mark.parametrize(("method", "name"), cases())
-def test_prepared_as_by_sft_trainer(method, name, tiny_model, tokenizer, rows, tmp_path):
-    kept = rows.filter(lambda row: len(row["input_ids"]) <= 20) if (method, name) in DROPPED else rows
+def test_as_used(method, name, tiny_model, tokenizer, rows, tmp_path):
     options = layout_of(name)
-    plain = make_trainer(*SFT, tiny_model, tokenizer, kept, tmp_path, **options)
-    options |= METHODS[method].options
-    ours = make_trainer(*METHODS[method].classes, tiny_model, tokenizer, rows, tmp_path, **options)
-    assert prepared_rows(ours.train_dataset) == prepared_rows(plain.train_dataset)
-    assert len(kept) < len(rows) or (method, name) not in DROPPED
-
-
-@pytest.mark.parametrize(("method", "name"), cases())
-def test_loss_as_used(method, name, tiny_model, tokenizer, rows, tmp_path):
-    trainer = assert_as_used_is_the_slow_loss(method, tiny_model, tokenizer, rows, tmp_path, **layout_of(name))
+    trainer = assert_as_used_is_the_slow_loss(method, tiny_model, tokenizer, rows, tmp_path, **options)
     batch_size = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     assert len(trainer.train_dataset) <= batch_size
-
-
-# PoFT's control counts parts of examples as examples, so they are not of equal length any more
-CUT_BY_PACKING = [("poft", CUT), ("poft", CUT_PACKED)]
+    kept = rows.filter(lambda row: len(row["input_ids"]) <= 20) if (method, name) in DROPPED else rows
+    assert len(kept) < len(rows) or (method, name) not in DROPPED
+    assert_prepared_as_by_sft_trainer(trainer, tiny_model, tokenizer, kept, tmp_path, **options)
 
 
 @pytest.mark.parametrize(("method", "name"), cases(excluded=CUT_BY_PACKING))
@@ -86,28 +79,32 @@ def test_control_is_sft_trainer(method, name, tiny_model, tokenizer, even_rows, 
     assert_control_is_sft_trainer(method, tiny_model, tokenizer, even_rows, tmp_path, **layout_of(name))
 
 
+def assert_refused(message, method, tmp_path, **options):
+    with pytest.raises(ValueError, match=message):
+        METHODS[method].config_class(str(tmp_path), **SMALL, **options)
+
+
 @pytest.mark.parametrize(
     ("method", "name"),
     [
         pytest.param(*case, marks=pytest.mark.cell("Batches", case[1], refused=True), id="-".join(case))
-        for case in REFUSED
+        for case in cases_of({case: case[0] for case in REFUSED})
     ],
 )
 def test_refused(method, name, tmp_path):
-    with pytest.raises(ValueError, match=REFUSED[method, name]):
-        METHODS[method].config_class(str(tmp_path), **SMALL, **METHODS[method].options, **layout_of(name))
+    assert_refused(REFUSED[method, name], method, tmp_path, **METHODS[method].options, **layout_of(name))
 
 
-@pytest.mark.parametrize("method", ["sftmix"])
+@only("sftmix")
 @pytest.mark.parametrize(
     "name",
     [
         pytest.param(
             name, marks=pytest.mark.cell("Batches", f"{name}, confidence_split='confidence'", refused=True), id=name
         )
-        for name in REFUSED_BY_CONFIDENCE
+        for name in ("packing, bfd_split", "packing, wrapped")
     ],
 )
 def test_refused_by_confidence(method, name, tmp_path):
-    with pytest.raises(ValueError, match="cuts examples, so their confidence has no place"):
-        METHODS[method].config_class(str(tmp_path), **SMALL, **layout_of(name))
+    """Nothing is known about the confidence of a part of an example; pairs at random need none."""
+    assert_refused("cuts examples, so their confidence has no place", method, tmp_path, **layout_of(name))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import make_trainer
-from methods import METHODS, SFT, rows_with_equal_labels
+from methods import METHODS, SFT, every_method, tolerance_of
 from peft import LoraConfig
 
 
@@ -13,14 +13,6 @@ LAYOUTS = {
     "bfd": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True},
     "lora": {"per_device_train_batch_size": 4},
 }
-
-# PoFT adds up each example's mean; the others compute what SFTTrainer does, in the same order
-TOLERANCE = {"poft": 1e-6}
-
-
-@pytest.fixture(scope="module")
-def equal_rows():
-    return rows_with_equal_labels()
 
 
 def run(classes, layout, model, tokenizer, rows, folder, **options):
@@ -40,9 +32,9 @@ def plain_runs():
 
 @pytest.mark.cell("Control", "the weights after twenty steps of the control are SFTTrainer's")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_twenty_steps(method, layout, plain_runs, tiny_model, tokenizer, token_rows, equal_rows, tmp_path):
-    control, tolerance = METHODS[method], TOLERANCE.get(method, 0.0)
+    control, tolerance = METHODS[method], tolerance_of(method)
     rows = equal_rows if method == "poft" else token_rows
     common = (layout, tiny_model, tokenizer, rows, tmp_path)
     key = layout, rows is equal_rows

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from losses import assert_as_used_is_the_slow_loss, assert_control_is_sft_trainer
 from methods import cells, every_method
 from models import FAMILIES, make_model
-from steps import assert_as_used_is_the_slow_loss, assert_control_is_sft_trainer
 from torch._dynamo import OptimizedModule
 from trl.trainer import sft_trainer
 
@@ -32,7 +32,7 @@ CHECKPOINTING = {
 
 
 class AcceleratorModule:
-    """What `OffloadActivations` asks of torch's module of a device; counts the tensors that are taken away."""
+    """Stands in for torch's module of a device, and counts the tensors that are offloaded."""
 
     def __init__(self):
         self.num_offloaded = 0
@@ -47,11 +47,6 @@ class AcceleratorModule:
 
     def empty_cache(self):
         pass
-
-
-@pytest.fixture
-def llama(tokenizer):
-    return make_model("Llama", tokenizer)
 
 
 @every_method

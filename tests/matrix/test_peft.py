@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import make_trainer
+from losses import assert_as_used_is_the_slow_loss, assert_control_is_sft_trainer
 from methods import METHODS, cells, every_method
 from models import make_model
 from peft import (
@@ -17,7 +18,6 @@ from peft import (
     TaskType,
     get_peft_model,
 )
-from steps import assert_as_used_is_the_slow_loss, assert_control_is_sft_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
@@ -36,11 +36,6 @@ PROMPTS = {
     "P-tuning": PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=8),
     "prefix tuning": PrefixTuningConfig(**VIRTUAL),
 }
-
-
-@pytest.fixture
-def llama(tokenizer):
-    return make_model("Llama", tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +75,7 @@ def test_new_adapter(method, peft_config, llama, tokenizer, rows, even_rows, tmp
 @every_method
 @pytest.mark.parametrize("peft_config", cells("PEFT", PROMPTS))
 def test_virtual_tokens(method, peft_config, llama, tokenizer, rows, even_rows, tmp_path):
-    """What is known about tokens has to be aligned from the right."""
+    """Annotations have to be aligned from the right."""
     options = {**TWO_BATCHES, "peft_config": peft_config}
     trainer = assert_as_used_is_the_slow_loss(method, llama, tokenizer, rows, tmp_path, **options)
     assert all(name.startswith("prompt_encoder") for name in trained_names(trainer.model))

@@ -1,80 +1,20 @@
-"""A killed run goes on from its last checkpoint as if nothing had been; another run's checkpoint is refused."""
+"""Checkpoints: what is saved, and that those of another run are refused."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import killed_runs
 import pytest
 import torch
 from datasets import Dataset
 from helpers import make_trainer
-from killed_runs import RUNS
-from methods import METHODS, SFT, Method, with_references
+from methods import METHODS, SFT, Method, every_method, needs
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 from trl import SFTConfig
 
-from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer, SFTMixConfig, SFTMixTrainer
+from hf_sft_variants import AnnotatedSFTTrainer
 from hf_sft_variants.base.checkpoints import RUN_FILE, last_checkpoint
 from hf_sft_variants.errors import InputError
-
-
-PHASES = [
-    pytest.param(run.method, name, phase, id=f"{name}-{phase}") for name, run in RUNS.items() for phase in run.phases
-]
-
-
-class StepRecorder(TrainerCallback):
-    """Notes the number of each step that is trained."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(state.global_step)
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_model_factory, tokenizer, chat_rows, tmp_path_factory):
-    """A model with dropout, so that the random numbers count, and rows."""
-    folder = tmp_path_factory.mktemp("resume")
-    model = tiny_model_factory()
-    model.config.attention_dropout = 0.2
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    with_references(chat_rows).to_json(folder / "rows.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def killer(folder):
-    """The process that starts runs and lets them be killed, each in a process of its own."""
-    script = Path(killed_runs.__file__)
-    paths = map(str, (script.parent, script.parents[1], script.parents[2]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, script, folder]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        yield process
-
-
-def signal_of_killed_run(killer, name, phase):
-    killer.stdin.write(json.dumps([name, phase]) + "\n")
-    killer.stdin.flush()
-    return int(killer.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def unbroken(folder):
-    """Runs that nobody stops, by name; each is made when it is first asked for."""
-    return {}
 
 
 def assert_same_weights(first, second):
@@ -84,29 +24,7 @@ def assert_same_weights(first, second):
 
 
 def logs(trainer):
-    """What each step has logged, but for what counts from the last start: tokens seen, and samples seen again."""
-    steps = [log for log in trainer.state.log_history if "loss" in log]
-    return [{name: log[name] for name in log.keys() - {"num_tokens", "sft_go/flip_rate"}} for log in steps]
-
-
-@pytest.mark.cell("Resume", "killed (SIGKILL) at a random step of each phase: the unbroken run's weights, bit for bit")
-@pytest.mark.parametrize("method, name, phase", PHASES)
-def test_killed_and_resumed(method, name, phase, folder, killer, unbroken):
-    if name not in unbroken:
-        unbroken[name] = killed_runs.make_trainer(name, folder, folder / name / "unbroken")
-        unbroken[name].train()
-    assert signal_of_killed_run(killer, name, phase) == signal.SIGKILL
-    resumed = killed_runs.make_trainer(name, folder, folder / name / phase)
-    recorder = StepRecorder()
-    resumed.add_callback(recorder)
-    moment, number = RUNS[name].phases[phase][0], RUNS[name].last_number(phase)
-    resumed.train(resume_from_checkpoint=moment != "score")
-    # Two micro-batches a step, and a checkpoint after each; SFTMix's reference has as many steps before
-    last_step = {"step": (number - 1) // 2, "save": number - 1}.get(moment, 0)
-    steps_before = 6 if name == "two_phases" else 0
-    assert recorder.steps == list(range(max(last_step - steps_before, 0) + 1, 7))
-    assert_same_weights(resumed.model.state_dict(), unbroken[name].model.state_dict())
-    assert logs(resumed) == logs(unbroken[name])
+    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 def make(method: Method, model, tokenizer, rows, folder, **options):
@@ -127,8 +45,8 @@ def weights_in(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def rows(chat_rows):
-    return with_references(chat_rows)
+def rows(scored_chat_rows):
+    return scored_chat_rows
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +61,7 @@ def checkpoints(tiny_model_factory, tokenizer, rows, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 class TestWhatIsSaved:
     @pytest.mark.cell("Resume", "load_best_model_at_end, save_total_limit: the best and the last checkpoint are kept")
     def test_best_and_last(self, method, tiny_model, tokenizer, rows, tmp_path, caplog):
@@ -192,7 +110,7 @@ class WeightedConfig(SFTConfig):
 
 
 class WeightedTrainer(AnnotatedSFTTrainer):
-    """A variant of a user's own."""
+    """A user's own variant."""
 
     config_class = WeightedConfig
 
@@ -212,9 +130,16 @@ OTHER_SETTINGS = {
 }  # fmt: skip
 
 
+MAY_CHANGE = {
+    "sft_go": {"score_cache_dir": "elsewhere", "score_batch_tokens": 1, "learning_rate": 1.0},
+    "sftkey": {"answer_eval_max_new_tokens": 3},
+    "poft": {"score_cache_dir": "elsewhere", "reference_batch_tokens": 1},
+}
+
+
 class TestAnotherRunIsRefused:
     @pytest.mark.cell("Resume", "a checkpoint of another method, or of SFTTrainer", refused=True)
-    @pytest.mark.parametrize("method", METHODS)
+    @every_method
     def test_another_method(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         trainer = make(METHODS[method], tiny_model, tokenizer, rows, tmp_path)
         own = "SFTTrainer" if method == "base" else type(trainer).__name__
@@ -226,7 +151,7 @@ class TestAnotherRunIsRefused:
                 assert_refused(trainer, checkpoint, f"checkpoint-1 was made by {maker}, but this is {own}. Resume wi")
 
     @pytest.mark.cell("Resume", "a checkpoint of other settings of the method", refused=True)
-    @pytest.mark.parametrize("method", METHODS)
+    @every_method
     def test_another_setting(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         used, checkpoint = METHODS[method], checkpoints[method]
         if method == "base":
@@ -241,47 +166,42 @@ class TestAnotherRunIsRefused:
             message = rf"other settings: .*`{name}` was {before!r}, is {value!r}".replace("[", r"\[")
             assert_refused(trainer, checkpoint, message)
 
-    def test_what_may_change(self, tiny_model, tokenizer, rows, checkpoints, tmp_path):
-        for method, options in {
-            "sft_go": {"score_cache_dir": "elsewhere", "score_batch_tokens": 1, "learning_rate": 1.0},
-            "sftkey": {"answer_eval_max_new_tokens": 3},
-            "poft": {"score_cache_dir": "elsewhere", "reference_batch_tokens": 1},
-        }.items():
-            trainer = make(METHODS[method], tiny_model, tokenizer, rows, tmp_path, **options)
-            assert trainer.checkpoint_to_resume(str(checkpoints[method])) == str(checkpoints[method])
+    @pytest.mark.parametrize("method", [method for method in MAY_CHANGE if method in METHODS])
+    def test_what_may_change(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
+        trainer = make(METHODS[method], tiny_model, tokenizer, rows, tmp_path, **MAY_CHANGE[method])
+        assert trainer.checkpoint_to_resume(str(checkpoints[method])) == str(checkpoints[method])
 
-    def test_a_file_or_a_model_elsewhere(self, tiny_model, tokenizer, rows, tmp_path, monkeypatch):
-        """Their content counts: neither how a path is spelt nor where it leads to."""
-        frequencies, scorer = tmp_path / "tfidf.npz", tmp_path / "scorer"
-        tiny_model.save_pretrained(scorer)
-        tokenizer.save_pretrained(scorer)
-        tfidf = Method(SFTGOTrainer, SFTGOConfig, {"min_grouped_tokens": 2})
-        rho1 = Method(SFTGOTrainer, SFTGOConfig, {**tfidf.options, "group_by": "rho1", "score_cache_dir": "cache"})
+    @needs("sft_go")
+    @pytest.mark.parametrize(
+        ("field", "options"),
+        [("tfidf_file", {}), ("reference_model", {"group_by": "rho1", "score_cache_dir": "cache"})],
+    )
+    def test_a_file_or_a_model_elsewhere(self, field, options, tiny_model, tokenizer, rows, tmp_path, monkeypatch):
+        """Their content counts, but not where they are or how their path is written."""
         monkeypatch.chdir(tmp_path)
-        for method, field, path in ((tfidf, "tfidf_file", frequencies), (rho1, "reference_model", scorer)):
-            common = (tiny_model, tokenizer, rows, tmp_path / field)
-            make(method, *common, max_steps=1, **{field: str(path)}).train()
-            checkpoint = tmp_path / field / "checkpoint-1"
-            moved = shutil.move(path, tmp_path / f"moved_{path.name}")
-            for spelling in (
-                moved.name,
-                f"./{moved.name}",
-                f"{moved}/" if moved.is_dir() else f"..//{tmp_path.name}/{moved.name}",
-            ):
-                trainer = make(method, *common, **{field: spelling})
-                assert trainer.checkpoint_to_resume(str(checkpoint)) == str(checkpoint)
-            assert str(tmp_path) not in (checkpoint / RUN_FILE).read_text()
-            if moved.is_dir():
-                tiny_model.model.norm.weight.data[0] += 1
-                tiny_model.save_pretrained(moved)
-            else:
-                moved.unlink()
-                make(method, tiny_model, tokenizer, rows.select(range(8)), tmp_path, **{field: str(moved)})
-            trainer = make(method, *common, **{field: str(moved)})
-            assert_refused(trainer, checkpoint, f"other settings: `{field}` was {{'name': '{path.name}', 'content': ")
+        path = tmp_path / "first"
+        if field == "reference_model":
+            tiny_model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        common = (tiny_model, tokenizer, rows, tmp_path / "run")
+        make(METHODS["sft_go"], *common, max_steps=1, **options, **{field: str(path)}).train()
+        checkpoint = tmp_path / "run" / "checkpoint-1"
+        moved = shutil.move(path, tmp_path / "moved")
+        for spelling in ("moved", "./moved", f"{moved}/" if moved.is_dir() else f"..//{tmp_path.name}/moved"):
+            trainer = make(METHODS["sft_go"], *common, **options, **{field: spelling})
+            assert trainer.checkpoint_to_resume(str(checkpoint)) == str(checkpoint)
+        assert str(tmp_path) not in (checkpoint / RUN_FILE).read_text()
+        if moved.is_dir():
+            tiny_model.model.norm.weight.data[0] += 1
+            tiny_model.save_pretrained(moved)
+        else:
+            moved.unlink()
+            make(METHODS["sft_go"], tiny_model, tokenizer, rows.select(range(8)), tmp_path, **{field: str(moved)})
+        trainer = make(METHODS["sft_go"], *common, **options, **{field: str(moved)})
+        assert_refused(trainer, checkpoint, f"other settings: `{field}` was {{'name': 'first', 'content': ")
 
     @pytest.mark.cell("Resume", "a checkpoint of another data set", refused=True)
-    @pytest.mark.parametrize("method", METHODS)
+    @every_method
     def test_other_examples(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         make_method, checkpoint = METHODS[method], checkpoints[method]
         others = [
@@ -296,8 +216,9 @@ class TestAnotherRunIsRefused:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         assert trainer.state.global_step == 3
 
+    @needs("sftmix")
     def test_another_reference(self, tiny_model, tokenizer, rows, tmp_path):
-        method = Method(SFTMixTrainer, SFTMixConfig)
+        method = Method(*METHODS["sftmix"].classes)
         options = {"confidence_checkpoints": [1], "max_steps": 2}
         make(method, tiny_model, tokenizer, rows, tmp_path, **options).train()
         shutil.rmtree(tmp_path / "checkpoint-2"), shutil.rmtree(tmp_path / "checkpoint-1")
@@ -311,17 +232,19 @@ class TestAnotherRunIsRefused:
         assert json.loads((tmp_path / "reference" / "settings.json").read_text())["confidence_checkpoints"] == [2]
 
     def test_files_that_are_not_whole(self, tiny_model, tokenizer, rows, checkpoints, tmp_path):
-        trainer = make(METHODS["poft"], tiny_model, tokenizer, rows, tmp_path)
+        name, method = list(METHODS.items())[-1]
+        trainer = make(method, tiny_model, tokenizer, rows, tmp_path)
         with pytest.raises(InputError, match="`resume_from_checkpoint=True`, but `output_dir=.*` has no checkpoint"):
             trainer.train(resume_from_checkpoint=True)
         assert_refused(trainer, tmp_path / "nowhere", "nowhere'` is no whole checkpoint: it has no readable trainer_s")
         for step in (1, 2):
-            shutil.copytree(checkpoints["poft"], tmp_path / f"checkpoint-{step}")
+            shutil.copytree(checkpoints[name], tmp_path / f"checkpoint-{step}")
         state = tmp_path / "checkpoint-2" / "trainer_state.json"
         state.write_text(state.read_text()[:100])
         assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
         assert_refused(trainer, tmp_path / "checkpoint-2", "checkpoint-2'` is no whole checkpoint")
-        for text in ("{", "[]", '{"trainer": "PoFTTrainer"}', '{"trainer": "PoFTTrainer", "settings": 3}'):
+        maker = f'"trainer": "{method.trainer_class.__name__}"'
+        for text in ("{", "[]", f"{{{maker}}}", f'{{{maker}, "settings": 3}}'):
             (tmp_path / "checkpoint-1" / RUN_FILE).write_text(text)
             assert_refused(trainer, tmp_path / "checkpoint-1", rf"{RUN_FILE} can't be read \(.*\). Resume from anothe")
 

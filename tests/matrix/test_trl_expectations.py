@@ -1,4 +1,4 @@
-"""What TRL's tests expect of `SFTTrainer` holds for each trainer: each is run beside `SFTTrainer` itself."""
+"""What TRL's tests expect of `SFTTrainer` holds for each trainer: both are run with the same arguments."""
 
 import copy
 import re
@@ -9,7 +9,7 @@ import torch
 import transformers
 import yaml
 from helpers import SMALL, GradientRecorder, assert_same_gradients, make_trainer
-from methods import METHODS, SFT, Method, rows_with_equal_labels, with_references
+from methods import METHODS, SFT, Method, every_method, tolerance_of
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from transformers.integrations import integration_utils
@@ -23,8 +23,8 @@ PLAIN = Method(*SFT)
 
 
 @pytest.fixture(scope="module")
-def rows(chat_rows):
-    return with_references(chat_rows)
+def rows(scored_chat_rows):
+    return scored_chat_rows
 
 
 def make(method, model, tokenizer, rows, folder, **options):
@@ -73,21 +73,19 @@ def finished_run(method, tiny_model_factory, tokenizer, rows, folder, **options)
 @pytest.fixture(scope="module")
 def runs(tiny_model_factory, tokenizer, rows, tmp_path_factory):
     """A run of each method and of `SFTTrainer`: two steps, each evaluated, saved at the end."""
-    common = (tiny_model_factory, tokenizer, rows)
-    return {
-        name: finished_run(method, *common, tmp_path_factory.mktemp(name))
-        for name, method in {**METHODS, "plain": PLAIN}.items()
-    }
+    return runs_of_all(tiny_model_factory, tokenizer, rows, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def lora_runs(tiny_model_factory, tokenizer, rows, tmp_path_factory):
     """The same with LoRA."""
-    common = (tiny_model_factory, tokenizer, rows)
+    adapter = LoraConfig(r=4, target_modules="all-linear")
+    return runs_of_all(tiny_model_factory, tokenizer, rows, tmp_path_factory, peft_config=adapter)
+
+
+def runs_of_all(tiny_model_factory, tokenizer, rows, tmp_path_factory, **options):
     return {
-        name: finished_run(
-            method, *common, tmp_path_factory.mktemp(name), peft_config=LoraConfig(r=4, target_modules="all-linear")
-        )
+        name: finished_run(method, tiny_model_factory, tokenizer, rows, tmp_path_factory.mktemp(name), **options)
         for name, method in {**METHODS, "plain": PLAIN}.items()
     }
 
@@ -96,7 +94,7 @@ def files_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 class TestRun:
     @pytest.mark.cell("TRL's expectations", "every parameter moves, with LoRA those of the adapter alone")
     def test_parameters(self, method, runs, lora_runs):
@@ -177,11 +175,6 @@ class TestRun:
         assert trainer.hub_model_id == f"user/{runs[method].folder.name}"
 
 
-@pytest.fixture(scope="module")
-def equal_rows():
-    return rows_with_equal_labels()
-
-
 def count_right(prediction):
     labels = prediction.label_ids[:, 1:]
     right = (prediction.predictions[:, :-1] == labels) & (labels != -100)
@@ -209,7 +202,7 @@ def assert_same_step(method, model, tokenizer, rows, folder, arguments=nothing, 
         trainer.train()
         found.append((trainer, trainer.state.log_history[0]["loss"], recorder.gradients))
     (plain, loss, gradients), (ours, our_loss, our_gradients) = found
-    tolerance = 1e-6 if method == "poft" else 0  # which adds up each example's mean
+    tolerance = tolerance_of(method)
     assert our_loss == pytest.approx(loss, rel=tolerance, abs=0)
     assert_same_gradients(our_gradients, gradients, tolerance)
     return ours, plain
@@ -240,7 +233,7 @@ def quantized_adapter(model):
     return {**adapter(model), "quantization_config": four_bits()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 class TestEvaluation:
     def trainers(self, method, model, tokenizer, rows, folder, **arguments):
         for used, own in ((PLAIN, {}), (METHODS[method], METHODS[method].control)):
@@ -272,7 +265,7 @@ class TestEvaluation:
         assert metrics["eval_loss"] != pytest.approx(expected.metrics["test_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 class TestArguments:
     @pytest.mark.cell("TRL's expectations", "a model by its name, with model_init_kwargs")
     def test_model_by_name(self, method, tiny_model, tokenizer, equal_rows, tmp_path):

@@ -1,12 +1,13 @@
 """
 Started by `accelerate launch` as one of two machines, each with its own models, data, caches and outputs: trains each
-method two steps, one after the other, and writes what became of them.
+method two steps, one after the other, and writes the results.
 """
 
 import os
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -16,21 +17,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from filelock import FileLock
 from helpers import make_trainer
+from methods import METHODS
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_sft_variants import (
-    PoFTConfig,
-    PoFTTrainer,
-    SFTGOConfig,
-    SFTGOTrainer,
-    SFTKeyConfig,
-    SFTKeyTrainer,
-    SFTMixConfig,
-    SFTMixTrainer,
-)
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.scoring import locks, shards
-from hf_sft_variants.sft_go import reference_losses
 
 
 STEPS = {
@@ -40,22 +31,28 @@ STEPS = {
     "learning_rate": 0.1,
     "optim": "sgd",
     "save_strategy": "no",
-    "min_grouped_tokens": 2,
 }
-SFT_GO, SFTMIX = (SFTGOTrainer, SFTGOConfig), (SFTMixTrainer, SFTMixConfig)
 RHO1 = {"group_by": "rho1", "reference_model": "reference", "score_batch_tokens": 40}
 CASES = {
-    "tfidf": (*SFT_GO, {"tfidf_file": "run/tfidf.npz"}),
-    "rho1": (*SFT_GO, RHO1),
-    "sftkey": (SFTKeyTrainer, SFTKeyConfig, {"key_delimiter": "####"}),
-    "poft": (PoFTTrainer, PoFTConfig, {"reference_models": ["reference"], "reference_batch_tokens": 100}),
-    "sftmix": (*SFTMIX, {"train_sampling_strategy": "random"}),
-    "sftmix_online": (*SFTMIX, {"confidence_source": "online", "max_steps": 6, "train_sampling_strategy": "random"}),
+    name: (method, options)
+    for name, method, options in (
+        ("tfidf", "sft_go", {"tfidf_file": "run/tfidf.npz"}),
+        ("rho1", "sft_go", RHO1),
+        ("sftkey", "sftkey", {"key_delimiter": "####"}),
+        ("poft", "poft", {"reference_models": ["reference"], "reference_batch_tokens": 100}),
+        ("sftmix", "sftmix", {"train_sampling_strategy": "random"}),
+        (
+            "sftmix_online",
+            "sftmix",
+            {"confidence_source": "online", "max_steps": 6, "train_sampling_strategy": "random"},
+        ),
+    )
+    if method in METHODS
 }
 
 
 class AssertTwoMachines(TrainerCallback):
-    """A launch that quietly runs one process, or two that do not talk, would prove nothing."""
+    """A launch that silently runs one process, or two that do not talk, would prove nothing."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         assert args.world_size == torch.distributed.get_world_size() == 2
@@ -63,13 +60,12 @@ class AssertTwoMachines(TrainerCallback):
 
 
 def train(name, model, tokenizer, rows, callbacks=(), **options):
-    """Log, weights and halves of a case on this machine, as on one alone with twice the accumulation."""
-    trainer_class, config_class, own = CASES[name]
-    known = {name: value for name, value in STEPS.items() if name in config_class.__dataclass_fields__}
+    """Log, weights and halves of a case."""
+    method, own = CASES[name]
+    options = {**STEPS, **({"min_grouped_tokens": 2} if method == "sft_go" else {}), **own, **options}
     trainer = make_trainer(
-        trainer_class, config_class, model, tokenizer, rows, f"run/{name}", callbacks=list(callbacks),
-        **{**known, **own, **options},
-    )  # fmt: skip
+        *METHODS[method].classes, model, tokenizer, rows, f"run/{name}", callbacks=list(callbacks), **options
+    )
     trainer.train()
     return {
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
@@ -87,10 +83,8 @@ def train_with_the_others_scores(arguments):
     """One machine has lost its scores; a reference model must not be loaded again."""
     if PartialState().process_index == 1:
         shutil.rmtree(Path(os.environ["HF_HOME"], "hf_sft_variants", "scores"))
-    load_reference_model, reference_losses.load_reference_model = reference_losses.load_reference_model, None
-    result = train("rho1", *arguments)
-    reference_losses.load_reference_model = load_reference_model
-    return result
+    with mock.patch("hf_sft_variants.sft_go.reference_losses.load_reference_model", None):
+        return train("rho1", *arguments)
 
 
 def train_after_waiting(arguments):
@@ -125,11 +119,14 @@ def main(folder: Path):
     shards.BATCHES_PER_SHARD = 1  # so that the few rows are shards for both processes
     arguments = load()
     results = {name: train(name, *arguments, [AssertTwoMachines()]) for name in CASES}
-    results["rho1_served"] = train_with_the_others_scores(arguments)
-    results["rho1_waited"] = train_after_waiting(arguments)
-    results["other_model"] = refusal("rho1", arguments, reference_model="different")
-    model, tokenizer, rows = arguments
-    results["other_data"] = refusal("poft", (model, tokenizer, rows.select(range(6 + PartialState().process_index))))
+    if "sft_go" in METHODS:
+        results["rho1_served"] = train_with_the_others_scores(arguments)
+        results["rho1_waited"] = train_after_waiting(arguments)
+        results["other_model"] = refusal("rho1", arguments, reference_model="different")
+    if "poft" in METHODS:
+        model, tokenizer, rows = arguments
+        own_rows = rows.select(range(6 + PartialState().process_index))
+        results["other_data"] = refusal("poft", (model, tokenizer, own_rows))
     torch.save(results, "results.pt")
     torch.distributed.destroy_process_group()
 

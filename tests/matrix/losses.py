@@ -1,7 +1,7 @@
 """
-The loss of an optimizer step, slowly: from the formulas of the methods, the prepared rows and the model's own logits.
+The loss of an optimizer step, slowly: from the methods' formulas, the prepared rows and the model's own logits.
 
-Each document goes through the model alone. Nothing of the package's losses, of its LM head or of TRL's is used.
+Each document goes through the model alone, and nothing of the package's losses, of its LM head or of TRL's is used.
 """
 
 import copy
@@ -11,17 +11,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
+from helpers import GradientRecorder, assert_same_gradients, make_trainer, one_step_log
+from methods import METHODS, SFT, tolerance_of
 from trl import SFTConfig
 
 
 @dataclass
 class Document:
-    """
-    A document as the model reads it alone. Of `logits` and `hidden`, the n-th is about token n + 1.
-    """
+    """A document as the model reads it alone. Of `logits` and `hidden`, the n-th is about token n + 1."""
 
     row: dict[str, Any]
     logits: torch.Tensor
@@ -38,7 +39,7 @@ class Document:
 
     @property
     def nll(self) -> torch.Tensor:
-        """Negative log-likelihood of each token but the first; of those without a label it means nothing."""
+        """Negative log-likelihood of each token but the first; meaningless for tokens without a label."""
         return F.cross_entropy(self.logits, self.labels.clamp(min=0), reduction="none")
 
     def annotation(self, column: str) -> torch.Tensor:
@@ -46,11 +47,22 @@ class Document:
         return torch.tensor(self.row[column][1:])
 
 
+@dataclass
+class Step:
+    """A step: its documents, the model before it, the trainer's options and the micro-batches that were trained on."""
+
+    documents: list[Document]
+    model: torch.nn.Module
+    args: SFTConfig
+    inputs: list[dict[str, Any]]
+
+
+def make_step(model, rows: Iterable[dict[str, Any]], args: SFTConfig, inputs: list[dict[str, Any]]) -> Step:
+    return Step([read(model, row) for row in cut_into_documents(rows)], model, args, inputs)
+
+
 def model_without_fused_head(model):
-    """
-    A copy of a trainer's model with the forward of its class, since that of the fused LM head is the original's own.
-    One in bfloat16 becomes float32.
-    """
+    """A copy of a trainer's model, in float32, with its class's forward in place of the fused LM head's."""
     model = copy.deepcopy(model).train()
     del base_of(model).__dict__["forward"]
     return model.float() if model.dtype == torch.bfloat16 else model
@@ -74,7 +86,7 @@ def cut_into_documents(rows: Iterable[dict[str, Any]]) -> list[dict[str, list]]:
 
 
 def read(model, row: dict[str, list]) -> Document:
-    """What the model makes of a document, virtual tokens in front left out."""
+    """The model's outputs for a document, without those of virtual tokens before it."""
     hidden = []
     head = base_of(model).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
@@ -87,16 +99,6 @@ def read(model, row: dict[str, list]) -> Document:
         hidden[0][0, about_labels],
         getattr(outputs, "router_logits", None) or (),
     )
-
-
-@dataclass
-class Step:
-    """A step: its documents, the model before it, the trainer's options and the micro-batches that were trained on."""
-
-    documents: list[Document]
-    model: torch.nn.Module
-    args: SFTConfig
-    inputs: list[dict[str, Any]]
 
 
 def cross_entropy(step: Step) -> torch.Tensor:
@@ -155,19 +157,8 @@ def sftmix_loss(step: Step) -> torch.Tensor:
     return cross_entropy(step) + step.args.mixup_weight * mixup / num_mixed
 
 
-LOSSES: dict[str, Callable[[Step], torch.Tensor]] = {
-    "base": cross_entropy,
-    "sft_go": sft_go_loss,
-    "sftkey": sftkey_loss,
-    "poft": poft_loss,
-    "sftmix": sftmix_loss,
-}
-# Evaluation does not mix, and does not follow SFTKey's stages
-EVALUATION_LOSSES = {**LOSSES, "sftkey": cross_entropy, "sftmix": cross_entropy}
-
-
 def pairs_of(inputs: dict[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, ...], float]]:
-    """Tokens of both documents of each pair, and the share λ of the first, read off what reaches the model."""
+    """Tokens of both documents of each pair, and the share λ of the first, read from the model's inputs."""
     pairs = {}
     num_columns = inputs["input_ids"].size(1)
     positions = (inputs[name].tolist() for name in ("mixup_first", "mixup_second"))
@@ -178,7 +169,7 @@ def pairs_of(inputs: dict[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, .
 
 
 def document_at(inputs: dict[str, Any], row: int, column: int) -> tuple[int, ...]:
-    """Tokens of the document that has a place of a collated batch."""
+    """Tokens of the document at a place of a collated batch."""
     if "seq_idx" in inputs:
         is_its = inputs["seq_idx"][0] == inputs["seq_idx"][0, column]
     else:
@@ -187,7 +178,7 @@ def document_at(inputs: dict[str, Any], row: int, column: int) -> tuple[int, ...
 
 
 def logits_of_hidden(model, hidden: torch.Tensor) -> torch.Tensor:
-    """What the model's own forward makes of last hidden states, with scale, soft-cap and bias: (n, vocabulary)."""
+    """Logits (n, vocabulary) by the model's own forward from last hidden states, with scale, soft-cap and bias."""
     base = base_of(model)
     hook = base.base_model.register_forward_hook(partial(put_hidden_states, hidden))
     logits = base(input_ids=torch.zeros(1, len(hidden), dtype=torch.long)).logits[0]
@@ -206,3 +197,76 @@ def load_balancing_loss(documents: list[Document], num_experts: int, num_chosen:
     probabilities = router_logits.softmax(-1)
     chosen = F.one_hot(probabilities.topk(num_chosen).indices, num_experts).sum(1).double()
     return num_experts * (chosen.mean(0) * probabilities.mean(0)).sum()
+
+
+LOSSES: dict[str, Callable[[Step], torch.Tensor]] = {
+    "base": cross_entropy,
+    "sft_go": sft_go_loss,
+    "sftkey": sftkey_loss,
+    "poft": poft_loss,
+    "sftmix": sftmix_loss,
+}
+# Evaluation does not mix, and does not follow SFTKey's stages
+EVALUATION_LOSSES = {**LOSSES, "sftkey": cross_entropy, "sftmix": cross_entropy}
+
+
+class RecordedInputs(list):
+    """The micro-batches that a trainer trains on."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.training_step = trainer.training_step
+        trainer.training_step = self.record_and_step
+
+    def record_and_step(self, model, inputs, *args):
+        self.append(inputs)
+        return self.training_step(model, inputs, *args)
+
+
+def assert_prepared_as_by_sft_trainer(trainer, *arguments, **options):
+    """Tokens, labels and documents of packed rows; arguments as of `make_trainer` after the classes."""
+    plain = make_trainer(*SFT, *arguments, **options)
+    assert prepared_rows(trainer.train_dataset) == prepared_rows(plain.train_dataset)
+
+
+def prepared_rows(dataset):
+    names = ("input_ids", "labels", "seq_lengths")
+    return [{name: row[name] for name in names if name in row} for row in dataset]
+
+
+def assert_as_used_is_the_slow_loss(method, *arguments, tolerance=1e-5, gradient_tolerance=1e-5, **options):
+    """
+    Loss and gradients of a step of the method as it is used, up to relative tolerances. Returns the trainer.
+
+    Arguments as of `make_trainer` after the classes.
+    """
+    recorder = GradientRecorder()
+    options = {"max_steps": 1, "save_strategy": "no", **METHODS[method].options, **options}
+    trainer = make_trainer(*METHODS[method].classes, *arguments, callbacks=[recorder], **options)
+    reference = model_without_fused_head(trainer.model)
+    inputs = RecordedInputs(trainer)
+    trainer.train()
+    step = make_step(reference, trainer.train_dataset, trainer.args, inputs)
+    expected, plain = LOSSES[method](step), cross_entropy(step)
+    assert method == "base" or abs(expected / plain - 1) > 3 * tolerance  # else the method would not be in use
+    if trainer.aux_loss_enabled:
+        config = trainer.model.config
+        balance = load_balancing_loss(step.documents, config.num_experts, config.num_experts_per_tok)
+        expected = expected + trainer.router_aux_loss_coef * balance
+    expected.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=tolerance)
+    expected_gradients = {
+        name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None
+    }
+    assert_same_gradients(expected_gradients, recorder.gradients, tolerance=gradient_tolerance)
+    return trainer
+
+
+def assert_control_is_sft_trainer(method, *arguments, **options):
+    """Loss, gradients and metrics of a step of the control; arguments as of `make_trainer` after the classes."""
+    log, gradients = one_step_log(*SFT, *arguments, **options)
+    options = {**options, **METHODS[method].control}
+    our_log, our_gradients = one_step_log(*METHODS[method].classes, *arguments, **options)
+    tolerance = tolerance_of(method)
+    assert {name: our_log[name] for name in log} == pytest.approx(log, rel=tolerance, abs=0.0)
+    assert_same_gradients(gradients, our_gradients, tolerance=tolerance)

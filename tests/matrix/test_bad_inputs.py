@@ -1,44 +1,31 @@
-"""What users get wrong in configurations and data, and the error it gets."""
+"""Configurations, data and arguments that are wrong: an error in words before any step."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import fields
 from typing import Any
 
+import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
-from trl import DPOConfig
+from methods import METHODS
+from trl import DPOConfig, SFTConfig
 
 from hf_sft_variants.errors import InputError
 
 
-@dataclass
-class BadInput:
-    """
-    A start of a trainer that is refused.
-
-    Attributes:
-        method (`str`): Key of METHODS.
-        message (`str`): Regular expression in the error's message: what is wrong, and with what value.
-        options (`dict`): Of the configuration; `FILE` stands for the path that `file` writes to.
-        rows: Rows or columns of the training set, or the name of rows that the test has.
-        arguments (`dict`): Of the trainer.
-        model: Makes the model, or a folder of one, from what the test has and an empty folder.
-        file: Writes the file that a user brings, from its path and what the test has.
-        error (`type`): Of the error.
-    """
-
-    method: str
-    message: str
-    options: dict[str, Any] = field(default_factory=dict)
-    rows: Any = "tokens"
-    arguments: dict[str, Any] = field(default_factory=dict)
-    model: Callable | None = None
-    file: Callable | None = None
-    error: type[Exception] = InputError
+Case = tuple[str, str, dict[str, Any], Any, dict[str, Any], type[Exception]]
 
 
-def configuration(method: str, message: str, **options: Any) -> BadInput:
-    return BadInput(method, message, options)
+def configuration(method: str, message: str, **options: Any) -> Case:
+    return method, message, options, "tokens", {}, InputError
+
+
+def broken(message: str, method: str, rows: Any, **options: Any) -> Case:
+    """Of wrong rows, columns, or rows that the fixture has by this name."""
+    return method, message, options, rows, {}, InputError
+
+
+def argument(message: str, method: str, error: type[Exception] = InputError, rows="tokens", **arguments: Any) -> Case:
+    return method, message, {}, rows, arguments, error
 
 
 RANGES = [
@@ -166,10 +153,6 @@ CONFLICTS = [
 USER = [{"role": "user", "content": "What is 3 plus 2?"}]
 ANSWER = [{"role": "assistant", "content": "It is 5."}]
 IDS = list(range(5, 17))
-
-
-def broken(message: str, method: str, rows: Any, **options: Any) -> BadInput:
-    return BadInput(method, message, options, rows)
 
 
 def conversation(**message: Any) -> list[dict]:
@@ -304,10 +287,6 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def argument(message: str, method: str, error: type[Exception] = InputError, **arguments: Any) -> BadInput:
-    return BadInput(method, message, arguments=arguments, error=error)
-
-
 def no_rows():
     return iter(())
 
@@ -323,8 +302,8 @@ ARGUMENTS = [
     argument("`eval_dataset` must be a `Dataset` or .* got `list`", "base", eval_dataset=[1]),
     argument("The a dataset has the column `labels`, but no `input_ids`", "sft_go",
              eval_dataset={"a": Dataset.from_dict({"text": ["a b"], "labels": [1]})}),
-    BadInput("base", "The train dataset has the column `labels`, but", rows={"line": ["a b", "c"], "labels": [1, 0]},
-             arguments={"formatting_func": lambda row: row["line"]}),
+    argument("The train dataset has the column `labels`, but", "base", rows={"line": ["a b", "c"], "labels": [1, 0]},
+             formatting_func=lambda row: row["line"]),
     argument(r"`eval_dataset\['a'\]` must be .* got `NoneType`", "sft_go", eval_dataset={"a": None}),
     argument("The eval dataset has the columns", "base", eval_dataset=Dataset.from_dict({"q": ["a"]})),
     argument("Row 0 of the a dataset: `text` is None", "sftmix",
@@ -334,6 +313,45 @@ ARGUMENTS = [
     argument("`compute_loss_func` is not supported", "base", compute_loss_func=print),
     argument("`peft_config` must be a `peft.PeftConfig` instance", "sft_go", TypeError, peft_config={"r": 4}),
     argument("must be either a `PreTrainedTokenizerBase`", "base", TypeError, processing_class="gpt2"),
-    BadInput("base", "`formatting_func` must return a text, got \\['a'\\]", rows={"line": ["a"]},
-             arguments={"formatting_func": lambda row: [row["line"]]}),
+    argument("`formatting_func` must return a text, got \\['a'\\]", "base", rows={"line": ["a"]},
+             formatting_func=lambda row: [row["line"]]),
 ]  # fmt: skip
+
+# Refusals of TRL and transformers, which keep their class
+THEIRS = (
+    "Invalid packing strategy", "The specified `eos_token`", "`max_length` is not enforced",
+    "You set `assistant_only_loss=True`", "`train_dataset` is required",
+)  # fmt: skip
+OWN_FIELDS = [
+    (name, field.name)
+    for name, method in METHODS.items()
+    for field in fields(method.config_class)
+    if field.name not in SFTConfig.__dataclass_fields__
+]
+
+
+CASES = [case for case in [*RANGES, *CHOICES, *CONFLICTS, *ROWS, *COLUMNS, *ARGUMENTS] if case[0] in METHODS]
+
+
+@pytest.mark.cell(
+    "Bad input", "wrong data, options, files and models: an error in words, nothing trains", refused=True
+)
+@pytest.mark.parametrize(
+    ("method", "message", "options", "rows", "arguments", "error"),
+    CASES,
+    ids=[f"{method}-{message}" for method, message, *_ in CASES],
+)
+@pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
+def test_refused(method, message, options, rows, arguments, error, start):
+    if message.startswith(THEIRS):
+        error = ValueError
+    with pytest.raises(error, match=message) as caught:
+        start(method, options, rows, **arguments)
+    assert type(caught.value) is error
+
+
+@pytest.mark.cell("Bad input", "a value of another type in each field of the configuration", refused=True)
+@pytest.mark.parametrize("method, name", OWN_FIELDS)
+def test_types(method, name, start):
+    with pytest.raises(InputError, match=rf"`{name}` must be .*, got 3j\."):
+        start(method, {name: 3j})
