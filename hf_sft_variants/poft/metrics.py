@@ -1,4 +1,4 @@
-"""What PoFT logs: means over examples, and of τ also its extremes and its effective sample size."""
+"""Metrics of PoFT: means over examples, and the extremes and the effective sample size of τ."""
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +13,7 @@ _EXTREMES = {"poft/tau_min": torch.amin, "poft/tau_max": torch.amax}
 
 
 def preference_metrics(result: PreferenceLoss, reference_names: list[str]) -> dict[str, Ratio]:
-    """The metrics of a micro-batch as sums and numbers of examples; without references, loss and r_θ alone."""
+    """Metrics of a micro-batch as sums and numbers of examples; without references only the loss and r_θ."""
     number = result.is_scored.sum()
     metrics = {"poft/loss": (result.loss_sum.detach(), number), "poft/r_theta": (result.log_prob.sum(), number)}
     if not reference_names:
@@ -36,8 +36,8 @@ def preference_metrics(result: PreferenceLoss, reference_names: list[str]) -> di
 
 class PreferenceMetrics(MetricSums):
     """
-    [`MetricSums`] that keeps the least and the greatest τ beside the sums, and makes the effective sample size of the
-    sums: (Σ τ)² / (n Σ τ²), the share of the examples that would weigh as much if all weighed the same.
+    [`MetricSums`] that also keeps the minimum and the maximum of τ, and computes the effective sample size from the
+    sums: (Σ τ)² / (n Σ τ²), the share of examples with equal weights that would carry as much information.
     """
 
     def __init__(self):
