@@ -13,49 +13,49 @@ class PoFTConfig(SFTConfig):
     r"""
     Configuration class for the [`PoFTTrainer`].
 
-    Only the parameters that [`~trl.SFTConfig`] does not have are listed. Method: [PoFT: preference-oriented supervised
+    Lists only the parameters that [`~trl.SFTConfig`] does not have. Method: [PoFT: preference-oriented supervised
     fine-tuning](https://huggingface.co/papers/2412.12865).
 
     Parameters that define the loss:
         beta (`float`, *optional*, defaults to `1.0`):
-            β > 0, how sharply an example's weight falls with its margin over the reference models. 1 is the paper's.
+            β > 0: how sharply an example's weight falls with its margin over the reference models. The paper uses 1.
         gamma (`float`, *optional*, defaults to `0.0`):
-            γ, added to the margin. 0 is the paper's.
+            γ, added to the margin. The paper uses 0.
         length_normalizer (`str`, *optional*, defaults to `"own"`):
-            `"own"` divides a reference model's log-probability of a response by its own number of tokens, as the paper
-            does; `"target"` by the trained model's, so that the models' tokenizers make no difference.
+            Divisor of a reference model's log-probability of a response: `"own"` is its own number of tokens, as in
+            the paper; `"target"` is the trained model's, which makes models with different tokenizers comparable.
         score_end_of_turn (`bool`, *optional*, defaults to `True`):
-            Whether the end-of-turn token counts, in all models alike. Otherwise it is not trained either.
+            Whether the end-of-turn token is scored, by all models, and trained on.
         preference_weighting (`str`, *optional*, defaults to `"poft"`):
-            What an example's cross-entropy weighs:
+            Weight of an example's cross-entropy:
 
             - `"poft"`: β·τ, with τ from the margin.
-            - `"uniform"`: 1. A control that needs no reference model and allows every packing; it truncates as
-              `SFTTrainer` does, and where a packing cuts examples, their parts count as examples.
-            - `"constant"`: β·σ(-γ), the τ of an example without margin. A control on the same data as `"poft"`.
+            - `"uniform"`: 1. A control that needs no reference model and allows every packing strategy. It truncates
+              as `SFTTrainer` does; if packing cuts an example, each part counts as an example.
+            - `"constant"`: β·σ(-γ), as for an example without margin. A control on the same examples as `"poft"`.
 
-    Parameters that say where the reference models' log-probabilities come from, one of three:
+    Parameters of the reference log-probabilities, which have one of three sources:
         reference_models (`list[str]`, *optional*):
             Ids or folders of chat models or PEFT adapters, with any tokenizers. They score the data once, each in its
-            own chat template, and are gone before training.
+            own chat template, and are freed before training.
         reference_score_file (`list[str]`, *optional*):
-            Files of scores made elsewhere (`hf-sft-variants score --output`, or your own, see `docs/score_file.md`).
-            Of their models those in `reference_models` are used, by default all.
+            Files with scores made elsewhere (`hf-sft-variants score --output`, or your own, see `docs/score_file.md`).
+            `reference_models` selects some of their models; all are used by default.
         reference_score_column (`str`, *optional*, defaults to `"ref_logps"`):
-            Column of the data set with a list of one mean log-probability per reference model, in nats per token. If
-            it is there, nothing is scored.
+            Column of the data set with a list of mean log-probabilities, one per reference model, in nats per token.
+            A data set with this column is not scored.
 
     Parameters of scoring:
         score_cache_dir (`str`, *optional*):
-            Folder where scores are kept, a folder in it for each model and set of options. Defaults to
-            `hf_sft_variants/scores` in the Hugging Face home folder. A folder inside `output_dir` goes to the Hub with
-            the model: hashes of the examples and numbers, no texts.
+            Folder for scores, with a subfolder for each model and its options. Defaults to `hf_sft_variants/scores` in
+            the Hugging Face home folder. A folder inside `output_dir` is pushed to the Hub with the model; it contains
+            hashes of the examples and numbers, but no text.
         reference_batch_tokens (`int`, *optional*, defaults to `4096`):
-            Most tokens in a batch when scoring, padding included.
+            Maximum number of tokens in a batch when scoring, padding included.
         reference_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of `from_pretrained` for the reference models, such as `quantization_config`, or
             `device_map` for models larger than one GPU. `dtype` defaults to bfloat16 on an accelerator, float32 on the
-            CPU. The base model of an adapter has the revision that the adapter was saved with.
+            CPU. An adapter's base model defaults to the revision that the adapter was saved with.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
@@ -76,27 +76,27 @@ class PoFTConfig(SFTConfig):
     )
     reference_score_column: str = field(
         default="ref_logps",
-        metadata={"help": "Column with one mean log-probability per reference model; if there, nothing is scored."},
+        metadata={"help": "Column with one mean log-probability per reference model; replaces scoring."},
     )
     reference_score_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Files of scores made elsewhere, .parquet or .jsonl."},
+        metadata={"help": "Files with scores made elsewhere, .parquet or .jsonl."},
     )
     length_normalizer: str = field(
         default="own",
         metadata={
-            "help": "Whether a reference model's log-probability is divided by its own or the target's token count.",
+            "help": "Whether to divide a reference model's log-probability by its own or the target's token count.",
             "choices": ["own", "target"],
         },
     )
     score_end_of_turn: bool = field(
         default=True,
-        metadata={"help": "Whether the end-of-turn token counts."},
+        metadata={"help": "Whether the end-of-turn token is scored."},
     )
     preference_weighting: str = field(
         default="poft",
         metadata={
-            "help": "What an example's cross-entropy weighs; 'uniform' and 'constant' are controls.",
+            "help": "Weight of an example's cross-entropy; 'uniform' and 'constant' are controls.",
             "choices": ["poft", "uniform", "constant"],
         },
     )
@@ -106,7 +106,7 @@ class PoFTConfig(SFTConfig):
     )
     reference_batch_tokens: int = field(
         default=4096,
-        metadata={"help": "Most tokens in a batch when scoring, padding included."},
+        metadata={"help": "Maximum number of tokens in a batch when scoring, padding included."},
     )
     reference_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -115,7 +115,7 @@ class PoFTConfig(SFTConfig):
 
     @property
     def needs_references(self) -> bool:
-        """Whether the loss compares with reference models, or is to be trained on the same examples."""
+        """Whether the loss needs reference log-probabilities, or the examples that have them."""
         return self.preference_weighting != "uniform"
 
     def __post_init__(self):
@@ -124,11 +124,10 @@ class PoFTConfig(SFTConfig):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         require_valid_fields(self)
-        for name in ("beta", "gamma"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or (name == "beta" and value <= 0):
-                wanted = "a positive number" if name == "beta" else "a finite number"
-                raise InputError(f"`{name}` must be {wanted}, got {value!r}.")
+        if not 0 < self.beta < math.inf:
+            raise InputError(f"`beta` must be a positive number, got {self.beta!r}.")
+        if not math.isfinite(self.gamma):
+            raise InputError(f"`gamma` must be a finite number, got {self.gamma!r}.")
         if self.reference_batch_tokens < 1:
             raise InputError(f"`reference_batch_tokens` must be 1 or more, got {self.reference_batch_tokens}.")
         if self.reference_models is not None and len(set(self.reference_models)) < len(self.reference_models):
@@ -136,7 +135,7 @@ class PoFTConfig(SFTConfig):
         self._check_cuts()
 
     def to_dict(self):
-        """As [`~trl.SFTConfig.to_dict`], from which trackers take the settings: a quantization, too, is JSON."""
+        """As [`~trl.SFTConfig.to_dict`], with JSON values for trackers, also of a quantization."""
         kwargs = as_json_values(self.reference_model_init_kwargs)
         return {**super().to_dict(), "reference_model_init_kwargs": kwargs}
 

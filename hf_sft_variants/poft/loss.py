@@ -7,15 +7,15 @@ import torch.nn.functional as F
 @dataclass
 class PreferenceLoss:
     """
-    The PoFT loss of a micro-batch of `S` examples and what it was made of: detached, and zero in an example without
-    scored tokens. `M` reference models.
+    PoFT loss of a micro-batch of `S` examples with `M` reference models, and its parts: these are detached, and zero
+    for an example without scored tokens.
 
     Attributes:
         loss_sum (`torch.Tensor`): Scalar; divide by the number of scored examples of the optimizer step.
         is_scored (`torch.Tensor` of shape `(S,)`): Whether an example has a scored token.
         log_prob (`torch.Tensor` of shape `(S,)`): r_θ, mean log-probability of the scored tokens, in nats.
         reference_log_probs (`torch.Tensor` of shape `(M, S)`): r_j of each reference model, in nats.
-        tau (`torch.Tensor` of shape `(S,)`): τ, what the example's cross-entropy weighs in the gradient (times β).
+        tau (`torch.Tensor` of shape `(S,)`): τ, the weight of the example's cross-entropy in the gradient (times β).
     """
 
     loss_sum: torch.Tensor
@@ -36,14 +36,24 @@ def preference_loss(
     weighting: str,
 ) -> PreferenceLoss:
     r"""
-    Preference of the target model over the mean of the reference models ([PoFT](https://huggingface.co/papers/2412.12865)):
+    Preference of the target model over the mean of the reference models.
 
     $$ \sum_x -\log \sigma(\beta (r_\theta(x) - \overline{r}(x)) + \gamma), \quad
     \overline{r} = \frac{1}{M} \sum_j r_j $$
 
     Its gradient is \\( \beta \tau \\) times that of the example's mean negative log-likelihood, with \\( \tau =
-    \sigma(-(\beta (r_\theta - \overline{r}) + \gamma)) \\). Controls: `"uniform"` is \\( \sum_x -r_\theta(x) \\);
-    `"constant"` is \\( \beta \sigma(-\gamma) \\) times that, with τ as it is where \\( r_\theta = \overline{r} \\).
+    \sigma(-(\beta (r_\theta - \overline{r}) + \gamma)) \\). The control `"uniform"` is \\( \sum_x -r_\theta(x) \\);
+    `"constant"` is \\( \beta \sigma(-\gamma) \\) times that, the weight of an example with \\( r_\theta =
+    \overline{r} \\).
+
+    References:
+        - [Preference-Oriented Supervised Fine-Tuning](https://huggingface.co/papers/2412.12865), Eqs. 3 to 9.
+
+    Requirements:
+        1. Reference log-probabilities of the same text, each in nats per token of its model.
+
+    Relations:
+        - With `weighting="uniform"` and one example, the mean cross-entropy of [`~trl.SFTTrainer`].
 
     Args:
         log_probs (`torch.Tensor` of shape `(B, L)`): Log-probability of each label, float32.
@@ -60,7 +70,7 @@ def preference_loss(
     num_scored = zeros.index_add(0, examples, mask.to(zeros.dtype))
     is_scored = num_scored > 0
     log_prob = zeros.index_add(0, examples, log_probs.flatten() * mask) / num_scored.clamp(min=1)
-    # All of an example's values are the same: take one, a mean would round
+    # All values of an example are equal: take one, since a mean would round
     values = reference_log_probs.flatten(1).masked_fill(~mask, -torch.inf)
     lowest = values.new_full((len(values), num_samples), -torch.inf)
     references = lowest.scatter_reduce(1, examples.expand_as(values), values, "amax").masked_fill(~is_scored, 0.0)

@@ -1,4 +1,4 @@
-"""An example in a reference model's own chat template and tokens."""
+"""Renders an example in a reference model's own chat template and tokens."""
 
 from typing import Any
 
@@ -20,21 +20,19 @@ def render_for_reference(
     dataset_name: str,
 ) -> dict[str, list[int]]:
     """
-    For `Dataset.map`: the tokens of a reference model as `input_ids`, and `labels` on those that are scored.
+    Render an example for a reference model: its tokens as `input_ids`, `labels` on the scored ones. For `Dataset.map`.
 
     Args:
         example (`dict[str, Any]`):
             Prepared row with `messages`, or `prompt` and `completion`, and `example_row`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The reference model's tokenizer.
+            Tokenizer of the reference model.
         target_eos (`str`):
-            End of sequence that `SFTTrainer` has put behind a plain completion; replaced by the reference model's.
+            End of sequence that `SFTTrainer` has appended to a plain completion; replaced by the reference model's.
         end_of_turn (`bool`):
             Whether the end-of-turn token is scored.
-        model (`str`):
-            The reference model's name, for the error.
-        dataset_name (`str`):
-            Name of the data set, for the error.
+        model (`str`), dataset_name (`str`):
+            Names for messages.
 
     Raises:
         `InputError`: If the chat template can't render the messages or changes the assistant's words, naming the row
@@ -52,8 +50,14 @@ def render_for_reference(
             f"Row {example['example_row']} of the {dataset_name} dataset can't be scored by the reference model "
             f"{model!r}: {str(problem).rstrip('.')}. Change the row, or choose a model whose chat template shows it."
         ) from problem
-    labels = [token_id if is_scored else -100 for token_id, is_scored in zip(rendered.token_ids, mask, strict=True)]
-    return {"input_ids": rendered.token_ids, "labels": labels}
+    return label_scored_tokens({"input_ids": rendered.token_ids, "scored_mask": mask})
+
+
+def label_scored_tokens(example: dict[str, Any]) -> dict[str, list[int]]:
+    """Keep the tokens, with `labels` on the scored ones. For `Dataset.map`."""
+    pairs = zip(example["input_ids"], example["scored_mask"], strict=True)
+    labels = [token_id if is_scored else -100 for token_id, is_scored in pairs]
+    return {"input_ids": example["input_ids"], "labels": labels}
 
 
 def _render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> RenderedExample:
@@ -70,8 +74,8 @@ def _render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rend
 
 def merge_system_turn(example: dict[str, Any]) -> dict[str, Any] | None:
     """
-    For templates that refuse a system turn: put its text in front of the first user's, with an empty line between.
-    `None` if the conversation doesn't begin with the two.
+    Prepend a system turn's text and an empty line to the first user turn, for templates that refuse system turns.
+    `None` if the conversation doesn't begin with these two turns.
     """
     column = "prompt" if "prompt" in example else "messages"
     messages = example[column]
@@ -80,9 +84,3 @@ def merge_system_turn(example: dict[str, Any]) -> dict[str, Any] | None:
     system, user = messages[:2]
     merged = {**user, "content": f"{system['content']}\n\n{user['content']}"}
     return {**example, column: [merged, *messages[2:]]}
-
-
-def label_scored_tokens(example: dict[str, Any]) -> dict[str, list[int]]:
-    """For `Dataset.map`, of rows that came as tokens: `labels` on those that are scored."""
-    pairs = zip(example["input_ids"], example["scored_mask"], strict=True)
-    return {"labels": [token_id if is_scored else -100 for token_id, is_scored in pairs]}

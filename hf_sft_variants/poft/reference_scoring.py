@@ -1,8 +1,7 @@
-"""What reference models think of a data set's responses: each in its own template and tokens, scored once, freed."""
+"""Scores the responses of a data set with reference models, each in its own chat template and tokens."""
 
 import hashlib
 import os
-import weakref
 from functools import partial
 from typing import Any
 
@@ -33,18 +32,18 @@ from .score_files import SCHEMA
 
 logger = get_logger(__name__)
 
-# To be raised when the same model would give other scores
+# Increase it when the same model would give other scores
 _SCHEMA_VERSION = 1
 
 
 class ReferenceScoringCallback(TrainerCallback):
     """
-    A [`~transformers.TrainerCallback`] that scores the data of a [`PoFTTrainer`] with reference models: when the
-    trainer prepares a data set, before it trains.
+    A [`~transformers.TrainerCallback`] that scores the data of a [`PoFTTrainer`] with reference models while the
+    trainer prepares it, before training.
 
-    Each model reads the same messages in its own chat template and its own tokens, and is freed before the next one is
-    loaded. Scores are kept on disk and found again by the examples' content. When training starts, one line for each
-    model is logged. The trainer makes this callback from its configuration; pass one to use other options.
+    Each model reads the same messages in its own chat template and tokens, and is freed before the next one is loaded.
+    Scores are cached on disk by the examples' content. One line per model is logged when training starts. The trainer
+    creates this callback from its configuration; pass one to use other options.
 
     Example:
 
@@ -62,20 +61,20 @@ class ReferenceScoringCallback(TrainerCallback):
 
     Args:
         models (`list[str]`):
-            Ids or folders of causal language models or of PEFT adapters, with any tokenizers.
+            Ids or folders of causal language models or PEFT adapters, with any tokenizers.
         model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained` for all of them. `dtype` defaults to bfloat16 on an accelerator,
+            Keyword arguments of `from_pretrained` for all models. `dtype` defaults to bfloat16 on an accelerator,
             float32 on the CPU.
         score_cache_dir (`str`, *optional*):
             Folder of all scores, by default `hf_sft_variants/scores` in the Hugging Face home folder.
         batch_tokens (`int`, *optional*, defaults to `4096`):
-            Most tokens in a batch when scoring, padding included.
+            Maximum number of tokens in a batch, padding included.
 
     Attributes:
         scores (`dict[str, pa.Table]`):
-            Name of each data set that was scored to its scores, as in a score file (`docs/score_file.md`).
+            Scores of each data set by its name, as in a score file (`docs/score_file.md`).
         key_of_row (`dict[str, dict[int, str]]`):
-            Name of each data set to the numbers of its scored rows and their keys, which equal rows share.
+            For each data set the keys of its scored rows, by their numbers.
 
     Raises:
         `InputError`: If there is no model, or one is given twice.
@@ -96,7 +95,6 @@ class ReferenceScoringCallback(TrainerCallback):
         self.batch_tokens = batch_tokens
         self.scores: dict[str, pa.Table] = {}
         self.key_of_row: dict[str, dict[int, str]] = {}
-        self._loaded = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         trained = get_config_model_id(model.config)
@@ -109,12 +107,9 @@ class ReferenceScoringCallback(TrainerCallback):
                 )
         for line in self.summary():
             logger.info(line)
-        still_there = [model for model, loaded in self._loaded.items() if loaded() is not None]
-        if still_there:
-            logger.warning(f"The reference models {still_there} are still in memory: something holds on to them.")
 
     def summary(self) -> list[str]:
-        """One line for each data set that was scored and each model."""
+        """One line for each scored data set and model."""
         lines = []
         for name, table in self.scores.items():
             for model in self.models:
@@ -133,7 +128,7 @@ class ReferenceScoringCallback(TrainerCallback):
         args: PoFTConfig,
     ) -> pa.Table:
         """
-        Score every example with every model. To be called by all processes at once.
+        Score every example with every model. Must be called by all processes at once.
 
         Args:
             dataset ([`~datasets.Dataset`]):
@@ -142,9 +137,9 @@ class ReferenceScoringCallback(TrainerCallback):
             dataset_name (`str`):
                 Name of the data set, for messages.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                The trained model's tokenizer.
+                Tokenizer of the trained model.
             args ([`PoFTConfig`]):
-                Has the limits of length and `score_end_of_turn`.
+                Configuration with `max_length` and `score_end_of_turn`.
 
         Returns:
             `pa.Table`: A row for each example and model, null where the example is too long for the model.
@@ -152,9 +147,10 @@ class ReferenceScoringCallback(TrainerCallback):
         Raises:
             `InputError`: If a model can't be loaded, or can't render or score the data.
         """
-        tables, has_responses = [], dataset[0]["has_responses"]
-        # All of them first: a misspelt name is an error before the others have scored for hours
+        has_responses = dataset[0]["has_responses"]
+        # All of them first, so that a misspelt name fails before the other models have scored for hours
         tokenizers = [load_reference_tokenizer(model, self.model_init_kwargs) for model in self.models]
+        tables = []
         for model, own_tokenizer in zip(self.models, tokenizers, strict=True):
             if has_responses:
                 fn_kwargs = {
@@ -164,25 +160,24 @@ class ReferenceScoringCallback(TrainerCallback):
                     "model": model,
                     "dataset_name": dataset_name,
                 }
-                rendered = self._map(dataset, render_for_reference, fn_kwargs, dataset_name, model, args)
+                render, template = partial(render_for_reference, **fn_kwargs), own_tokenizer.chat_template
             else:
                 require_same_vocabulary(model, tokenizer, self.model_init_kwargs)
-                rendered = self._map(dataset, label_scored_tokens, {}, dataset_name, model, args)
-            template = own_tokenizer.chat_template if has_responses else None
+                render, template = label_scored_tokens, None
+            description = map_description(dataset, args, f"Rendering {dataset_name} dataset for {model}")
+            with global_then_local_main_first():
+                rendered = dataset.map(
+                    render,
+                    remove_columns=[name for name in dataset.column_names if name != EXAMPLE_KEY],
+                    **description,
+                )
             tables.append(self._score(rendered, template, dataset_name, model, args))
         self.key_of_row[dataset_name] = dict(zip(dataset["example_row"], dataset[EXAMPLE_KEY], strict=True))
         self.scores[dataset_name] = pa.concat_tables(tables)
         return self.scores[dataset_name]
 
-    def _map(self, dataset, function, fn_kwargs, dataset_name, model, args) -> Dataset:
-        others = [column for column in dataset.column_names if column not in (EXAMPLE_KEY, "input_ids", "labels")]
-        map_kwargs = map_description(dataset, args, f"Rendering {dataset_name} dataset for {model}")
-        with global_then_local_main_first():
-            return dataset.map(function, fn_kwargs=fn_kwargs, remove_columns=others, **map_kwargs)
-
     def _score(self, rendered, template, dataset_name, model, args) -> pa.Table:
         limits = [args.max_length, max_positions(model, self.model_init_kwargs)]
-        limit = min((limit for limit in limits if limit is not None), default=None)
         settings = {
             "kind": "response_log_probs",
             "schema": _SCHEMA_VERSION,
@@ -190,27 +185,24 @@ class ReferenceScoringCallback(TrainerCallback):
             "chat_template": hashlib.sha256(str(template).encode()).hexdigest()[:16],
             "score_end_of_turn": args.score_end_of_turn,
         }
-        load_scorer = partial(self._load_scorer, model)
-        description = f"Scoring {dataset_name} dataset with {model}"
         scores = cached_scores(
-            rendered, load_scorer, self.score_cache_dir, settings, self.batch_tokens, description, max_tokens=limit
+            rendered,
+            partial(self._load_scorer, model),
+            self.score_cache_dir,
+            settings,
+            self.batch_tokens,
+            f"Scoring {dataset_name} dataset with {model}",
+            max_tokens=min((limit for limit in limits if limit is not None), default=None),
         )
-        return _as_score_table(rendered[EXAMPLE_KEY], scores, model, args.score_end_of_turn)
+        columns = {
+            EXAMPLE_KEY: rendered[EXAMPLE_KEY][:],
+            "model": [model] * len(rendered),
+            "sum_log_prob": scores["sum_log_prob"],
+            "num_tokens": scores["num_tokens"],
+            "mean_log_prob": pc.divide(scores["sum_log_prob"], scores["num_tokens"]),
+            "score_end_of_turn": [args.score_end_of_turn] * len(rendered),
+        }
+        return pa.table(columns, schema=SCHEMA)
 
     def _load_scorer(self, model: str) -> LogProbScorer:
-        loaded = load_reference_model(model, self.model_init_kwargs)
-        self._loaded[model] = weakref.ref(loaded)
-        return LogProbScorer(loaded)
-
-
-def _as_score_table(keys: list[str], scores: pa.Table, model: str, score_end_of_turn: bool) -> pa.Table:
-    """One model's scores as in a score file: null where it has none."""
-    columns = {
-        EXAMPLE_KEY: keys,
-        "model": [model] * len(keys),
-        "sum_log_prob": scores["sum_log_prob"],
-        "num_tokens": scores["num_tokens"],
-        "mean_log_prob": pc.divide(scores["sum_log_prob"], scores["num_tokens"]),
-        "score_end_of_turn": [score_end_of_turn] * len(keys),
-    }
-    return pa.table(columns, schema=SCHEMA)
+        return LogProbScorer(load_reference_model(model, self.model_init_kwargs))

@@ -1,4 +1,4 @@
-"""Reference log-probabilities on their way from a list for each example to columns with one value for each token."""
+"""Reference log-probabilities, from a list for each example to columns with a value for each token."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ COLUMN = "reference_log_prob_{}"
 
 
 def reference_names(models: list[str]) -> list[str]:
-    """What the models are called in metrics: the last part of id or path, or their numbers if these are not unique."""
+    """Names of the models in metrics: the last part of their ids or paths, or their numbers if that is ambiguous."""
     names = [model.rstrip("/").rpartition("/")[2] for model in models]
     unique = len({*names, "mean"}) == len(names) + 1
     return names if unique else [str(number) for number in range(len(names))]
@@ -33,10 +33,10 @@ def names_of_prepared(columns: list[str]) -> list[str]:
 
 def number_in_column(dataset: Dataset | IterableDataset, args: PoFTConfig, dataset_name: str) -> int:
     """
-    Number of reference models that `reference_score_column` has values of, by its first row.
+    Number of reference models in `reference_score_column`, by its first row.
 
     Raises:
-        `InputError`: If the configuration asks for sums, or for another number of models.
+        `InputError`: If the configuration needs sums, or names another number of models.
     """
     column, models = args.reference_score_column, args.reference_models
     if args.length_normalizer == "target":
@@ -58,7 +58,7 @@ def spread_over_tokens(
     example: dict[str, Any], column: str, num_references: int, dataset_name: str
 ) -> dict[str, np.ndarray]:
     """
-    For `Dataset.map`: make a column of each reference model's value, the same on every token.
+    Make a column for each reference model, with the example's value on every token. For `Dataset.map`.
 
     Raises:
         `InputError`: If the values are not `num_references` finite numbers of at most 0, naming the row.
@@ -75,7 +75,7 @@ def spread_over_tokens(
 
 
 def is_log_prob(value: Any) -> bool:
-    """Whether a value is a finite number and at most 0, up to rounding: a positive one is no log-probability."""
+    """Whether a value is a finite number of at most 0, up to rounding."""
     return isinstance(value, int | float) and math.isfinite(value) and value < 1e-3
 
 
@@ -83,7 +83,7 @@ def drop_unscored(
     dataset: Dataset | IterableDataset, args: PoFTConfig, dataset_name: str
 ) -> Dataset | IterableDataset:
     """
-    Drop examples without a scored token, and, where references score whole responses, those that truncation has cut.
+    Drop examples without a scored token and, if they are compared with scores of whole responses, truncated ones.
 
     Raises:
         `InputError`: If none is left.
@@ -92,23 +92,20 @@ def drop_unscored(
     kept = dataset.filter(_is_scored, fn_kwargs={"needs_whole": args.needs_references}, **map_kwargs)
     if isinstance(dataset, IterableDataset) or len(kept) == len(dataset):
         return kept
-    unscored = sum(number == 0 for number in dataset["num_scored_tokens"])
+    num_dropped, num_silent = len(dataset) - len(kept), dataset["num_scored_tokens"][:].count(0)
     reasons = (
-        f"{unscored} without a word of the assistant, {len(dataset) - len(kept) - unscored} with scored tokens that "
+        f"{num_silent} without a word of the assistant, {num_dropped - num_silent} with scored tokens that "
         f"max_length={args.max_length} cuts"
     )
     if len(kept) == 0:
-        fix = "Raise `max_length`." if unscored < len(dataset) else _where_words_are(dataset)
+        fix = "Raise `max_length`." if num_silent < len(dataset) else _where_words_are(dataset[0])
         raise InputError(f"No example of the {dataset_name} dataset can be used: {reasons}. {fix}")
-    logger.warning(
-        f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: {reasons}."
-    )
+    logger.warning(f"Dropped {num_dropped} of {len(dataset)} examples of the {dataset_name} dataset: {reasons}.")
     return kept
 
 
-def _where_words_are(dataset: Dataset) -> str:
-    first = dataset[0]
-    turns = first.get("completion") or first.get("messages")
+def _where_words_are(example: dict[str, Any]) -> str:
+    turns = example.get("completion") or example.get("messages")
     if not isinstance(turns, list):
         return "Give labels, or messages."
     roles = sorted({str(turn.get("role")) for turn in turns})
@@ -124,13 +121,13 @@ def add_reference_log_probs(
     dataset: Dataset, columns: dict[str, list[float | None]], name: str, dataset_name: str
 ) -> Dataset:
     """
-    Add a column `name` with a list of each model's value; drop examples that one of the models could not score.
+    Add a column `name` with a list of the models' values; drop examples that one of the models could not score.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The examples.
         columns (`dict[str, list[float | None]]`):
-            Reference model to its value for each example, `None` where it could not score it.
+            For each reference model its value of each example, `None` for one that it could not score.
         name (`str`):
             Column to add.
         dataset_name (`str`):

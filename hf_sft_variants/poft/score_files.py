@@ -1,9 +1,8 @@
-"""Scores of reference models as tables: read from files made anywhere, joined to the examples by key, ranked."""
+"""Tables of reference scores: read from files of any origin, joined to the examples by key, ranked."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,11 +12,12 @@ from datasets import Dataset
 
 from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..errors import InputError
+from ..scoring.joins import find_conflict
 from ..scoring.shards import write_parquet
 from .references import is_log_prob
 
 
-# A row for each example and model; `docs/score_file.md` says what stands in them
+# One row per example and model; see `docs/score_file.md`
 SCHEMA = pa.schema(
     {
         EXAMPLE_KEY: pa.string(),
@@ -28,99 +28,99 @@ SCHEMA = pa.schema(
         "score_end_of_turn": pa.bool_(),
     }
 )
-_REQUIRED = [EXAMPLE_KEY, "model", "score_end_of_turn"]
-_ON_FILES = "See docs/score_file.md."
+_VALUES = ["sum_log_prob", "num_tokens", "mean_log_prob"]
+_SEE_DOCS = "See docs/score_file.md."
 
 __all__ = ["SCHEMA", "add_content_keys", "join_by_key", "keys_of_best", "read_score_files", "write_score_file"]
 
 
 def write_score_file(scores: pa.Table, path: str | Path) -> None:
-    """Write a table of `SCHEMA` as Parquet, for `reference_score_file`."""
+    """Write a table with `SCHEMA` as Parquet, for `reference_score_file`."""
     write_parquet(scores.cast(SCHEMA), Path(path))
 
 
 def read_score_files(paths: Sequence[str], score_end_of_turn: bool) -> pa.Table:
     """
-    Read score files, Parquet or JSON lines, into one table of `SCHEMA`; columns that they lack are null.
+    Read score files, Parquet or JSON lines, into one table with `SCHEMA`; missing columns are filled with nulls.
 
     Args:
         paths (`Sequence[str]`):
             Files that end in `.parquet` or `.jsonl`.
         score_end_of_turn (`bool`):
-            What the files have to say of it.
+            Setting that the files must have been made with.
 
     Raises:
-        `InputError`: If a file can't be read, lacks columns, or was made with another setting of `score_end_of_turn`.
+        `InputError`: If a file can't be read, lacks columns, or was made with another `score_end_of_turn`.
     """
-    return pa.concat_tables([_read_score_file(path, score_end_of_turn) for path in paths])
+    tables = [_read_score_file(path, score_end_of_turn) for path in paths]
+    return pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="default")
 
 
 def _read_score_file(path: str, score_end_of_turn: bool) -> pa.Table:
     where = f"`reference_score_file` {path!r}"
     if Path(path).suffix not in (".parquet", ".jsonl"):
-        raise InputError(f"{where} is neither .parquet nor .jsonl: give one of these. {_ON_FILES}")
+        raise InputError(f"{where} is neither .parquet nor .jsonl: give one of these. {_SEE_DOCS}")
     if not Path(path).is_file():
-        raise InputError(f"{where} can't be read: there is no such file. {_ON_FILES}")
+        raise InputError(f"{where} can't be read: there is no such file. {_SEE_DOCS}")
     try:
         table = pq.read_table(path) if path.endswith(".parquet") else pyarrow.json.read_json(path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{where} can't be read: {error} {_ON_FILES}") from error
-    missing = [column for column in _REQUIRED if column not in table.column_names]
-    if not {"sum_log_prob", "num_tokens"} <= set(table.column_names) and "mean_log_prob" not in table.column_names:
+        raise InputError(f"{where} can't be read: {error} {_SEE_DOCS}") from error
+    found = [name for name in SCHEMA.names if name in table.column_names]
+    missing = [name for name in (EXAMPLE_KEY, "model", "score_end_of_turn") if name not in found]
+    if not {"sum_log_prob", "num_tokens"} <= set(found) and "mean_log_prob" not in found:
         missing.append("sum_log_prob` and `num_tokens")
     if missing:
-        raise InputError(f"{where} has no column `{missing[0]}`, only {table.column_names}. {_ON_FILES}")
-    others = pc.unique(table["score_end_of_turn"]).to_pylist()
-    if others != [score_end_of_turn]:
+        raise InputError(f"{where} has no column `{missing[0]}`, only {table.column_names}. {_SEE_DOCS}")
+    settings = pc.unique(table["score_end_of_turn"]).to_pylist()
+    if settings != [score_end_of_turn]:
         raise InputError(
-            f"{where} has `score_end_of_turn` {others}, but `score_end_of_turn={score_end_of_turn}` is asked for. Set "
-            "it as it was when the scores were made, or score again."
+            f"{where} has `score_end_of_turn` {settings}, but `score_end_of_turn={score_end_of_turn}` is set. Set it "
+            "to the value the scores were made with, or score again."
         )
     try:
-        columns = [
-            table[field.name].cast(field.type)
-            if field.name in table.column_names
-            else pa.nulls(len(table), field.type)
-            for field in SCHEMA
-        ]
+        table = table.select(found).cast(pa.schema([SCHEMA.field(name) for name in found]))
     except pa.ArrowException as error:
-        raise InputError(f"{where} has a value of the wrong type: {error} {_ON_FILES}") from error
+        raise InputError(f"{where} has a value of the wrong type: {error} {_SEE_DOCS}") from error
     for name in (EXAMPLE_KEY, "model"):
         if table[name].null_count:
             row = pc.index(table[name].is_null(), True).as_py()
-            raise InputError(f"{where} has no `{name}` in row {row}. {_ON_FILES}")
-    return pa.table(columns, schema=SCHEMA)
+            raise InputError(f"{where} has no `{name}` in row {row}. {_SEE_DOCS}")
+    return table
 
 
 def join_by_key(
     dataset: Dataset, scores: pa.Table, model: str, length_normalizer: str, dataset_name: str
 ) -> list[float | None]:
     """
-    A reference model's r_j for each example, in nats per token; `None` where the scores say that it can't be scored.
+    Score r_j of each example by a reference model, in nats per token; `None` if the model could not score the example.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Examples with `example_key`, `example_row` and `num_scored_tokens`.
         scores (`pa.Table`):
-            Of `SCHEMA`, in any order, with other examples and models too.
+            Table with `SCHEMA`, in any order; may have other examples and models.
         model (`str`):
-            Whose scores to take.
+            Name of the reference model in the table.
         length_normalizer (`str`):
-            `"own"`: the mean over the model's own tokens. `"target"`: its summed log-probability over the number of
-            the trained model's tokens.
+            `"own"`: the mean over the model's own tokens. `"target"`: its summed log-probability divided by the number
+            of the trained model's tokens.
+        dataset_name (`str`):
+            Name of the data set, for messages.
 
     Raises:
-        `InputError`: If an example has no score, or two different ones, or a score is no finite number of at most 0.
+        `InputError`: If an example has no score or two different ones, or a score is not a finite number of at most 0.
     """
-    score_of_key = {}
-    for score in scores.filter(pc.equal(scores["model"], model)).select([*SCHEMA.names[2:5], EXAMPLE_KEY]).to_pylist():
-        key = score.pop(EXAMPLE_KEY)
-        if not _same_score(score_of_key.setdefault(key, score), score):
-            raise InputError(
-                f"The example with the key {key} has two different scores of {model!r}: {score_of_key[key]} and "
-                f"{score}. Remove one of them from the score files."
-            )
-    results = []
+    scores = scores.filter(pc.equal(scores["model"], model))
+    conflict = find_conflict(scores, _VALUES)
+    if conflict is not None:
+        first, other = ({name: row[name] for name in _VALUES} for row in conflict)
+        raise InputError(
+            f"The example with the key {conflict[0][EXAMPLE_KEY]} has two different scores of {model!r}: {first} and "
+            f"{other}. Remove one of them from the score files."
+        )
+    score_of_key = {score.pop(EXAMPLE_KEY): score for score in scores.select([EXAMPLE_KEY, *_VALUES]).to_pylist()}
+    means = []
     columns = (dataset[name] for name in ("example_row", EXAMPLE_KEY, "num_scored_tokens"))
     for row, key, num_tokens in zip(*columns, strict=True):
         where = f"Row {row} of the {dataset_name} dataset (key {key})"
@@ -129,38 +129,26 @@ def join_by_key(
                 f"{where} has no score of the reference model {model!r}. Score it and add it to the score files, or "
                 "remove the row."
             )
-        results.append(_mean_log_prob(score_of_key[key], num_tokens, length_normalizer, f"{where}, model {model!r}"))
-    return results
-
-
-def _same_score(first: dict, second: dict) -> bool:
-    """Up to rounding: a row that stands in two data sets is scored in two batches."""
-    return first is second or all(
-        value == second[name]
-        or (None not in (value, second[name]) and math.isclose(value, second[name], rel_tol=1e-4))
-        for name, value in first.items()
-    )
+        means.append(_mean_log_prob(score_of_key[key], num_tokens, length_normalizer, f"{where}, model {model!r}"))
+    return means
 
 
 def _mean_log_prob(score: dict, num_target_tokens: int, length_normalizer: str, where: str) -> float | None:
-    total, num_tokens, mean = score["sum_log_prob"], score["num_tokens"], score["mean_log_prob"]
-    if total is None and mean is None:
+    total, num_tokens, given = (score[name] for name in _VALUES)
+    if total is None and given is None:
         return None
-    if length_normalizer == "target":
-        if total is None:
-            raise InputError(
-                f"{where}: `length_normalizer='target'` needs summed log-probabilities, but the score files have the "
-                "mean alone. Add `sum_log_prob` to them, or set `length_normalizer='own'`."
-            )
-        mean = total / num_target_tokens
-    elif total is not None and num_tokens:
-        mean = total / num_tokens
+    if length_normalizer == "target" and total is None:
+        raise InputError(
+            f"{where}: `length_normalizer='target'` needs summed log-probabilities, but the score files only have the "
+            "mean. Add `sum_log_prob` to them, or set `length_normalizer='own'`."
+        )
+    divisor = num_target_tokens if length_normalizer == "target" else num_tokens
+    mean = total / divisor if total is not None and divisor else given
     if not is_log_prob(mean):
         raise InputError(
             f"{where}: the score {score} gives no finite mean log-probability of 0 or less. Correct it in the score "
             "files."
         )
-    given = score["mean_log_prob"]
     if length_normalizer == "own" and given is not None and not math.isclose(mean, given, rel_tol=1e-3, abs_tol=1e-6):
         raise InputError(
             f"{where}: the score {score} contradicts itself, `mean_log_prob` is not `sum_log_prob` over `num_tokens`. "
@@ -171,12 +159,10 @@ def _mean_log_prob(score: dict, num_target_tokens: int, length_normalizer: str, 
 
 def keys_of_best(scores: pa.Table, share: float) -> set[str]:
     """
-    Keys of the examples that the reference models find most likely: the best share by the mean of the models' mean
-    log-probabilities, at least one. An example that a model can't score is not among them.
+    Keys of the best share of the examples, at least one, by the mean of the reference models' mean log-probabilities.
+    Leaves out examples that a model could not score.
     """
-    means = {}
-    for score in scores.select([EXAMPLE_KEY, "model", "mean_log_prob"]).to_pylist():
-        means.setdefault(score[EXAMPLE_KEY], {})[score["model"]] = score["mean_log_prob"]
-    means = {key: fmean(of_models.values()) for key, of_models in means.items() if None not in of_models.values()}
-    ranked = sorted(means, key=means.get, reverse=True)
-    return set(ranked[: max(round(share * len(ranked)), 1)])
+    mean_of_all = pc.ScalarAggregateOptions(skip_nulls=False)
+    means = scores.group_by(EXAMPLE_KEY).aggregate([("mean_log_prob", "mean", mean_of_all)]).drop_null()
+    ranked = means.sort_by([("mean_log_prob_mean", "descending")])[EXAMPLE_KEY]
+    return set(ranked[: max(round(share * len(ranked)), 1)].to_pylist())

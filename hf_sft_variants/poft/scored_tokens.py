@@ -1,4 +1,4 @@
-"""Which tokens of an example are scored: the assistant's words and what ends its turns, in any model's rendering."""
+"""Finds the scored tokens of an example, the assistant's words and the ends of its turns, in any model's rendering."""
 
 from enum import IntEnum
 from typing import Any
@@ -6,11 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..text.assistant_turns import (
-    RenderedExample,
-    render_example,
-    require_same_tokens,
-)
+from ..text.assistant_turns import RenderedExample, render_example, require_same_tokens
 
 
 class ScoredMask(IntEnum):
@@ -21,29 +17,29 @@ class ScoredMask(IntEnum):
 
 
 def has_responses(columns: list[str]) -> bool:
-    """Whether rows are conversations, or prompts and completions: plain texts have no one to respond."""
+    """Whether rows are conversations, or prompts and completions, rather than plain texts."""
     return "messages" in columns or {"prompt", "completion"} <= set(columns)
 
 
 def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: str, end_of_turn: bool) -> list[int]:
     """
-    Mark the scored tokens: 1 on the assistant's words, and on what ends its turns if asked for; 0 elsewhere.
+    Mark the scored tokens: 1 on the assistant's words and, optionally, the ends of its turns; 0 elsewhere.
 
-    Of a prompt and a completion the completion is scored, of messages all turns of the assistant that have words. The
-    first token of an example is predicted by nothing, so it does not count.
+    Scored are the completion of a prompt, or all turns of the assistant that have words. Nothing predicts the first
+    token of an example, so it does not count.
 
     Args:
         example (`dict[str, Any]`):
             Row with `messages`, or `prompt` and `completion`.
         rendered ([`~hf_sft_variants.text.assistant_turns.RenderedExample`]):
-            The row in the template and the tokens of a model.
+            The row in a model's template and tokens.
         eos_token (`str`):
-            What is at the end of a plain completion and not of its words.
+            End of sequence, which follows the words of a plain completion.
         end_of_turn (`bool`):
             Whether the end-of-turn token, or the text that ends the turn, is scored.
 
     Raises:
-        `InputError`: If the tokens say something else than the assistant's words, up to white space around them.
+        `InputError`: If the tokens differ from the assistant's words by more than white space around them.
     """
     words = _assistant_words(example, eos_token)
     turns = [turn for turn in rendered.turns if rendered.text[slice(*turn.content)].strip()]
@@ -53,9 +49,9 @@ def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: s
     for turn, (content, has_calls) in zip(turns, words, strict=True):
         tokens = rendered.tokens_in(turn.content)
         if not tokens:
-            raise InputError(f"no token stands for the assistant's words {_shortened(content)}")
+            raise InputError(f"there is no token for the assistant's words {_shortened(content)}")
         first, last = min(tokens), max(tokens)
-        # Without a template a prompt's last characters may share a token with a completion's first
+        # Without a template the end of a prompt may share a token with the start of the completion
         start = turn.content[0] if isinstance(example.get("completion"), str) else rendered.offsets[first][0]
         text = rendered.text[start : rendered.offsets[last][1]]
         if text.strip() != content.strip():
@@ -69,7 +65,7 @@ def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: s
 
 
 def _assistant_words(example: dict[str, Any], eos_token: str) -> list[tuple[str, bool]]:
-    """Of the assistant's turns that have words these, and whether tool calls follow them, which are not scored."""
+    """Words of the assistant's turns that have any, and whether tool calls, which are not scored, follow them."""
     spoken = example["completion"] if "prompt" in example else example["messages"]
     if isinstance(spoken, str):
         contents = [(spoken.removesuffix(eos_token), False)]
@@ -92,9 +88,11 @@ def add_scored_mask(
     dataset_name: str,
 ) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: add the columns `scored_mask` ([`scored_mask`]; the supervised labels, if the rows came
-    as tokens or as plain texts; or what is there already), `num_scored_tokens`, `example_row`, the row's number, and
-    `has_responses`.
+    Add the columns `scored_mask`, `num_scored_tokens`, `example_row` (the row's number) and `has_responses`. For batched
+    `Dataset.map`.
+
+    An existing `scored_mask` is kept. Scored are the tokens of [`scored_mask`], or the supervised ones of rows that
+    came as tokens or plain texts.
 
     Raises:
         `InputError`: If the scored tokens can't be found or have no label, naming the row.
@@ -126,28 +124,28 @@ def add_scored_mask(
 def _supervised_mask(labels: list[int], end_of_turn: bool) -> list[int]:
     if not end_of_turn:
         raise InputError(
-            "`score_end_of_turn=False` needs messages, or prompts and completions; of other rows the labels say which "
-            "tokens are scored. Set the labels of the end-of-turn tokens to -100 instead"
+            "`score_end_of_turn=False` needs messages, or prompts and completions; in other rows all labels are "
+            "scored. Set the labels of the end-of-turn tokens to -100 instead"
         )
     return [int(label != -100) for label in labels]
 
 
 def _require_labels(mask: list[int], example: dict[str, Any]) -> None:
-    # A mask of another length is refused where it is truncated
+    # A mask of another length is refused when it is truncated
     pairs = zip(mask, example["labels"], strict=False)
     unlabelled = sum(is_scored == 1 and label == -100 for is_scored, label in pairs)
     if not unlabelled:
         return
     if "prompt" in example:
         fix = (
-            "`completion_only_loss` does this where the chat template's generation prompt is longer than what stands "
-            "in front of the same words in a whole conversation, as `<think>` may be: set it to False, or give "
-            "`messages` (PoFT trains on the responses alone in any case)"
+            "`completion_only_loss` does this where the chat template's generation prompt ends with more than what "
+            "precedes the same words in a whole conversation, such as `<think>`: set it to False, or give `messages` "
+            "(PoFT trains only on the responses in any case)"
         )
     else:
         fix = (
             "`assistant_only_loss` does this where the chat template leaves the end of turn out of its generation "
-            "marks: remove it (PoFT trains on the assistant's turns alone in any case), or set "
+            "marks: remove it (PoFT trains only on the assistant's turns in any case), or set "
             "`score_end_of_turn=False`"
         )
     raise InputError(

@@ -1,4 +1,4 @@
-"""Scores of a data set: what is on disk is read, what is missing is scored by all processes together and kept."""
+"""Scores of a data set: those on disk are read, the missing ones are computed by all processes together and kept."""
 
 import hashlib
 import math
@@ -17,11 +17,15 @@ from tqdm.auto import tqdm
 
 from ..base.example_keys import EXAMPLE_KEY
 from ..errors import InputError
+from .joins import rows_of_keys
 from .locks import lock_of_folder
-from .shards import concat_scores, plan_shards, read_scores, settings_folder, without_keys, write_scores
+from .shards import concat_scores, plan_shards, read_scores, settings_folder, write_scores
 
 
 Scorer = Callable[[list[dict]], list[dict]]
+
+# Scores that a process sends to the others at once
+_ROWS_PER_ROUND = 1000
 
 
 def cached_scores(
@@ -34,39 +38,37 @@ def cached_scores(
     max_tokens: int | None = None,
 ) -> pa.Table:
     """
-    Scores of a data set: found on disk, or computed and kept there. To be called by all processes at once.
+    Find the scores of a data set on disk, or compute and keep them. Must be called by all processes at once.
 
-    A score belongs to the tokens it was made of: each distinct example is scored once, and found again in any data
-    set, order and batch. The processes take turns in shards, and each finished shard is on disk, so a run that was
-    killed goes on where it stopped. The processes need not see the same folder: what one of them finds or scores is
-    sent to all, and each machine keeps its own copy.
+    A score belongs to an example's tokens and labels: equal examples are scored once, and found again in any data set,
+    order and batch. The processes share the work in shards, each of which is on disk as soon as it is finished, so a
+    killed run resumes where it stopped. The processes need not share a file system: every machine keeps a copy.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Examples with `input_ids` and `labels`.
         load_scorer (`Callable`):
-            Loads the scoring model, and returns what makes a dictionary of scores for each of a list of examples of
-            similar length. Called only if scores are missing, when no other run is about to make them; the model is
-            gone when this function returns.
+            Loads the model and returns a function from a list of examples to a list of dictionaries with their scores.
+            Called only if scores are missing and no other run is computing them.
         cache_dir (`str` or `Path`, *optional*):
-            Folder of all scores, by default `hf_sft_variants/scores` in the Hugging Face home folder. Those of
-            each `settings` have a folder of their own in it.
+            Folder of all scores, by default `hf_sft_variants/scores` in the Hugging Face home folder. Each `settings`
+            has a subfolder.
         settings (`dict`):
-            All that the scores depend on besides the examples, as JSON values.
+            Everything else that the scores depend on, as JSON values.
         batch_tokens (`int`):
-            Most tokens of a batch, padding included; a longer example is a batch by itself.
+            Maximum number of tokens in a batch, padding included. A longer example is scored alone.
         description (`str`):
-            Text before the progress bar.
+            Text of the progress bar.
         max_tokens (`int`, *optional*):
-            Most tokens that the model can read.
+            Maximum number of tokens that the model can read.
 
     Returns:
-        `pa.Table`: The scorer's columns, a row for each example in the data set's order. An example with more than
-        `max_tokens` tokens, or without a supervised token, has null.
+        `pa.Table`: The scorer's columns, in the data set's order; null for an example that has more than `max_tokens`
+        tokens or nothing to score.
 
     Raises:
-        `InputError`: If the scores can't be written (what was scored so far is kept), or those on disk can't be read;
-            if no example can be scored; if the processes have different examples or settings.
+        `InputError`: If scores can't be written (finished shards are kept) or read, if no example can be scored, or if
+            the processes have different examples or settings.
     """
     folder = settings_folder(cache_dir or Path(HF_HOME) / "hf_sft_variants" / "scores", settings)
     dataset = dataset.with_format(None).select_columns(["input_ids", "labels"])
@@ -86,29 +88,24 @@ def cached_scores(
             found, holders = _look_up(folder, settings, wanted)
             tables = [found]
             for part in chain(
-                _parts_to_send(examples, wanted, found, holders, batch_tokens),
+                _parts_to_send(wanted, found, holders),
                 _parts_to_score(examples, wanted, load_scorer, holders, batch_tokens, description),
             ):
                 tables.append(concat_scores(gather_object([part])))
-                _keep(without_keys(tables[-1], found[EXAMPLE_KEY]), folder, settings)
+                _keep(tables[-1], found[EXAMPLE_KEY], folder, settings)
             scores = concat_scores(tables)
-    place_of_key = {key: place for place, key in enumerate(scores[EXAMPLE_KEY].to_pylist())}
-    places = pa.array([place_of_key.get(key) for key in keys], pa.int64())
-    return scores.drop_columns(EXAMPLE_KEY).take(places)
+    return scores.drop_columns(EXAMPLE_KEY).take(rows_of_keys(keys, scores))
 
 
 def content_keys(dataset: Dataset, max_tokens: int | None = None) -> list[str | None]:
-    """
-    Name each example by what a model reads of it: a hash of its tokens and labels, equal for equal examples. `None`
-    for one with more than `max_tokens` tokens, or without a supervised token.
-    """
+    """Hash of each example's tokens and labels; `None` for one that is too long or has nothing to score."""
     keys = []
     for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
-        for pair in zip(batch["input_ids"].to_numpy(), batch["labels"].to_numpy(), strict=True):
-            # The first token is predicted by nothing
-            is_read = (max_tokens is None or len(pair[0]) <= max_tokens) and (pair[1][1:] != -100).any()
-            content = np.concatenate(pair, dtype=np.int64).tobytes()
-            keys.append(hashlib.sha256(content).hexdigest()[:32] if is_read else None)
+        for input_ids, labels in zip(batch["input_ids"].to_numpy(), batch["labels"].to_numpy(), strict=True):
+            # Nothing predicts the first token
+            is_scored = (max_tokens is None or len(input_ids) <= max_tokens) and (labels[1:] != -100).any()
+            content = np.concatenate([input_ids, labels], dtype=np.int64).tobytes()
+            keys.append(hashlib.sha256(content).hexdigest()[:32] if is_scored else None)
     return keys
 
 
@@ -124,7 +121,7 @@ def _require_same_on_all_processes(values: dict) -> None:
 
 
 def _look_up(folder: Path, settings: dict, keys: list[str]) -> tuple[pa.Table, np.ndarray]:
-    """The scores that this process finds, and which process finds which: a row for each, a column for each key."""
+    """The scores that this process finds, and whether each process (row) finds each key (column)."""
     scores, problem = None, None
     try:
         scores = read_scores(folder, settings, set(keys))
@@ -138,16 +135,14 @@ def _look_up(folder: Path, settings: dict, keys: list[str]) -> tuple[pa.Table, n
     return scores, np.array([np.unpackbits(bits, count=len(keys)) for bits, _ in everywhere], dtype=bool)
 
 
-# Work goes in rounds, in which each process makes its part and gets those of the others: none waits long for another
+# Both yield this process's part of each round; the parts are gathered after each, so no process waits long for another
 
 
-def _parts_to_send(
-    examples: Dataset, keys: list[str], found: pa.Table, holders: np.ndarray, batch_tokens: int
-) -> Iterator[pa.Table]:
-    """Scores that not all processes see: the first one that does sends them."""
+def _parts_to_send(keys: list[str], found: pa.Table, holders: np.ndarray) -> Iterator[pa.Table]:
+    """Scores that only some of the processes see: the first of these sends them."""
     rows, senders = np.flatnonzero(holders.any(0) & ~holders.all(0)), holders.argmax(0)
-    for shard in plan_shards(_lengths(examples.select(rows)), batch_tokens):
-        numbers = [rows[number] for batch in shard for number in batch]
+    for start in range(0, len(rows), _ROWS_PER_ROUND):
+        numbers = rows[start : start + _ROWS_PER_ROUND]
         mine = [keys[row] for row in numbers if senders[row] == PartialState().process_index]
         yield found.filter(pc.is_in(found[EXAMPLE_KEY], pa.array(mine, pa.string())))
 
@@ -160,12 +155,12 @@ def _parts_to_score(
     batch_tokens: int,
     description: str,
 ) -> Iterator[pa.Table]:
-    """Scores that no process sees, in shards."""
+    """Scores that no process sees, a shard in each round."""
     rows, state = np.flatnonzero(~holders.any(0)), PartialState()
     if len(rows) == 0:
         return
     examples, keys = examples.select(rows), [keys[row] for row in rows]
-    lengths = _lengths(examples)
+    lengths = [len(ids) for ids in examples["input_ids"]]
     shards = plan_shards(lengths, batch_tokens)
     mine = shards[state.process_index :: state.num_processes]
     total = sum(lengths[row] for shard in mine for batch in shard for row in batch)
@@ -182,12 +177,9 @@ def _parts_to_score(
     release_memory()
 
 
-def _lengths(examples: Dataset) -> list[int]:
-    return [len(ids) for ids in examples["input_ids"]]
-
-
-def _keep(table: pa.Table, folder: Path, settings: dict) -> None:
-    """Add the rows to the folder of each machine; of one folder that all share, the main process writes first."""
+def _keep(table: pa.Table, known: pa.ChunkedArray, folder: Path, settings: dict) -> None:
+    """Write what this machine does not have yet. Where machines share the folder, the main process writes first."""
+    table = table.filter(pc.invert(pc.is_in(table[EXAMPLE_KEY], known)))
     state = PartialState()
     with state.main_process_first():
         if len(table) and state.is_local_main_process:

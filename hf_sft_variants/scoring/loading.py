@@ -1,4 +1,4 @@
-"""The one way to load a causal language model, or a PEFT adapter on its base model, to score or generate with it."""
+"""Loading causal language models, and PEFT adapters on their base models, for scoring and generation."""
 
 import os
 import re
@@ -11,7 +11,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from accelerate import dispatch_model
 from accelerate.logging import get_logger
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
@@ -25,9 +24,9 @@ from ..errors import InputError, first_line
 
 logger = get_logger(__name__)
 
-# Options of `from_pretrained` that say which files are read
+# Options of `from_pretrained` that select the files to read
 _FILES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-# Options of `from_pretrained` that place the model, each by itself
+# Options of `from_pretrained` any of which places the model
 _PLACES = ("device_map", "tp_plan", "distributed_config")
 
 # What transformers, PEFT and bitsandbytes raise for files and options that can't be used
@@ -44,19 +43,19 @@ _FIX = (
 @dataclass(frozen=True)
 class ModelFiles:
     """
-    Where the files of a model are.
+    Location of a model and of the adapter on it, if any.
 
     Attributes:
         model (`str`):
-            Id or folder of the model; for an adapter, of its base model.
+            Id or folder of the model; of an adapter's base model.
         options (`dict[str, Any]`):
-            Keyword arguments of `from_pretrained` for it.
+            Keyword arguments of `from_pretrained` for the model.
         adapter (`str`, *optional*):
             Id or folder of the adapter.
         adapter_options (`dict[str, Any]`):
-            Which files of the adapter's repository are meant.
+            Keyword arguments that select the adapter's files.
         adapter_config ([`~peft.PeftConfig`], *optional*):
-            The adapter's configuration.
+            Configuration of the adapter.
     """
 
     model: str
@@ -70,20 +69,10 @@ def find_files(
     model: str, options: dict[str, Any] | None = None, adapter: str | None = None, what: str = "`model`"
 ) -> ModelFiles:
     """
-    Find out whether a model is an adapter, and where its base model is.
+    Locate a model; if it is an adapter, its base model too.
 
-    `revision` is that of `model`. Folders have none: where `model` is the folder of an adapter, it is the base
-    model's. Without one, the base model has the revision that the adapter was saved with.
-
-    Args:
-        model (`str`):
-            Id or folder of a model, or of an adapter.
-        options (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained`.
-        adapter (`str`, *optional*):
-            Id or folder of an adapter to load on `model`.
-        what (`str`, *optional*, defaults to ``"`model`"``):
-            What to call the model in errors.
+    `revision` refers to `model`, or to the base model if `model` is the folder of an adapter, which has no revision.
+    By default the base model has the revision that the adapter was saved with. Arguments as in [`load_model`].
 
     Raises:
         `InputError`: If the adapter's configuration is missing or can't be read, or names no base model.
@@ -122,15 +111,16 @@ def load_model(
 
     Args:
         model (`str`):
-            Id or folder of a model; an adapter is loaded on the base model it names. See [`find_files`].
+            Id or folder of a model, or of an adapter, which is loaded on its base model.
         options (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained`. With `device_map` the model stays where that puts it.
+            Keyword arguments of `from_pretrained`; for `revision` see [`find_files`]. With `device_map` the model
+            stays where that places it.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where to put the model otherwise.
+            Device of the model without `device_map`.
         adapter (`str`, *optional*):
             Id or folder of an adapter to load on `model`.
         what (`str`, *optional*, defaults to ``"`model`"``):
-            What to call the model in errors.
+            Name of the model in error messages.
 
     Raises:
         `InputError`: If the model or the adapter can't be loaded, or lacks weights.
@@ -145,12 +135,7 @@ def load_model(
             raise InputError(f"it lacks the weights {sorted(info['missing_keys'])[:3]}, which would be random")
     if files.adapter is not None:
         with errors_of_loading(what if adapter is None else "`adapter`", files.adapter):
-            places = getattr(loaded, "hf_device_map", {})
-            if {"cpu", "disk"} & set(map(str, places.values())):
-                del loaded
-                loaded = _with_adapter_offloaded(places, files)
-            else:
-                loaded = _with_adapter(loaded, files)
+            loaded = _with_adapter(loaded, files)
     return loaded.eval()
 
 
@@ -158,12 +143,10 @@ def load_tokenizer(
     model: str, options: dict[str, Any] | None = None, adapter: str | None = None, what: str = "`model`"
 ) -> PreTrainedTokenizerBase:
     """
-    Load the tokenizer of a model; an adapter without one of its own has its base model's.
-
-    Arguments are those of [`load_model`].
+    Load the tokenizer of a model, or an adapter's own one if it has one. Arguments as in [`load_model`].
 
     Raises:
-        `InputError`: If there is no tokenizer that can be loaded.
+        `InputError`: If the tokenizer can't be loaded.
     """
     files = find_files(model, options, adapter, what)
     with errors_of_loading(f"the tokenizer of {what}", model):
@@ -172,18 +155,18 @@ def load_tokenizer(
 
 
 def file_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those keyword arguments of `from_pretrained` that say which files are read."""
+    """Keyword arguments of `from_pretrained` that select the files to read."""
     return {name: options[name] for name in _FILES if name in options}
 
 
 def config_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those keyword arguments of `from_pretrained` that configurations and tokenizers take, too."""
+    """Keyword arguments of `from_pretrained` that configurations and tokenizers take as well."""
     return {name: options[name] for name in (*_FILES, "trust_remote_code") if name in options}
 
 
 @contextmanager
 def errors_of_loading(what: str, name: str) -> Iterator[None]:
-    """Makes an `InputError` of whatever a library raises for a model that can't be loaded."""
+    """Turn whatever a library raises for a model that can't be loaded into an `InputError`."""
     try:
         yield
     except _LOADING_ERRORS as error:
@@ -193,58 +176,39 @@ def errors_of_loading(what: str, name: str) -> Iterator[None]:
 
 def _with_adapter(model: PreTrainedModel, files: ModelFiles) -> PeftModel:
     folder = Path(files.adapter, files.adapter_options.get("subfolder", ""))
-    # PEFT would look for a folder on the Hub
+    # PEFT would look for the folder's name on the Hub
     if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         raise InputError(f"it has no {SAFETENSORS_WEIGHTS_NAME}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        # PEFT would place it anew and write the offloaded weights into the base model's own files
+        raise InputError("its base model is offloaded: merge the adapter into it, or use another `device_map`")
     _resize_embeddings(model, files)
     with warnings.catch_warnings():
-        # The weights would be random
-        warnings.filterwarnings("error", message="Found missing adapter keys")
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # they would be random
         return PeftModel.from_pretrained(model, files.adapter, torch_device="cpu", **files.adapter_options)
 
 
-def _with_adapter_offloaded(places: dict[str, Any], files: ModelFiles) -> PeftModel:
-    """
-    Put an adapter on a base model that is partly in memory or on disk.
-
-    PEFT would place it anew, and write the weights that are on disk into the base model's own files. So the adapter is
-    put on a whole model, which is then taken apart.
-    """
-    if files.adapter_config.is_prompt_learning:
-        raise InputError("its virtual tokens need a base model without offloading: use another `device_map`")
-    model = AutoModelForCausalLM.from_pretrained(files.model, **{**files.options, "device_map": {"": "cpu"}})
-    device_map = {f"base_model.model.{name}": place for name, place in places.items()}
-    return dispatch_model(
-        _with_adapter(model, files),
-        device_map,
-        offload_dir=files.options.get("offload_folder"),
-        skip_keys=model._skip_keys_device_placement,
-    )
-
-
 def _resize_embeddings(model: PreTrainedModel, files: ModelFiles) -> None:
-    """As many embeddings as the adapter has saved, or, as in PEFT's own loader, as its tokenizer has tokens."""
+    """Resize the base model to the embeddings in the adapter or, as PEFT does, to the adapter's tokenizer."""
     embeddings = model.get_input_embeddings()
     size = embeddings.weight.shape[0]
     (name,) = (name for name, module in model.named_modules() if module is embeddings)
     weights = load_peft_weights(files.adapter, device="cpu", **files.adapter_options)
     whole = re.compile(rf"\.{re.escape(name)}(\.token_adapter|\.base_layer|\.modules_to_save)*\.weight$")
-    saved = [len(value) for key, value in weights.items() if whole.search(key)]
-    if saved:
-        new_size = saved[0]
-    else:
+    new_size = next((len(value) for key, value in weights.items() if whole.search(key)), None)
+    if new_size is None:
         new_size = max(len(_adapter_tokenizer(files) or ()), size)
         if new_size > size:
             logger.warning(
                 f"The tokenizer of the adapter {files.adapter!r} has {new_size} tokens and its base model {size} "
-                "embeddings, but the adapter has saved none: those of the new tokens are random."
+                "embeddings, but the adapter has none: the embeddings of the new tokens are random."
             )
     if new_size != size:
         model.resize_token_embeddings(new_size)
 
 
 def _adapter_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was saved with an adapter."""
+    """The tokenizer saved with an adapter, if any."""
     quietly = ("missing_entries", "connection_errors", "gated_repo")
     where = {**files.adapter_options, **{f"_raise_exceptions_for_{name}": False for name in quietly}}
     if files.adapter is None or cached_file(files.adapter, TOKENIZER_CONFIG_FILE, **where) is None:

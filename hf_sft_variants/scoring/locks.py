@@ -1,4 +1,4 @@
-"""Several runs that need the same scores: one makes them while the others wait."""
+"""Lets one of several runs that need the same scores compute them while the others wait."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,27 +14,27 @@ from .shards import writing_to
 
 logger = get_logger(__name__)
 
-# How long one try takes: the other processes wait for its result in a collective, whose time is limited
+# Duration of one attempt: meanwhile the other processes wait in a collective, which times out
 LOCK_SECONDS = 5.0
 
 
 @contextmanager
 def lock_of_folder(folder: Path) -> Iterator[None]:
     """
-    Hold the lock of a folder of scores; wait as long as another run holds it. To be entered by all processes at once.
+    Hold the lock of a folder of scores, waiting until no other run holds it. Must be entered by all processes at once.
 
     Raises:
         `InputError`: If the folder can't be written to.
     """
     lock = FileLock(folder / ".lock")
-    is_told = False
+    is_waiting = False
     while not on_main_process(partial(_try_to_lock, lock, folder)):
-        if not is_told:
+        if not is_waiting:
             logger.warning(
                 f"Waiting for another run that makes scores in {folder} and holds {lock.lock_file}. To go on now, "
                 "stop that run, or set `score_cache_dir` to another folder."
             )
-        is_told = True
+        is_waiting = True
     try:
         yield
     finally:

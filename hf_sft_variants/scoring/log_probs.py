@@ -20,18 +20,18 @@ class LogProbScorer:
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model with any adapter, quantized or not, on one device or several.
+            Causal language model, with or without an adapter, quantized or not, on one device or several.
         per_token (`bool`, *optional*, defaults to `False`):
-            Whether to return each label's log-probability beside their sum.
+            Whether to return the log-probability of each label in addition to their sum.
         padding_free (`bool`, *optional*):
-            Whether a batch is one row without padding. By default where the model's attention is flash attention,
-            which skips the other documents; elsewhere a padded batch of similar lengths is faster. Not with prompt
-            learning, whose virtual tokens belong in front of every example.
+            Whether to concatenate a batch into one row instead of padding it. Defaults to `True` with flash attention,
+            which skips the other documents; otherwise a padded batch of similar lengths is faster. Must be `False` for
+            prompt learning, whose virtual tokens belong in front of every example.
     """
 
     def __init__(self, model: PreTrainedModel, per_token: bool = False, padding_free: bool | None = None):
         self.base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        with _kept_forward(self.base_model):
+        with _restored_forward(self.base_model):
             add_fused_lm_head(self.base_model)
             self.head_settings = fused_lm_head_settings(self.base_model)
         self.model = model.eval()
@@ -39,8 +39,7 @@ class LogProbScorer:
         if padding_free is None:
             uses_flash = "flash" in (self.base_model.config._attn_implementation or "")
             padding_free = uses_flash and not has_virtual_tokens(model)
-        # The padding token is not looked at: it is masked
-        self.collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
+        self.collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)  # padding is masked
 
     @torch.no_grad()
     def __call__(self, examples: list[dict]) -> list[dict]:
@@ -52,9 +51,9 @@ class LogProbScorer:
                 Examples with `input_ids` and `labels` (`-100` on tokens not to be scored).
 
         Returns:
-            `list[dict]`: For each example `sum_log_prob` (in nats, added up in double precision), `num_tokens` (labels
-            scored; the first token of an example is predicted by nothing) and, if asked for, `token_log_probs` (one
-            for each token of `input_ids`, 0 where nothing is scored).
+            `list[dict]`: For each example `sum_log_prob` (in nats, summed in double precision), `num_tokens` (number
+            of scored labels; nothing predicts the first token of an example) and, if `per_token`, `token_log_probs`
+            (one for each token of `input_ids`, 0 where nothing is scored).
         """
         batch = self.collator([{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples])
         device = input_device(self.model)
@@ -63,20 +62,22 @@ class LogProbScorer:
         log_probs = self._log_probs(self._hidden_states(batch), labels).cpu()
         lengths = [len(example["input_ids"]) for example in examples]
         rows = log_probs[0, : sum(lengths)].split(lengths) if self.collator.padding_free else log_probs
-        return [
-            self._result(row[:length], example["labels"])
-            for row, length, example in zip(rows, lengths, examples, strict=True)
-        ]
+        results = []
+        for row, length, example in zip(rows, lengths, examples, strict=True):
+            num_tokens = sum(label != -100 for label in example["labels"][1:])
+            result = {"sum_log_prob": row[:length].double().sum().item(), "num_tokens": num_tokens}
+            results.append({**result, "token_log_probs": row[:length].numpy()} if self.per_token else result)
+        return results
 
     def _hidden_states(self, batch: dict) -> torch.Tensor:
-        """What the LM head would get, behind whatever an adapter does to the inputs."""
+        """The LM head's input, computed through the adapter's forward."""
         backbone = self.base_model.base_model
-        with _kept_forward(self.base_model):
+        with _restored_forward(self.base_model):
             self.base_model.forward = lambda **inputs: backbone(**{**inputs, "use_cache": False})
             return self.model(**batch).last_hidden_state
 
     def _log_probs(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Log-probability of each label, zero where there is none; nothing predicts the first token of a row."""
+        """Log-probability of each label, 0 where there is none; nothing predicts the first token of a row."""
         log_probs = torch.zeros(labels.shape)
         mask, targets = labels[:, 1:] != -100, labels[:, 1:]
         # Counted from the right: prompt learning prepends virtual tokens
@@ -88,7 +89,7 @@ class LogProbScorer:
         return log_probs
 
     def _of_tile(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # Called as a module: an adapter on it, its quantization and its offloading do their part
+        # Called as a module, so that an adapter on it, its quantization and its offloading take effect
         logits = self.base_model.get_output_embeddings()(hidden_states).float()
         logits *= self.head_settings["logit_scale"]
         soft_cap = self.head_settings["final_logit_softcapping"]
@@ -97,31 +98,22 @@ class LogProbScorer:
         targets = targets.to(logits.device)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
-    def _result(self, log_probs: torch.Tensor, labels: list[int]) -> dict:
-        result = {
-            "sum_log_prob": log_probs.double().sum().item(),
-            "num_tokens": sum(label != -100 for label in labels[1:]),
-        }
-        if self.per_token:
-            result["token_log_probs"] = log_probs.numpy()
-        return result
-
 
 def has_virtual_tokens(model: PreTrainedModel) -> bool:
-    """Whether a prompt-learning adapter puts tokens of its own in front of each row, padding included."""
+    """Whether a prompt-learning adapter prepends tokens of its own to each row, in front of any padding."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model's inputs belong: of one that is spread over devices or offloaded, where its embeddings are run."""
+    """Device of a model's inputs: where its embeddings run, if the model is spread over devices or offloaded."""
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return model.device if device is None else torch.device(device)
 
 
 @contextmanager
-def _kept_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Lets a model have another `forward` for a while."""
+def _restored_forward(model: PreTrainedModel) -> Iterator[None]:
+    """Restore a model's `forward` on exit."""
     before = vars(model).get("forward")
     try:
         yield

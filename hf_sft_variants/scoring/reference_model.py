@@ -1,4 +1,4 @@
-"""Reference models: loaded to be asked, never trained."""
+"""Loading reference models, which score data and are never trained, and identifying them for the cache."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,8 @@ from .loading import config_options, errors_of_loading, file_options, find_files
 
 _WHAT = "the reference model"
 
-# Options of `from_pretrained` that change where a model comes from or is put, or are in its version: not its output
+# Options of `from_pretrained` without effect on a model's output: where it comes from (its version is compared), where
+# it is placed
 _NOT_IN_OUTPUT = (
     "cache_dir", "device_map", "force_download", "local_files_only", "max_memory", "offload_buffers",
     "offload_folder", "revision", "token",
@@ -27,28 +28,27 @@ _NOT_IN_OUTPUT = (
 
 def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> PreTrainedModel | PeftModel:
     """
-    Load a causal language model to score data with: evaluation mode, no gradients, on this process's device.
+    Load a causal language model for scoring: evaluation mode, no gradients, on this process's device.
 
     Args:
         model (`str`):
-            Model id or folder; a PEFT adapter is loaded on the base model it names.
+            Id or folder of a model, or of a PEFT adapter, which is loaded on its base model.
         model_init_kwargs (`dict`, *optional*):
-            Keyword arguments of `from_pretrained`. `dtype` defaults to bfloat16 on an accelerator, float32 on the CPU;
-            with `device_map` the model stays where that puts it. `revision` is that of `model`; of a folder with an
-            adapter, its base model's, by default the one the adapter was saved with.
+            Keyword arguments of `from_pretrained`. `dtype` defaults to bfloat16 on an accelerator, float32 on the CPU.
+            With `device_map` the model stays where that places it. For `revision` see
+            [`~hf_sft_variants.scoring.loading.find_files`].
 
     Raises:
         `InputError`: If the model can't be loaded or lacks weights, or under DeepSpeed ZeRO-3.
     """
     refuse_zero3(model)
-    options = with_default_dtype(model_init_kwargs)
+    options = _with_default_dtype(model_init_kwargs)
     return load_model(model, options, PartialState().device, what=_WHAT).requires_grad_(False)
 
 
 def refuse_zero3(model: str) -> None:
     """
-    Refuse to load a model that scores under DeepSpeed ZeRO-3, which would take its weights apart and put them together
-    only in training.
+    Refuse to load a scoring model under DeepSpeed ZeRO-3, which would partition its weights.
 
     Raises:
         `InputError`: Under ZeRO-3.
@@ -61,18 +61,7 @@ def refuse_zero3(model: str) -> None:
 
 
 def load_reference_tokenizer(model: str, model_init_kwargs: dict | None = None) -> PreTrainedTokenizerBase:
-    """
-    Load the tokenizer of a reference model; an adapter without one of its own has its base model's.
-
-    Args:
-        model (`str`):
-            Id or folder of a model or a PEFT adapter.
-        model_init_kwargs (`dict`, *optional*):
-            Keyword arguments of `from_pretrained` for the model; those that name the version are used.
-
-    Raises:
-        `InputError`: If there is no tokenizer that can be loaded.
-    """
+    """Load the tokenizer of a reference model; see [`~hf_sft_variants.scoring.loading.load_tokenizer`]."""
     return load_tokenizer(model, model_init_kwargs, what=_WHAT)
 
 
@@ -80,18 +69,10 @@ def require_same_vocabulary(
     model: str, tokenizer: PreTrainedTokenizerBase, model_init_kwargs: dict | None = None
 ) -> None:
     """
-    A reference model can score the trained model's tokens only if they are its own.
-
-    Args:
-        model (`str`):
-            Id or folder of the reference model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The trained model's tokenizer.
-        model_init_kwargs (`dict`, *optional*):
-            Keyword arguments of `from_pretrained` for the reference model.
+    Require a reference model that is to score the trained model's tokens to have the same vocabulary.
 
     Raises:
-        `InputError`: If the reference model's tokenizer has another vocabulary, or there is none.
+        `InputError`: If its tokenizer has another vocabulary or can't be loaded.
     """
     ours, theirs = tokenizer.get_vocab(), load_reference_tokenizer(model, model_init_kwargs).get_vocab()
     if ours != theirs:
@@ -105,8 +86,8 @@ def require_same_vocabulary(
 
 def max_positions(model: str, model_init_kwargs: dict | None = None) -> int | None:
     """
-    Most tokens of an example that a reference model can read, by its configuration; `None` where that names no limit.
-    Virtual tokens of prompt learning take positions, too.
+    Maximum number of tokens in an example for a reference model, by its configuration; `None` without a limit. The
+    virtual tokens of prompt learning are subtracted.
     """
     files = find_files(model, model_init_kwargs, what=_WHAT)
     config = AutoConfig.from_pretrained(files.model, **config_options(files.options))
@@ -117,22 +98,15 @@ def max_positions(model: str, model_init_kwargs: dict | None = None) -> int | No
     return limit - adapter.num_virtual_tokens
 
 
-def with_default_dtype(model_init_kwargs: dict | None) -> dict:
-    """Keyword arguments of `from_pretrained` with the `dtype` that a reference model has by default."""
-    on_cpu = PartialState().device.type == "cpu"
-    return {"dtype": torch.float32 if on_cpu else torch.bfloat16, **(model_init_kwargs or {})}
-
-
 def identify_model(model: str, model_init_kwargs: dict | None = None) -> dict[str, str]:
     """
-    What tells a model from others and from itself after training, as JSON values: its scores may be used again only
-    where all of this is the same.
+    Identity of a scoring model as JSON values, used as its cache key.
 
-    A folder is known by its content ([`~hf_sft_variants.base.fingerprints.fingerprint`]), wherever it is; an id of the
-    Hub by its commit; an adapter by itself and its base model. The default `dtype` is among the options.
+    A folder is identified by its content ([`~hf_sft_variants.base.fingerprints.fingerprint`]), wherever it is; an id
+    on the Hub by its commit; an adapter together with its base model. The default `dtype` counts as an option.
     """
-    options = with_default_dtype(model_init_kwargs)
-    # `dtype` may be a text, and trackers make it one; the token is a secret, and these values stand in files
+    options = _with_default_dtype(model_init_kwargs)
+    # As texts: `dtype` may be given as either. Without the token, which is a secret: the values are written to files
     names = {
         name: str(value).removeprefix("torch.")
         for name, value in sorted(options.items())
@@ -147,18 +121,23 @@ def identify_model(model: str, model_init_kwargs: dict | None = None) -> dict[st
     return {**adapter, "base": " ".join(base.values()), "options": str(names)}
 
 
+def describe_model(model: str, model_init_kwargs: dict | None = None) -> dict[str, str]:
+    """
+    Name of a model, for people, and its content, which is [`~hf_sft_variants.base.fingerprints.what_counts`]: the same
+    wherever it is and in whatever dtype it is loaded.
+    """
+    identity = identify_model(model, model_init_kwargs)
+    versions = [identity[name] for name in ("version", "base") if name in identity]
+    return {"name": Path(model).name if os.path.isdir(model) else model, "content": " ".join(versions)}
+
+
+def _with_default_dtype(model_init_kwargs: dict | None) -> dict:
+    on_cpu = PartialState().device.type == "cpu"
+    return {"dtype": torch.float32 if on_cpu else torch.bfloat16, **(model_init_kwargs or {})}
+
+
 def _identity(name: str, options: dict, config_file: str) -> dict[str, str]:
     if os.path.isdir(name):
         return {"version": fingerprint(Path(name, options.get("subfolder", "")))}
     file = cached_file(name, config_file, **file_options(options))
     return {"model": name, "version": str(extract_commit_hash(file, None))}  # which is part of the path
-
-
-def describe_model(model: str, model_init_kwargs: dict | None = None) -> dict[str, str]:
-    """
-    A model by its name, for people, and by its version, wherever it is and whatever numbers it computes in. The latter
-    is what [`~hf_sft_variants.base.fingerprints.what_counts`].
-    """
-    identity = identify_model(model, model_init_kwargs)
-    versions = [identity[name] for name in ("version", "base") if name in identity]
-    return {"name": Path(model).name if os.path.isdir(model) else model, "content": " ".join(versions)}

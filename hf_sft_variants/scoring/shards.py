@@ -1,14 +1,13 @@
-"""Scores on disk: small Parquet files whose rows are found by key, and the shards of work that they are written in."""
+"""Scores on disk: small Parquet files whose rows are found by key. Each holds a shard, the unit of work."""
 
 import errno
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
 
@@ -16,7 +15,7 @@ from ..base.example_keys import EXAMPLE_KEY
 from ..errors import InputError
 
 
-# What a process scores before it is on disk, and loses when it is killed
+# A process scores this many batches before it writes them; a crash loses no more
 BATCHES_PER_SHARD = 16
 
 _METADATA_KEY = b"hf_sft_variants"
@@ -24,13 +23,13 @@ _METADATA_KEY = b"hf_sft_variants"
 
 def plan_shards(lengths: Sequence[int], batch_tokens: int) -> list[list[list[int]]]:
     """
-    Cut rows into batches of similar length, the longest first, and batches into shards.
+    Group rows into batches of similar length, the longest first, and batches into shards.
 
     Args:
         lengths (`Sequence[int]`):
             Number of tokens of each row.
         batch_tokens (`int`):
-            Most tokens of a batch when its rows are padded to the longest.
+            Maximum number of tokens in a batch, padding included.
 
     Returns:
         `list[list[list[int]]]`: Shards of batches of row numbers.
@@ -45,7 +44,7 @@ def plan_shards(lengths: Sequence[int], batch_tokens: int) -> list[list[list[int
 
 
 def settings_folder(cache_dir: str | Path, settings: dict) -> Path:
-    """Folder of the scores that were made with these settings, whatever the data."""
+    """Folder of all scores made with these settings, whatever the data."""
     return Path(cache_dir) / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -61,7 +60,7 @@ def read_scores(folder: Path, settings: dict, keys: Collection[str]) -> pa.Table
 
 
 def concat_scores(tables: list[pa.Table]) -> pa.Table:
-    """Join tables of scores; a column that one of them lacks is null there."""
+    """Concatenate tables of scores; a missing column is filled with nulls."""
     return pa.concat_tables(tables, promote_options="permissive").replace_schema_metadata(None)
 
 
@@ -84,7 +83,7 @@ def _read_file(path: Path, settings: dict, keys: Collection[str]) -> pa.Table:
 
 def write_scores(table: pa.Table, folder: Path, settings: dict) -> None:
     """
-    Add rows to a folder, as a file that is named after their keys.
+    Add rows to a folder, in a file named after their keys.
 
     Raises:
         `InputError`: If the file can't be written.
@@ -95,13 +94,8 @@ def write_scores(table: pa.Table, folder: Path, settings: dict) -> None:
         write_parquet(table.replace_schema_metadata({_METADATA_KEY: json.dumps(settings)}), path)
 
 
-def without_keys(table: pa.Table, keys: pa.ChunkedArray) -> pa.Table:
-    """The rows that have none of the keys."""
-    return table.filter(pc.invert(pc.is_in(table[EXAMPLE_KEY], keys)))
-
-
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a file whole or not at all."""
+    """Write a Parquet file atomically."""
     partial = path.with_name(f"{path.name}.{PartialState().process_index}.partial")
     try:
         with writing_to(path.parent):
@@ -114,16 +108,16 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 @contextmanager
-def writing_to(folder: Path):
+def writing_to(folder: Path) -> Iterator[None]:
     """
     Raises:
-        `InputError`: If what is written inside does not get to the disk.
+        `InputError`: If a file can't be written inside the block.
     """
     try:
         yield
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise InputError(
-            f"Scores can't be written to {folder}: {reason}. Make room or check the folder and start again, what is "
-            "scored so far is kept; or set `score_cache_dir` to another folder.",
+            f"Scores can't be written to {folder}: {reason}. Free some space or check the folder, then start again "
+            "(finished scores are kept), or set `score_cache_dir` to another folder.",
         ) from error

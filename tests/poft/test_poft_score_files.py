@@ -129,7 +129,7 @@ class TestJoin:
 
     def test_another_end_of_turn(self, make, scores):
         with pytest.raises(
-            ValueError, match=r"has `score_end_of_turn` \[True\], but `score_end_of_turn=False` is asked"
+            ValueError, match=r"has `score_end_of_turn` \[True\], but `score_end_of_turn=False` is set"
         ):
             make(scores, score_end_of_turn=False)
         mixed = [{**score, "score_end_of_turn": row > 3} for row, score in enumerate(scores)]
