@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..base.fingerprints import vocabulary_hash
 from ..scoring import cached_scores
 from ..scoring.shards import plan_shards
-from ..text.assistant_turns import special_token_ids
+from ..text.special_tokens import special_token_ids
 from ..text.token_offsets import Span, TokenOffsets
 from .config import SFTGOConfig
 from .grouping import supervised_positions

@@ -10,7 +10,7 @@ from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
 from ..errors import InputError
 from ..scoring import describe_model
-from ..text.assistant_turns import special_token_ids
+from ..text.special_tokens import special_token_ids
 from .config import SFTGOConfig
 from .excess_loss import group_by_excess_loss
 from .grouping import (
