@@ -30,7 +30,7 @@ from hf_sft_variants import (
 )
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.scoring import locks, shards
-from hf_sft_variants.sft_go import reference_losses
+from hf_sft_variants.sft_go import reference_log_probs
 
 
 STEPS = {
@@ -87,9 +87,9 @@ def train_with_the_others_scores(arguments):
     """One machine has lost its scores; a reference model must not be loaded again."""
     if PartialState().process_index == 1:
         shutil.rmtree(Path(os.environ["HF_HOME"], "hf_sft_variants", "scores"))
-    load_reference_model, reference_losses.load_reference_model = reference_losses.load_reference_model, None
+    load_reference_model, reference_log_probs.load_reference_model = reference_log_probs.load_reference_model, None
     result = train("rho1", *arguments)
-    reference_losses.load_reference_model = load_reference_model
+    reference_log_probs.load_reference_model = load_reference_model
     return result
 
 
