@@ -149,7 +149,7 @@ def test_asked(method, kept, hub, reference, tiny_model, tokenizer, chat_rows, t
     monkeypatch.chdir(tmp_path / "another_machine")
     for work in (
         "poft.reference_scoring.load_reference_model",
-        "sft_go.reference_losses.load_reference_model",
+        "sft_go.reference_log_probs.load_reference_model",
         "sft_go.tfidf.TokenTfidf.fit",
         "sftmix.reference_phase.ReferenceTrainer.train",
     ):

@@ -7,6 +7,16 @@ from ..base.field_checks import as_json_values, require_valid_fields
 from ..errors import InputError
 
 
+# Fields that have no effect with another `group_by`
+_USED_WITH = {
+    "tfidf_file": "tfidf",
+    "reference_model": "rho1",
+    "reference_model_init_kwargs": "rho1",
+    "importance_column": "column",
+    "group_column": "column",
+}
+
+
 @dataclass
 class SFTGOConfig(SFTConfig):
     r"""
@@ -19,63 +29,63 @@ class SFTGOConfig(SFTConfig):
         group_by (`str`, *optional*, defaults to `"tfidf"`):
             What makes a token important:
 
-            - `"tfidf"`: its TF-IDF weight, one document a sample's supervised tokens, one term a token id.
+            - `"tfidf"`: its TF-IDF weight, where a document is a sample's supervised tokens and a term is a token id.
             - `"llmlingua2"`: the probability that a prompt compressor, `importance_model`, keeps its word.
-            - `"rho1"`: how much worse the model is at it than `reference_model`, ranked anew at every step. The
+            - `"rho1"`: how much worse the model is at it than `reference_model`, ranked again at every step. The
               important group then always counts as the worst one, so `worst_group_weight=1` is
               [Rho-1](https://huggingface.co/papers/2404.07965).
-            - `"column"`: the data set says it, by `importance_column` or `group_column`.
+            - `"column"`: a column of the data set, `importance_column` or `group_column`.
 
         important_fraction (`float`, *optional*, defaults to `0.5`):
             Share η of a sample's supervised tokens that form the important group, in (0, 1): `round(η·n)` tokens, at
-            least 1 and at most `n - 1`, ties by position. The paper's value is not known to us.
+            least 1 and at most `n - 1`, ties by position. We don't know the paper's value.
         worst_group_weight (`float`, *optional*, defaults to `0.9`):
-            Weight λ of the worst group's loss, in [0, 1]; the cross-entropy of all tokens weighs `1 - λ`. 0.9 is the
-            paper's, 0 gives `SFTTrainer`'s loss.
+            Weight λ of the worst group's loss, in [0, 1]; the cross-entropy of all tokens has the weight `1 - λ`. The
+            paper uses 0.9; 0 gives `SFTTrainer`'s loss.
         worst_group_schedule (`str`, *optional*, defaults to `"constant"`):
-            How λ moves over the run to `worst_group_weight_end`: `"constant"` (not at all), `"linear"` or `"cosine"`.
-            The paper mentions a schedule; its form is not known to us.
+            How λ changes to `worst_group_weight_end` over the run: `"constant"` (not at all), `"linear"` or
+            `"cosine"`. The paper mentions a schedule, but we don't know its form.
         worst_group_weight_end (`float`, *optional*, defaults to `0.0`):
-            λ at the end of training, in [0, 1]. Not used by the `"constant"` schedule.
+            λ at the end of training, in [0, 1]. Ignored by the `"constant"` schedule.
         group_scope (`str`, *optional*, defaults to `"sample"`):
             `"sample"` takes each sample's worst group, `"micro_batch"` the worst group of all tokens of a forward pass
-            (the loss then depends on how the batch is split, by definition).
+            (so the loss depends on how the batch is split).
         sample_weighting (`str`, *optional*, defaults to `"tokens"`):
-            `"tokens"` weighs a sample by its number of supervised tokens, as `SFTTrainer` does; `"uniform"` weighs all
-            samples the same.
+            `"tokens"` weights a sample by its number of supervised tokens, as `SFTTrainer` does; `"uniform"` weights
+            all samples equally.
         min_grouped_tokens (`int`, *optional*, defaults to `10`):
-            Samples with fewer supervised tokens are not grouped and have plain cross-entropy. Own group ids are not
-            touched.
+            Samples with fewer supervised tokens are not grouped and have plain cross-entropy. Does not apply to
+            `group_column`.
         special_tokens_important (`bool`, *optional*, defaults to `True`):
-            Whether the tokenizer's special tokens (end of turn, end of sequence, role markers) come first among the
-            important ones. Otherwise they are ranked by their scores like any other token, and may be left with little
-            of the gradient: the model may not learn to stop.
+            Whether the tokenizer's special tokens (end of turn, end of sequence, role markers) are the most important
+            ones. Otherwise they are ranked by their scores like any other token, may get little of the gradient, and
+            the model may not learn to stop.
         tfidf_file (`str`, *optional*):
-            Where the fitted document frequencies are kept (`.npz`): read if the file is there, else fitted on the
-            training set and written. Of a streaming training set they are fitted on the first 10,000 examples, unless
-            the file is there. Inside `output_dir` it goes to the Hub with the model: a number for each token of the
-            vocabulary.
+            File (`.npz`) with the document frequencies: read if it exists, otherwise fitted on the training set (on
+            the first 10,000 examples of a stream) and written. Inside `output_dir` it is pushed to the Hub with the
+            model: one number for each token of the vocabulary.
         importance_model (`str`, *optional*, defaults to `"microsoft/llmlingua-2-xlm-roberta-large-meetingbank"`):
             For `group_by="llmlingua2"`: id or path of a token-classification model with two labels, 1 for "keep".
         reference_model (`str`, *optional*):
             For `group_by="rho1"`: id or path of a causal language model with the same tokenizer, or of an adapter. It
-            scores the data once and is gone before training.
+            scores the data once, before training.
         reference_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of `from_pretrained` for `reference_model`, such as `quantization_config`, or
             `device_map` for a model larger than one GPU. `dtype` defaults to bfloat16 on an accelerator, float32 on
             the CPU.
         score_cache_dir (`str`, *optional*):
-            Folder where the scores of `importance_model` and `reference_model` are kept, a folder in it for each model
-            and set of options. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder.
-            Other values of `important_fraction` use the same scores. A folder inside `output_dir` goes to the Hub with
-            the model: hashes of the examples and a number for each token, no texts.
+            Folder with the scores of `importance_model` and `reference_model`, which serve all values of
+            `important_fraction`. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder. A folder inside
+            `output_dir` is pushed to the Hub with the model: hashes of the examples and a number for each token, but
+            no text.
         score_batch_tokens (`int`, *optional*, defaults to `4096`):
-            Most tokens in a batch when scoring, padding included.
+            Maximum number of tokens in a batch when scoring, including padding.
         importance_column (`str`, *optional*):
-            For `group_by="column"`: column with a score for each token of `input_ids`; the higher, the more important.
+            For `group_by="column"`: column with a score for each token of `input_ids`, higher for more
+            important tokens.
         group_column (`str`, *optional*):
-            For `group_by="column"`: column with a group id for each token of `input_ids`: integers from 0, `-1` for
-            tokens in no group (they count in the cross-entropy only). Of two groups, 1 is the important one.
+            For `group_by="column"`: column with a group id for each token of `input_ids`: integers from 0, or `-1`
+            for tokens in no group, which count in the cross-entropy only.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
@@ -100,7 +110,7 @@ class SFTGOConfig(SFTConfig):
     worst_group_schedule: str = field(
         default="constant",
         metadata={
-            "help": "How worst_group_weight moves to worst_group_weight_end over the run.",
+            "help": "How worst_group_weight changes to worst_group_weight_end over the run.",
             "choices": ["constant", "linear", "cosine"],
         },
     )
@@ -118,7 +128,7 @@ class SFTGOConfig(SFTConfig):
     sample_weighting: str = field(
         default="tokens",
         metadata={
-            "help": "Whether a sample weighs its number of supervised tokens, or all weigh the same.",
+            "help": "Whether a sample is weighted by its number of supervised tokens, or all equally.",
             "choices": ["tokens", "uniform"],
         },
     )
@@ -128,13 +138,11 @@ class SFTGOConfig(SFTConfig):
     )
     special_tokens_important: bool = field(
         default=True,
-        metadata={"help": "Whether special tokens come first among the important ones."},
+        metadata={"help": "Whether special tokens are the most important ones."},
     )
     tfidf_file: str | None = field(
         default=None,
-        metadata={
-            "help": "File (.npz) with fitted document frequencies: read if it is there, else fitted and written."
-        },
+        metadata={"help": "File (.npz) with document frequencies: read if it exists, otherwise fitted and written."},
     )
     importance_model: str = field(
         default="microsoft/llmlingua-2-xlm-roberta-large-meetingbank",
@@ -154,7 +162,7 @@ class SFTGOConfig(SFTConfig):
     )
     score_batch_tokens: int = field(
         default=4096,
-        metadata={"help": "Most tokens in a batch when scoring, padding included."},
+        metadata={"help": "Maximum number of tokens in a batch when scoring, including padding."},
     )
     importance_column: str | None = field(
         default=None,
@@ -181,30 +189,26 @@ class SFTGOConfig(SFTConfig):
             raise InputError(f"`min_grouped_tokens` must be 0 or more, got {self.min_grouped_tokens}.")
         if self.score_batch_tokens < 1:
             raise InputError(f"`score_batch_tokens` must be 1 or more, got {self.score_batch_tokens}.")
-        if self.group_by == "rho1" and self.reference_model is None:
-            raise InputError("`group_by='rho1'` needs `reference_model`: the id or path of a causal language model.")
-        self._check_columns()
+        self._check_grouping()
 
     def to_dict(self):
-        """As [`~trl.SFTConfig.to_dict`], from which trackers take the settings: a quantization, too, is JSON."""
+        """As [`~trl.SFTConfig.to_dict`], with `reference_model_init_kwargs` as JSON values for trackers."""
         kwargs = as_json_values(self.reference_model_init_kwargs)
         return {**super().to_dict(), "reference_model_init_kwargs": kwargs}
 
-    def _check_columns(self) -> None:
-        columns = [name for name in ("importance_column", "group_column") if getattr(self, name) is not None]
-        if self.group_by == "column" and len(columns) != 1:
-            given = "both" if columns else "neither"
+    def _check_grouping(self) -> None:
+        for name, group_by in _USED_WITH.items():
+            value = getattr(self, name)
+            if value is not None and self.group_by != group_by:
+                raise InputError(
+                    f"`{name}={value!r}` is used with `group_by={group_by!r}` only, but `group_by` is "
+                    f"{self.group_by!r}. Set `group_by={group_by!r}` or remove `{name}`."
+                )
+        if self.group_by == "rho1" and self.reference_model is None:
+            raise InputError("`group_by='rho1'` needs `reference_model`: the id or path of a causal language model.")
+        if self.group_by == "column" and (self.importance_column is None) == (self.group_column is None):
+            given = "neither" if self.group_column is None else "both"
             raise InputError(
                 "`group_by='column'` needs `importance_column` (own scores) or `group_column` (own group ids), one of "
                 f"them; got {given}."
             )
-        if self.group_by != "column" and columns:
-            raise InputError(
-                f"`{columns[0]}={getattr(self, columns[0])!r}` is used with `group_by='column'` only, but `group_by` "
-                f"is {self.group_by!r}. Set `group_by='column'` or remove `{columns[0]}`."
-            )
-        if self.group_by != "tfidf" and self.tfidf_file is not None:
-            raise InputError(f"`tfidf_file={self.tfidf_file!r}` is used with `group_by='tfidf'` only; remove it.")
-        for name in ("reference_model", "reference_model_init_kwargs"):
-            if self.group_by != "rho1" and getattr(self, name) is not None:
-                raise InputError(f"`{name}={getattr(self, name)!r}` is used with `group_by='rho1'` only; remove it.")

@@ -8,15 +8,24 @@ def group_by_excess_loss(
     log_probs: torch.Tensor,
     reference_log_probs: torch.Tensor,
     group_ids: torch.Tensor,
-    scope_ids: torch.Tensor,
-    num_scopes: int,
+    segment_ids: torch.Tensor,
+    num_segments: int,
     important_fraction: float,
 ) -> torch.Tensor:
-    """
-    Group tokens by how much worse the model is at them than a reference model, as
-    [Rho-1](https://huggingface.co/papers/2404.07965) selects them: the share η with the highest excess loss, current
-    loss minus the reference model's, is important. Exactly `round(η·n)` of the `n` grouped tokens of each scope, at
-    least 1 and at most `n - 1`; of equal ones the earlier position.
+    r"""
+    Group tokens by how much worse the model is at them than a reference model.
+
+    The tokens of a segment (a sample, or the micro-batch) with the highest excess loss
+
+    $$ \log p_\text{reference}(t) - \log p(t) $$
+
+    are important: `round(η·n)` of its `n` grouped tokens, at least 1 and at most `n - 1`, ties by position.
+
+    References:
+        - Rho-1: Not All Tokens Are What You Need: https://huggingface.co/papers/2404.07965
+
+    Requirements:
+        1. Log-probabilities of the data set under a reference model with the same vocabulary.
 
     Args:
         log_probs (`torch.Tensor` of shape `(B, L)`):
@@ -25,10 +34,10 @@ def group_by_excess_loss(
             The same under the reference model.
         group_ids (`torch.Tensor` of shape `(B, L)`):
             `-1` for tokens that are not grouped, 1 for those that rank before all others, 0 for the rest.
-        scope_ids (`torch.Tensor` of shape `(B, L)`):
-            Scope of each token, from 0 to `num_scopes - 1`.
-        num_scopes (`int`):
-            Number of scopes.
+        segment_ids (`torch.Tensor` of shape `(B, L)`):
+            Segment of each token, from 0 to `num_segments - 1`.
+        num_segments (`int`):
+            Number of segments.
         important_fraction (`float`):
             η, in (0, 1).
 
@@ -37,21 +46,21 @@ def group_by_excess_loss(
     """
     grouped = (group_ids != UNGROUPED).flatten()
     excess_loss = (reference_log_probs - log_probs).flatten()[grouped]
-    scopes = scope_ids.flatten()[grouped]
+    segments = segment_ids.flatten()[grouped]
     ranks_last = (group_ids != IMPORTANT).flatten()[grouped]
 
-    # Stable sorts by the least important key first; positions keep their order within equal keys
+    # Stable sorts, by the least important key first, leave equal keys in the order of their positions
     order = torch.argsort(excess_loss, descending=True, stable=True)
     order = order[torch.argsort(ranks_last[order].long(), stable=True)]
-    order = order[torch.argsort(scopes[order], stable=True)]
-    num_tokens = torch.bincount(scopes, minlength=num_scopes)
+    order = order[torch.argsort(segments[order], stable=True)]
+    num_tokens = torch.bincount(segments, minlength=num_segments)
     first = num_tokens.cumsum(0) - num_tokens
-    rank = torch.arange(len(order), device=order.device) - first[scopes[order]]
+    rank = torch.arange(len(order), device=order.device) - first[segments[order]]
 
     num_important = torch.round(important_fraction * num_tokens.double()).long().clamp(min=1)
     num_important = torch.minimum(num_important, num_tokens - 1)
-    important = torch.empty_like(rank)
-    important[order] = (rank < num_important[scopes[order]]).long()
     result = torch.full_like(group_ids, UNGROUPED)
+    important = torch.empty_like(rank)
+    important[order] = (rank < num_important[segments[order]]).long()
     result.view(-1)[grouped] = important
     return result

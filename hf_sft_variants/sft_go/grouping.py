@@ -1,4 +1,4 @@
-"""From a score for each token to group ids, and the checks on group ids that users bring themselves."""
+"""Turns scores of tokens into group ids, and checks the scores and group ids that users bring themselves."""
 
 import math
 from enum import IntEnum
@@ -28,13 +28,19 @@ class RankedGroup(IntEnum):
 
 UNGROUPED, UNIMPORTANT, IMPORTANT = map(int, Group)
 
-# Keeps the logged metrics few, and tells token ids given by mistake from group ids
+# Limits the number of metrics, and catches token ids given as group ids by mistake
 MAX_GROUPS = 32
 
 
 def supervised_positions(labels: np.ndarray) -> np.ndarray:
-    """Positions of the labels that are predicted: the first token is predicted by nothing."""
+    """Positions of the labels that are predicted: nothing predicts the first token."""
     return np.flatnonzero(labels[1:] != -100) + 1
+
+
+def _grouped_positions(labels: np.ndarray, min_grouped_tokens: int) -> np.ndarray:
+    """Positions of the supervised tokens; none if a sample has too few of them to be grouped."""
+    positions = supervised_positions(labels)
+    return positions if len(positions) >= max(min_grouped_tokens, 2) else positions[:0]
 
 
 def group_by_importance(
@@ -51,12 +57,12 @@ def group_by_importance(
         labels (`list[int]`):
             Token id where the token is in the loss, `-100` elsewhere.
         scores (`list[float]`):
-            Importance of each token, the same length.
+            Importance of each token.
         important_fraction (`float`):
             Share η of the `n` supervised tokens that is important: `round(η·n)` of them, at least 1 and at most
-            `n - 1`; of equal scores the earlier position is the more important one.
+            `n - 1`, ties by position.
         min_grouped_tokens (`int`):
-            With fewer supervised tokens (or fewer than 2) no token is grouped.
+            Samples with fewer supervised tokens (or fewer than 2) are not grouped.
         first_token_ids (`set[int]`):
             Token ids that rank before all others, whatever their score.
 
@@ -65,16 +71,14 @@ def group_by_importance(
     """
     labels = np.asarray(labels)
     groups = np.full(len(labels), UNGROUPED)
-    positions = supervised_positions(labels)
-    num_tokens = len(positions)
-    if num_tokens < max(min_grouped_tokens, 2):
-        return groups.tolist()
-    num_important = min(max(round(important_fraction * num_tokens), 1), num_tokens - 1)
-    ranks_first = np.isin(labels[positions], list(first_token_ids))
-    # lexsort is stable and sorts by its last key first
-    order = np.lexsort((-np.asarray(scores, dtype=np.float64)[positions], ~ranks_first))
-    groups[positions] = UNIMPORTANT
-    groups[positions[order[:num_important]]] = IMPORTANT
+    positions = _grouped_positions(labels, min_grouped_tokens)
+    if len(positions):
+        num_important = min(max(round(important_fraction * len(positions)), 1), len(positions) - 1)
+        ranks_last = ~np.isin(labels[positions], list(first_token_ids))
+        # lexsort is stable and sorts by its last key first
+        order = np.lexsort((-np.asarray(scores, dtype=np.float64)[positions], ranks_last))
+        groups[positions] = UNIMPORTANT
+        groups[positions[order[:num_important]]] = IMPORTANT
     return groups.tolist()
 
 
@@ -85,7 +89,7 @@ def add_group_ids(
     min_grouped_tokens: int,
     first_token_ids: set[int],
 ) -> dict[str, list]:
-    """For `Dataset.map`, batched: annotates rows by their `importance_scores` ([`group_by_importance`])."""
+    """For `Dataset.map`, batched: annotate rows by their `importance_scores` ([`group_by_importance`])."""
     group_ids = [
         group_by_importance(labels, scores, important_fraction, min_grouped_tokens, first_token_ids)
         for labels, scores in zip(examples["labels"], examples["importance_scores"], strict=True)
@@ -97,32 +101,31 @@ def add_rankable_groups(
     examples: dict[str, list], rows: list[int], min_grouped_tokens: int, first_token_ids: set[int]
 ) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: annotates rows whose tokens are ranked in training ([`group_by_excess_loss`]): 1 for
-    tokens that rank first, 0 for the other supervised ones, -1 for those that are not supervised or not grouped.
+    For `Dataset.map`, batched: annotate rows whose tokens are ranked in training ([`group_by_excess_loss`]): 1 for
+    tokens that rank first, 0 for the other grouped ones, -1 for tokens that are not grouped.
     """
     group_ids = []
     for labels in map(np.asarray, examples["labels"]):
         groups = np.full(len(labels), UNGROUPED)
-        positions = supervised_positions(labels)
-        if len(positions) >= max(min_grouped_tokens, 2):
-            groups[positions] = np.where(np.isin(labels[positions], list(first_token_ids)), IMPORTANT, UNIMPORTANT)
+        positions = _grouped_positions(labels, min_grouped_tokens)
+        groups[positions] = np.where(np.isin(labels[positions], list(first_token_ids)), IMPORTANT, UNIMPORTANT)
         group_ids.append(groups.tolist())
     return annotations(group_ids, rows)
 
 
 def annotations(group_ids: list[list[int]], rows: list[int]) -> dict[str, list]:
-    """The annotation columns of rows; a row's number stands on each token, so that it survives packing."""
+    """The annotation columns of rows. The number of a row is repeated for each token, so that it survives packing."""
     numbers = [[row] * len(groups) for row, groups in zip(rows, group_ids, strict=True)]
     return {"group_ids": group_ids, "example_number": numbers}
 
 
 def has_groups(dataset: Dataset | IterableDataset) -> bool:
-    """Whether any token is in a group, as far as that can be known beforehand."""
+    """Whether any token is in a group; assumed of a stream."""
     return isinstance(dataset, IterableDataset) or any(max(groups) > UNGROUPED for groups in dataset["group_ids"])
 
 
 def add_token_scores(dataset: Dataset, scores: pa.ChunkedArray, name: str) -> Dataset:
-    """Add a column with a score for each token; an example that has none, for want of labels, gets zeros."""
+    """Add a column with a score for each token, zeros for an example without scores because it has no labels."""
     lengths = [len(ids) for ids in dataset["input_ids"]]
     values = [
         np.zeros(length, np.float32) if of_tokens is None else of_tokens
@@ -143,7 +146,7 @@ def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset
     For `Dataset.map`, batched: check the user's own scores and copy them to `importance_scores`.
 
     Raises:
-        `InputError`: If a score is no finite number, naming row, column and value.
+        `InputError`: If a score is not a finite number, naming row, column and value.
     """
     require_column(examples, column, dataset_name)
     for row, scores in zip(rows, examples[column], strict=True):
@@ -161,7 +164,7 @@ def copy_group_ids(examples: dict[str, list], rows: list[int], column: str, data
     For `Dataset.map`, batched: check the user's own group ids and annotate the rows with them.
 
     Raises:
-        `InputError`: If an id is no integer from -1 to `MAX_GROUPS - 1`, naming row, column and value.
+        `InputError`: If an id is not an integer from -1 to `MAX_GROUPS - 1`, naming row, column and value.
     """
     require_column(examples, column, dataset_name)
     for row, group_ids in zip(rows, examples[column], strict=True):

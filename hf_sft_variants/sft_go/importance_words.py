@@ -1,4 +1,4 @@
-"""Words of a text as LLMLingua-2 sees them, the windows it reads them in, and the way back to characters."""
+"""Words of a text as LLMLingua-2 splits it, the windows it reads them in, and their scores as scores of characters."""
 
 import string
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..text.token_offsets import Span
 
 
-# SentencePiece's stands before a word; its offsets may be those of the word's first character
+# SentencePiece's mark before a word; its offsets may be those of the word's first character
 _WORD_MARK = "▁"
 
 
@@ -27,7 +27,7 @@ class SplitText:
         word_starts (`list[int]`):
             Number of the first sub-word of each word.
         word_spans (`list[tuple[int, int]]`):
-            Characters of each word. White space at their ends does not count.
+            Characters of each word, possibly with white space at the ends.
     """
 
     text: str
@@ -38,10 +38,10 @@ class SplitText:
 
 def split_into_words(text: str, tokenizer: PreTrainedTokenizerBase) -> SplitText:
     """
-    Split a text into sub-words, and join these to words as LLMLingua-2 does.
+    Split a text into sub-words and join these to words as LLMLingua-2 does.
 
     There a word begins with a sub-word without `##` (BERT) or with a `▁` or an ASCII punctuation mark (XLM-RoBERTa).
-    Said for any tokenizer: where its pre-tokenizer cuts, after white space, and at an ASCII punctuation mark.
+    For any tokenizer: where its pre-tokenizer cuts, after white space, and at an ASCII punctuation mark.
     """
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens, words, offsets = encoding.tokens(), encoding.word_ids(), encoding["offset_mapping"]
@@ -61,18 +61,8 @@ def split_into_words(text: str, tokenizer: PreTrainedTokenizerBase) -> SplitText
 
 def cut_windows(word_starts: list[int], num_sub_words: int, window: int) -> list[Span]:
     """
-    Cut a text into windows of at most `window` sub-words at word boundaries, a word longer than a window inside it.
-
-    Args:
-        word_starts (`list[int]`):
-            Number of the first sub-word of each word.
-        num_sub_words (`int`):
-            Number of sub-words of the text.
-        window (`int`):
-            Most sub-words of a window, special tokens not counted.
-
-    Returns:
-        `list[tuple[int, int]]`: Sub-words [start, end) of each window.
+    Cut a text into windows [start, end) of at most `window` sub-words, at the starts of words. A word that is longer
+    than a window is cut inside.
     """
     windows, start = [], 0
     for word_start, word_end in pairwise([*word_starts, num_sub_words]):
@@ -87,27 +77,18 @@ def cut_windows(word_starts: list[int], num_sub_words: int, window: int) -> list
 
 def score_characters(split: SplitText, sub_word_scores: np.ndarray) -> np.ndarray:
     """
-    Give each character the score of its word: the mean over the word's sub-words. White space has 0.
-
-    Args:
-        split ([`SplitText`]):
-            The text.
-        sub_word_scores (`np.ndarray` of shape `(num_sub_words,)`):
-            Score of each sub-word, 0 or more.
-
-    Returns:
-        `np.ndarray` of shape `(len(text),)`, double precision. A character of two words has the higher score.
+    Give each character the score of its word, the mean over the word's sub-words; 0 for white space. A character of
+    two words gets the higher score.
     """
-    text = split.text
-    scores = np.zeros(len(text))
+    scores = np.zeros(len(split.text))
     if not split.word_starts:
         return scores
-    is_space = np.array([character.isspace() for character in text])
+    is_space = np.array([character.isspace() for character in split.text])
     lengths = np.diff([*split.word_starts, len(sub_word_scores)])
     word_scores = np.add.reduceat(sub_word_scores, split.word_starts) / lengths
-    next_starts = [start for start, _ in split.word_spans[1:]] + [len(text)]
+    next_starts = [start for start, _ in split.word_spans[1:]] + [len(split.text)]
     for score, (start, end), next_start in zip(word_scores, split.word_spans, next_starts, strict=True):
-        # What normalization dropped, say an accent, belongs to the word before it
+        # What normalization dropped, such as an accent, belongs to the word before it
         while end < next_start and not is_space[end]:
             end += 1
         scores[start:end] = np.maximum(scores[start:end], score)

@@ -1,17 +1,16 @@
-"""Importance of tokens for `group_by="llmlingua2"`: how likely a prompt compressor is to keep their word."""
-
-from dataclasses import dataclass
+"""Importance of tokens for `group_by="llmlingua2"`: the probability that a prompt compressor keeps their word."""
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.fingerprints import vocabulary_hash
 from ..scoring import cached_scores
 from ..scoring.shards import plan_shards
-from ..text.assistant_turns import special_token_ids
+from ..text.special_tokens import special_token_ids
 from ..text.token_offsets import Span, TokenOffsets
 from .config import SFTGOConfig
 from .grouping import supervised_positions
@@ -30,26 +29,15 @@ def importance_scores(
     dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
 ) -> pa.ChunkedArray:
     """
-    Score a prepared data set with the importance model, or find the scores on disk.
+    Score a prepared data set with the importance model, or read the scores from the cache.
 
-    To be called by all processes at once. The model is loaded only if there are no scores, and gone afterwards.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Examples with `input_ids` and `labels`.
-        args ([`SFTGOConfig`]):
-            Names the importance model and the cache.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The trained model's tokenizer.
-        dataset_name (`str`):
-            Name of the data set, for the progress bar.
+    All processes have to call it together. `tokenizer` is the trained model's.
 
     Returns:
         `pa.ChunkedArray`: For each example a list of float, one for each token of `input_ids`; null without labels.
 
     Raises:
-        `InputError`: If the importance model can't be loaded, is no token classifier with two labels, or its tokenizer
-            gives no offsets.
+        `InputError`: If the importance model can't be used ([`load_importance_model`]).
     """
     settings = {
         "kind": "llmlingua2",
@@ -68,23 +56,14 @@ def importance_scores(
     return scores["importance_scores"]
 
 
-@dataclass
-class _SupervisedText:
-    """What an example's supervised tokens say: the tokens' positions in `input_ids` and their characters in `text`."""
-
-    text: str
-    positions: list[int]
-    spans: list[Span]
-
-
 class LLMLingua2Scorer:
     """
-    Scores tokens by the probability with which [LLMLingua-2](https://huggingface.co/papers/2403.12968) keeps the word
-    they stand in.
+    Scores tokens by the probability that [LLMLingua-2](https://huggingface.co/papers/2403.12968) keeps their word.
 
-    An example's text is what its supervised tokens decode to, special tokens left out. It is read in windows that end
-    at word boundaries; a word's probability is the mean over its sub-words, a token's the highest of the words it
-    shares a character with. Tokens of white space, special tokens and tokens that are not supervised have 0.
+    The text of an example is what its supervised tokens decode to, without special tokens. It is read in windows that
+    end at word boundaries. The probability of a word is the mean over its sub-words, that of a token the highest of
+    the words it shares a character with. Tokens of white space, special tokens and tokens that are not supervised get
+    0.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -114,59 +93,54 @@ class LLMLingua2Scorer:
 
     def __call__(self, examples: list[dict]) -> list[dict]:
         """
-        Score examples.
-
-        Args:
-            examples (`list[dict]`):
-                Examples with `input_ids` and `labels` (`-100` on tokens that are not supervised).
+        Score examples with `input_ids` and `labels`.
 
         Returns:
-            `list[dict]`: For each example `importance_scores`, a float32 array: a number in [0, 1] for each token of
-            `input_ids`.
+            `list[dict]`: For each example `importance_scores`, a float32 array with a number in [0, 1] for each token.
         """
         supervised = [self._supervised_text(example) for example in examples]
-        splits = [split_into_words(part.text, self.importance_tokenizer) for part in supervised]
+        splits = [split_into_words(text, self.importance_tokenizer) for text, _, _ in supervised]
         windows = [
-            (number, start, end)
-            for number, split in enumerate(splits)
+            split.sub_word_ids[start:end]
+            for split in splits
             for start, end in cut_windows(split.word_starts, len(split.sub_word_ids), self._window)
         ]
-        windowed = [splits[number].sub_word_ids[start:end] for number, start, end in windows]
-        keep = [np.zeros(len(split.sub_word_ids)) for split in splits]
-        for (number, start, end), probabilities in zip(windows, self._keep_probabilities(windowed), strict=True):
-            keep[number][start:end] = probabilities
+        # The windows follow each other: their probabilities are those of all sub-words of all texts
+        keep = np.concatenate([np.zeros(0), *self._keep_probabilities(windows)])
+        ends = np.cumsum([len(split.sub_word_ids) for split in splits])
         results = []
-        for example, part, split, sub_word_scores in zip(examples, supervised, splits, keep, strict=True):
+        for example, (_, positions, spans), split, sub_word_scores in zip(
+            examples, supervised, splits, np.split(keep, ends[:-1]), strict=True
+        ):
             characters = score_characters(split, sub_word_scores)
             scores = np.zeros(len(example["input_ids"]), dtype=np.float32)
-            scores[part.positions] = [characters[start:end].max(initial=0) for start, end in part.spans]
+            scores[positions] = [characters[start:end].max(initial=0) for start, end in spans]
             results.append({"importance_scores": scores})
         return results
 
-    def _supervised_text(self, example: dict) -> _SupervisedText:
+    def _supervised_text(self, example: dict) -> tuple[str, np.ndarray, list[Span]]:
+        """Text of the supervised tokens, their positions in `input_ids`, and their characters in the text."""
         labels = np.asarray(example["labels"])
         positions = supervised_positions(labels)
         positions = positions[~np.isin(labels[positions], self._special_token_ids)]
-        result = _SupervisedText("", positions.tolist(), [])
-        # Each run of tokens is decoded by itself, and no word goes on from one into the next
+        text, spans = "", []
+        # Each run of tokens is decoded separately, and no word continues from one run to the next
         for run in np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1):
-            text, spans = self._token_offsets(labels[run])
-            start = len(result.text)
-            result.spans += [(start + first, start + last) for first, last in spans]
-            result.text += text + "\n"
-        return result
+            run_text, run_spans = self._token_offsets(labels[run])
+            spans += [(len(text) + start, len(text) + end) for start, end in run_spans]
+            text += run_text + "\n"
+        return text, positions, spans
 
     @torch.no_grad()
     def _keep_probabilities(self, windows: list[list[int]]) -> list[np.ndarray]:
-        """Probability of each sub-word to be kept; windows of similar length are read together."""
-        extra = len(self._prefix) + len(self._suffix)
-        shards = plan_shards([len(window) + extra for window in windows], self.batch_tokens)
+        """Probability of each sub-word to be kept; windows of similar length share a batch."""
+        rows = [torch.tensor(self._prefix + window + self._suffix) for window in windows]
         results = [None] * len(windows)
+        shards = plan_shards([len(row) for row in rows], self.batch_tokens)
         for batch in (batch for shard in shards for batch in shard):
-            rows = [torch.tensor(self._prefix + windows[number] + self._suffix) for number in batch]
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            mask = pad_sequence([torch.ones_like(rows[number]) for number in batch], batch_first=True)
             padding = self.importance_tokenizer.pad_token_id or 0  # masked, so any token would do
-            input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+            input_ids = pad_sequence([rows[number] for number in batch], batch_first=True, padding_value=padding)
             device = self.model.device
             logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
             keep = logits.float().softmax(dim=-1)[..., _KEEP].cpu().numpy()

@@ -1,4 +1,4 @@
-"""What is logged about groups: how hard each is, which is the worst, and how often that changes."""
+"""Metrics of groups: their losses, which one is the worst, and how often that changes."""
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,10 @@ Ratios = dict[str, tuple[torch.Tensor | float, torch.Tensor | float]]
 
 def group_metrics(result: GroupOptimization, own_ids: bool) -> Ratios:
     """
-    Mean loss of each group, and share of the scopes in which it is the worst.
+    Mean loss of each group, and share of the segments in which it is the worst, as numerators and denominators.
 
-    Args:
-        result ([`GroupOptimization`]):
-            Of one micro-batch.
-        own_ids (`bool`):
-            Whether groups are the user's own (`group_0`, `group_1`, …) or `unimportant` and `important`.
-
-    Returns:
-        `dict[str, tuple]`: Name to numerator and denominator; the same names whatever groups the micro-batch has,
-        because all processes have to log the same.
+    Groups are named `group_0`, `group_1` and so on for the user's `own_ids`, otherwise `unimportant` and `important`.
+    The names are the same whatever groups the micro-batch has, because all processes have to log the same.
     """
     names = [f"group_{group}" for group in range(MAX_GROUPS)] if own_ids else ["unimportant", "important"]
     missing = len(names) - result.group_weight.size(1)
@@ -42,9 +35,7 @@ def group_metrics(result: GroupOptimization, own_ids: bool) -> Ratios:
 
 class WorstGroupFlips(TrainerCallback):
     """
-    Counts samples whose worst group is another one than when this process last saw the sample.
-
-    Nothing is counted in the first epoch, nor of samples that another process saw the last time.
+    Counts samples whose worst group has changed since this process last saw them, so none in the first epoch.
     """
 
     def __init__(self):
@@ -57,18 +48,9 @@ class WorstGroupFlips(TrainerCallback):
         self, result: GroupOptimization, example_numbers: torch.Tensor, sample_ids: torch.Tensor
     ) -> tuple[int, int]:
         """
-        Take in a micro-batch whose scopes are samples.
+        Numbers of flipped samples and of samples seen before in a micro-batch whose segments are samples.
 
-        Args:
-            result ([`GroupOptimization`]):
-                Of this micro-batch.
-            example_numbers (`torch.Tensor` of shape `(B, L)`):
-                Number of the example of each token, `-1` on padding.
-            sample_ids (`torch.Tensor` of shape `(B, L)`):
-                Scope of each token.
-
-        Returns:
-            `tuple[int, int]`: Flipped samples, and samples seen before.
+        `example_numbers` has the number of each token's example in the data set, `-1` on padding.
         """
         numbers = torch.full_like(result.worst_group, -1)
         numbers.scatter_reduce_(0, sample_ids.flatten(), example_numbers.flatten(), "amax")

@@ -11,7 +11,7 @@ from ..base.preparation import map_description
 from ..base.trl_internals import global_then_local_main_first
 from ..errors import InputError
 from ..scoring import describe_model
-from ..text.assistant_turns import special_token_ids
+from ..text.special_tokens import special_token_ids
 from .config import SFTGOConfig
 from .excess_loss import group_by_excess_loss
 from .grouping import (
@@ -27,7 +27,7 @@ from .grouping import (
 from .llmlingua2 import importance_scores
 from .loss import group_optimization, uniform_token_weights
 from .metrics import WorstGroupFlips, group_metrics
-from .reference_losses import drop_too_long, reference_log_probs
+from .reference_log_probs import drop_too_long, reference_log_probs
 from .tfidf import TokenTfidf, add_tfidf_scores, shared_tfidf
 
 
@@ -124,7 +124,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         if args.group_by == "llmlingua2":
             settings |= self._describe_scoring_model()
         elif args.group_by == "tfidf":
-            tfidf = self._tfidf or TokenTfidf.load_if_there(args.tfidf_file, self._tokenizer)
+            tfidf = self._tfidf or TokenTfidf.load(args.tfidf_file, self._tokenizer)
             settings |= {} if tfidf is None else {"document_frequencies": tfidf.digest()}
         return settings
 
@@ -216,7 +216,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     def _add_tfidf_scores(self, dataset, dataset_name):
         map_kwargs = map_description(dataset, self.args, f"Weighing tokens of {dataset_name} dataset")
-        fn_kwargs = {"idf": self._tfidf.transformer.idf_}
+        fn_kwargs = {"idf": self._tfidf.idf}
         return dataset.map(add_tfidf_scores, batched=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     # Loss
@@ -227,18 +227,18 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
             token_weights = uniform_token_weights(batch.label_mask, batch.sample_ids, batch.num_samples)
         else:
             token_weights = batch.label_mask.float()
-        scope_ids, num_scopes = batch.sample_ids, batch.num_samples
+        segment_ids, num_segments = batch.sample_ids, batch.num_samples
         if self.args.group_scope == "micro_batch":
-            scope_ids, num_scopes = torch.zeros_like(scope_ids), 1
+            segment_ids, num_segments = torch.zeros_like(segment_ids), 1
         # Evaluation does not follow the schedule: its losses are compared over the run
         training = self.model.training
         worst_group_weight = self.current_worst_group_weight() if training else self.args.worst_group_weight
         result = group_optimization(
             batch.log_probs,
             token_weights,
-            self._group_ids(batch, scope_ids, num_scopes),
-            scope_ids,
-            num_scopes,
+            self._group_ids(batch, segment_ids, num_segments),
+            segment_ids,
+            num_segments,
             worst_group_weight,
             # Rho-1 trains on the tokens with the highest excess loss, be the others' plain loss higher or not
             chosen_group=Group.IMPORTANT if self.args.group_by == "rho1" else None,
@@ -246,19 +246,19 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         batch.metrics["sft_go/worst_group_weight"] = (worst_group_weight, 1)
         batch.metrics.update(group_metrics(result, own_ids=self.args.group_column is not None))
         if training and self._tracks_flips:
-            flips = self._worst_group_flips.update(result, batch.annotations["example_number"], scope_ids)
+            flips = self._worst_group_flips.update(result, batch.annotations["example_number"], segment_ids)
             batch.metrics["sft_go/flip_rate"] = flips
         return result.loss_sum / batch.num_items["samples" if uniform else "tokens"]
 
-    def _group_ids(self, batch: AnnotatedBatch, scope_ids: torch.Tensor, num_scopes: int) -> torch.Tensor:
+    def _group_ids(self, batch: AnnotatedBatch, segment_ids: torch.Tensor, num_segments: int) -> torch.Tensor:
         if self.args.group_by != "rho1":
             return batch.annotations["group_ids"]
         return group_by_excess_loss(
             batch.log_probs,
             batch.annotations["reference_log_probs"],
             batch.annotations["group_ids"],
-            scope_ids,
-            num_scopes,
+            segment_ids,
+            num_segments,
             self.args.important_fraction,
         )
 

@@ -16,15 +16,9 @@ from ..base.row_checks import require_row
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
 from ..evaluation.tagged_answers import tagged_response
-from ..text.assistant_turns import (
-    RenderedExample,
-    Turn,
-    assistant_start,
-    render_example,
-    render_tokens,
-    require_same_tokens,
-    special_token_ids,
-)
+from ..text.assistant_turns import RenderedExample, Turn, render_example, require_same_tokens
+from ..text.decoded_turns import assistant_header, decode_example
+from ..text.special_tokens import special_token_ids
 from ..text.token_offsets import Span, TokenOffsets
 
 
@@ -183,9 +177,9 @@ def add_key_mask(
     """
     special = {i for i in special_token_ids(tokenizer) if not find_key.looks_for(tokenizer.convert_ids_to_tokens(i))}
     if not has_text:
-        start = assistant_start(tokenizer, chat_template)
+        start = assistant_header(tokenizer, chat_template)
         every_turn = find_key.key_turns == "all"
-        read_tokens = partial(render_tokens, TokenOffsets(tokenizer), special, start, every_turn=every_turn)
+        read_tokens = partial(decode_example, TokenOffsets(tokenizer), special, start, every_turn=every_turn)
     masks, counts = [], []
     for i, row in enumerate(rows):
         example = {column: values[i] for column, values in examples.items() if values[i] is not None}

@@ -1,1 +1,1 @@
-"""Where assistant turns, words and contents are in the tokens of an example."""
+"""Where the assistant's turns and single words are in the tokens of an example."""

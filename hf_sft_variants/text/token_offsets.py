@@ -1,4 +1,4 @@
-"""Where each token stands in the text that the tokens decode to, for any tokenizer."""
+"""Which characters of a text each token covers, for any tokenizer."""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise, zip_longest
@@ -8,60 +8,70 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 
 
-# Stands for bytes that are no whole character, or not yet
+# What incomplete characters decode to
 _REPLACEMENT = "\ufffd"
 
 Span = tuple[int, int]
 
 
-def token_offsets(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> tuple[str, list[Span]]:
+def tokenize_with_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
+) -> tuple[list[int], list[Span]]:
     """
-    Decode tokens and tell which characters each of them stands for. For many texts keep a [`TokenOffsets`].
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Any tokenizer that decodes the start of a text to the start of its decoding.
-        token_ids (`Sequence[int]`):
-            Tokens of one text, special tokens included.
-
-    Returns:
-        `tuple[str, list[tuple[int, int]]]`: The text, and for each token its span [start, end) in it.
+    Tokenize a text and return its token ids with the span of characters that each token covers. Tokens added by the
+    tokenizer cover none.
 
     Raises:
-        `InputError`: If the tokenizer decodes in a way that tokens can't be found in the text.
+        `InputError`: If the tokenizer neither returns offsets nor decodes its tokens to the text.
     """
-    return TokenOffsets(tokenizer)(token_ids)
+    if not tokenizer.is_fast:
+        token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        decoded, offsets = TokenOffsets(tokenizer)(token_ids)
+        if decoded != text:
+            raise InputError(
+                f"{type(tokenizer).__name__} gives no offsets, and decodes {text[:80]!r}... to {decoded[:80]!r}..., "
+                "so the tokens of an answer can't be found. Use a fast tokenizer."
+            )
+        return token_ids, offsets
+    encoding = tokenizer(
+        text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_special_tokens_mask=True
+    )
+    offsets, position = [], 0
+    for (start, end), is_added in zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True):
+        if is_added:
+            start = end = position
+        elif start == end:  # byte-level tokenizers trim spaces from offsets, so a token of spaces seems empty
+            start = min(position, start)
+        offsets.append((start, end))
+        position = max(position, end)
+    return encoding["input_ids"], offsets
 
 
 class TokenOffsets:
     """
-    Finds the characters each token stands for by decoding alone, so no offsets are asked of the tokenizer and no
-    normalization or trimming of white space gets in between. An incomplete character has to decode to U+FFFD, as it
-    does in the fast tokenizers of Transformers.
+    Decodes tokens and finds the characters that each of them covers.
 
-    Spans follow each other and cover the text. Tokens that share a character (a byte-level tokenizer's parts of an
-    emoji) each span all of it; a token that adds nothing (the space that SentencePiece strips) has an empty span.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer that made the tokens.
+    Works by decoding alone, for tokenizers with and without offsets, and is not misled by normalization or trimmed
+    white space. An incomplete character has to decode to U+FFFD, as it does in the fast tokenizers of Transformers.
+    The spans are in order and cover the text. Tokens that share a character (the bytes of an emoji) each span all of
+    it; a token that adds nothing (the space that SentencePiece strips) has an empty span.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        # Decoders treat the first token of a text in its own way, so other tokens are decoded after this one
+        # Decoders treat the first token of a text differently, so other tokens are decoded after this one
         self._context = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._context_length = len(self._decode(self._context))
         self._pieces: dict[int, str] = {}
 
     def __call__(self, token_ids: Sequence[int]) -> tuple[str, list[Span]]:
-        """As [`token_offsets`]."""
+        """Text of some tokens, special tokens included, and the span [start, end) of each token in it."""
         token_ids = [int(token_id) for token_id in token_ids]
         text = self._decode(token_ids)
         spans = self._spans_by_pieces(token_ids, text)
-        if spans is None:  # exact as well, but its time grows with the square of the length
+        if spans is None:  # slower, in time quadratic in the length
             prefixes = (self._decode(token_ids[:end]) for end in range(1, len(token_ids) + 1))
-            spans = spans_of_prefixes(prefixes, text)
+            spans = _spans_of_prefixes(prefixes, text)
         if spans is None or not _cover(spans, text):
             raise InputError(
                 f"The tokens of {text[:80]!r}... can't be found in that text: {type(self.tokenizer).__name__} decodes "
@@ -71,7 +81,7 @@ class TokenOffsets:
         return text, spans
 
     def _spans_by_pieces(self, token_ids: list[int], text: str) -> list[Span] | None:
-        """Decode runs of tokens as short as whole characters allow; `None` if they don't make up the text."""
+        """Decode shortest runs of tokens that end with a whole character; `None` if they don't make up `text`."""
         spans, pieces = [], []
         start = position = 0
         for end in range(1, len(token_ids) + 1):
@@ -79,7 +89,7 @@ class TokenOffsets:
             piece = pieces[-1]
             if piece.endswith(_REPLACEMENT) and end < len(token_ids):
                 continue
-            run = spans_of_prefixes(pieces, piece) if len(pieces) > 1 else [(0, len(piece))]
+            run = _spans_of_prefixes(pieces, piece) if len(pieces) > 1 else [(0, len(piece))]
             if run is None or not text.startswith(piece, position):
                 return None
             spans += [(position + first, position + last) for first, last in run]
@@ -100,41 +110,39 @@ class TokenOffsets:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def spans_of_prefixes(prefixes: Iterable[str], text: str) -> list[Span] | None:
+def _spans_of_prefixes(prefixes: Iterable[str], text: str) -> list[Span] | None:
     """
-    Spans of tokens from what the first one, two, ... of them decode to.
+    Spans of tokens, given what the first one, two, ... of them decode to; `None` if a prefix does not begin the text.
 
-    A token starts at the first character that was not complete before it, and ends at the last that it completes or
-    begins. Characters that are not complete yet show as replacement characters at the end of a prefix.
-
-    Returns:
-        `list[tuple[int, int]]`, or `None` if a prefix is no start of the text.
+    A token starts at the first character that was incomplete before it, and ends after the last one that it completes
+    or begins. Incomplete characters show as replacement characters at the end of a prefix.
     """
     lengths, complete, is_open = [], [], []
     for prefix in prefixes:
-        common = _common_length(prefix, text)
+        common = common_length(prefix, text)
         rest = zip_longest(prefix[common:], text[common : len(prefix)], fillvalue=_REPLACEMENT)
         if not all(_REPLACEMENT in pair for pair in rest):
             return None
         lengths.append(len(prefix))
         complete.append(common)
         is_open.append(prefix.endswith(_REPLACEMENT))
-    # A character that is there stays there: what a later prefix lacks was the replacement of an incomplete one
+    # A complete character stays: what a later prefix lacks was the replacement of an incomplete one
     shortest = list(accumulate(reversed(lengths), min))[::-1]
     spans, start = [], 0
     for length, common, limit, ends_open in zip(lengths, complete, shortest, is_open, strict=True):
         common = max(start, min(common, limit))
         end = min(common + (length > common), limit, len(text))
-        is_part_of_replacement = end <= start and ends_open  # of one that stays in the text
+        is_part_of_replacement = end <= start and ends_open  # of one that remains in the text
         spans.append((max(end - 1, 0) if is_part_of_replacement else start, end))
         start = common
     return spans
 
 
-def _common_length(prefix: str, text: str) -> int:
-    if text.startswith(prefix):
-        return len(prefix)
-    return next(i for i, (a, b) in enumerate(zip_longest(prefix, text)) if a != b)
+def common_length(first: str, second: str) -> int:
+    """Number of characters that two texts have in common at their start."""
+    if second.startswith(first):
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
 def _cover(spans: list[Span], text: str) -> bool:

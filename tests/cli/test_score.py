@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch, tiny_model, tokenizer):
 
 
 METHODS = {
-    "rho1": ({"group_by": "rho1", "reference_model": "reference"}, "reference_losses.load_reference_model"),
+    "rho1": ({"group_by": "rho1", "reference_model": "reference"}, "reference_log_probs.load_reference_model"),
     "llmlingua2": ({"group_by": "llmlingua2", "importance_model": "importance"}, "llmlingua2.load_importance_model"),
 }
 LAYOUTS = {

@@ -83,7 +83,7 @@ def train_with_the_others_scores(arguments):
     """One machine has lost its scores; a reference model must not be loaded again."""
     if PartialState().process_index == 1:
         shutil.rmtree(Path(os.environ["HF_HOME"], "hf_sft_variants", "scores"))
-    with mock.patch("hf_sft_variants.sft_go.reference_losses.load_reference_model", None):
+    with mock.patch("hf_sft_variants.sft_go.reference_log_probs.load_reference_model", None):
         return train("rho1", *arguments)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from helpers import SMALL as SMALL_RUN
 from helpers import make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,21 +40,10 @@ SMALL = {
 }
 
 WORDS = [
-    *["the", "sum", "is", "42.", "unhappiness", "(yes,", "really!)", "don't", "x=3;", "--", "...", "“quoted”", "½"],
-    *[
-        "naïve",
-        "e\u0301te\u0301",
-        "日本語の文章",
-        "中文，句子。",
-        "한국어",
-        "😀👍🏽",
-        "a😀b",
-        "👩‍👩‍👧",
-        "a\u200bb",
-        "Ж",
-        "REALLY",
-    ],
-]
+    "the", "sum", "is", "42.", "unhappiness", "(yes,", "really!)", "don't", "x=3;", "--", "...", "“quoted”", "½", "Ж",
+    "naïve", "e\u0301te\u0301", "日本語の文章", "中文，句子。", "한국어", "😀👍🏽", "a😀b", "👩‍👩‍👧",
+    "a\u200bb", "REALLY",
+]  # fmt: skip
 SPACES = [" ", " ", " ", "  ", "\n", "\t", "\n\n", " \n\t ", "\u00a0"]
 
 
@@ -214,56 +204,48 @@ class TestAgainstSlowReference:
 
 
 class TestScores:
+    tokenizer = TARGET_TOKENIZERS["byte_level"]
+
     @pytest.fixture
     def scorer(self):
-        return LLMLingua2Scorer(
-            IMPORTANCE_MODELS["bert"], IMPORTANCE_TOKENIZERS["bert"], TARGET_TOKENIZERS["byte_level"]
-        )
+        return LLMLingua2Scorer(IMPORTANCE_MODELS["bert"], IMPORTANCE_TOKENIZERS["bert"], self.tokenizer)
 
     @pytest.mark.parametrize("importance_tokenizer", [word_piece(), byte_level()], ids=["word_piece", "byte_level"])
     def test_white_space_special_and_other_tokens_have_none(self, importance_tokenizer):
-        tokenizer = TARGET_TOKENIZERS["byte_level"]
-        scorer = LLMLingua2Scorer(make_bert(importance_tokenizer), importance_tokenizer, tokenizer)
-        prompt = tokenizer.encode("<|user|>the sum")
-        response = tokenizer.encode("\n\n42 \t<|user|> yes!<|end|>\n")
+        scorer = LLMLingua2Scorer(make_bert(importance_tokenizer), importance_tokenizer, self.tokenizer)
+        prompt = self.tokenizer.encode("<|user|>the sum")
+        response = self.tokenizer.encode("\n\n42 \t<|user|> yes!<|end|>\n")
         example = {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
         scores = scorer([example])[0]["importance_scores"]
-        for score, token in zip(scores[len(prompt) :], map(tokenizer.decode, response), strict=True):
+        for score, token in zip(scores[len(prompt) :], map(self.tokenizer.decode, response), strict=True):
             assert (score > 0) == (not token.isspace() and token not in {"<|user|>", "<|end|>"})
         assert not scores[: len(prompt)].any()
 
     def test_first_token_and_nothing_supervised(self, scorer):
-        token_ids = TARGET_TOKENIZERS["byte_level"].encode("42 42")
-        whole, nothing, single = scorer(
-            [
-                {"input_ids": token_ids, "labels": token_ids},
-                {"input_ids": token_ids, "labels": [-100] * len(token_ids)},
-                {"input_ids": token_ids[:1], "labels": token_ids[:1]},
-            ]
-        )
-        assert whole["importance_scores"][0] == 0
-        assert whole["importance_scores"][-1] > 0
-        assert not nothing["importance_scores"].any()
-        assert single["importance_scores"].tolist() == [0]
+        token_ids = self.tokenizer.encode("42 42")
+        labels = {"whole": token_ids, "nothing": [-100] * len(token_ids), "single": token_ids[:1]}
+        examples = [{"input_ids": token_ids[: len(row)], "labels": row} for row in labels.values()]
+        whole, nothing, single = (result["importance_scores"] for result in scorer(examples))
+        assert whole[0] == 0 and whole[-1] > 0
+        assert not nothing.any()
+        assert single.tolist() == [0]
 
     def test_words_of_two_runs_do_not_merge(self, scorer):
-        tokenizer = TARGET_TOKENIZERS["byte_level"]
-        mark, un, happy = (tokenizer.encode(text) for text in ("?", "un", "happy"))
+        mark, un, happy = (self.tokenizer.encode(text) for text in ("?", "un", "happy"))
         example = {"input_ids": mark + un + mark + happy, "labels": [-100, *un, -100, *happy]}
         apart = scorer([example])[0]["importance_scores"]
-        spaced = tokenizer.encode("?un\nhappy")
+        spaced = self.tokenizer.encode("?un\nhappy")
         together = scorer([{"input_ids": spaced, "labels": [-100, *spaced[1:]]}])[0]["importance_scores"]
         np.testing.assert_allclose(apart[apart > 0], together[together > 0], atol=1e-5)
 
     @pytest.mark.parametrize("name", IMPORTANCE_MODELS)
     def test_batches_and_order_do_not_matter(self, name):
         generator = random.Random(3)
-        tokenizer = TARGET_TOKENIZERS["byte_level"]
-        examples = [random_example(generator, tokenizer, max_words=40) for _ in range(30)]
-        model, importance_tokenizer = IMPORTANCE_MODELS[name], IMPORTANCE_TOKENIZERS[name]
-        expected = LLMLingua2Scorer(model, importance_tokenizer, tokenizer)(examples)
+        examples = [random_example(generator, self.tokenizer, max_words=40) for _ in range(30)]
+        models = IMPORTANCE_MODELS[name], IMPORTANCE_TOKENIZERS[name], self.tokenizer
+        expected = LLMLingua2Scorer(*models)(examples)
         for batch_tokens in (1, 100, 700):
-            scorer = LLMLingua2Scorer(model, importance_tokenizer, tokenizer, batch_tokens=batch_tokens)
+            scorer = LLMLingua2Scorer(*models, batch_tokens=batch_tokens)
             order = generator.sample(range(len(examples)), len(examples))
             for row, result in zip(order, scorer([examples[row] for row in order]), strict=True):
                 np.testing.assert_allclose(
@@ -289,46 +271,25 @@ class TestWindows:
         assert [max_window(model) for model in IMPORTANCE_MODELS.values()] == [WINDOW] * 3
         assert max_window(make_bert(tokenizer, max_position_embeddings=600)) == MAX_WINDOW
 
-    def test_words(self):
-        text = "un-happiness, (yes) 42"
-        for tokenizer, expected in (
-            (word_piece(), ["un", "-", "happiness", ",", "(", "yes", ")", "42"]),
-            (unigram(), ["un", "-happiness", ",", "(yes", ")", "42"]),
-            (byte_level(), ["un", "-", "happiness", ",", "(", "yes", ")", "42"]),
-        ):
-            spans = split_into_words(text, tokenizer).word_spans
-            words = [text[start:end].strip() for start, end in spans]
-            assert [word for word in words if word] == expected
-
-    def test_words_of_a_tokenizer_that_does_not_cut_at_spaces(self):
-        text = "happiness\n 42  café "
-        tokenizer = byte_fallback()
-        assert set(tokenizer(text).word_ids()) == {0}
-        words = [text[start:end].strip() for start, end in split_into_words(text, tokenizer).word_spans]
-        assert [word for word in words if word] == text.split()
+    @pytest.mark.parametrize(
+        "build, text, expected",
+        [
+            (word_piece, "un-happiness, (yes) 42", ["un", "-", "happiness", ",", "(", "yes", ")", "42"]),
+            (unigram, "un-happiness, (yes) 42", ["un", "-happiness", ",", "(yes", ")", "42"]),
+            (byte_level, "un-happiness, (yes) 42", ["un", "-", "happiness", ",", "(", "yes", ")", "42"]),
+            (byte_fallback, "happiness\n 42  café ", ["happiness", "42", "café"]),  # does not cut at spaces itself
+        ],
+    )
+    def test_words(self, build, text, expected):
+        words = [text[start:end].strip() for start, end in split_into_words(text, build()).word_spans]
+        assert [word for word in words if word] == expected
 
 
 def train_to_keep_digits(model, tokenizer):
     generator = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    vocabulary = [
-        "the",
-        "sum",
-        "is",
-        "tens",
-        "ones",
-        "12",
-        "30",
-        "42",
-        "7",
-        "5",
-        ".",
-        "and",
-        "are",
-        "of",
-        "Add",
-        "The",
-    ]
+    words, numbers = ["the", "sum", "is", "tens", "ones", ".", "and", "are", "of", "Add", "The"], [12, 30, 42, 7, 5]
+    vocabulary = [*words, *map(str, numbers)]
     for _ in range(40):
         texts = [" ".join(generator.choices(vocabulary, k=10)) for _ in range(16)]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
@@ -361,14 +322,8 @@ def folder(tmp_path_factory):
 
 class TestImportanceScores:
     def score(self, rows, folder, tmp_path, **options):
-        options = {
-            "group_by": "llmlingua2",
-            "importance_model": str(folder),
-            "use_cpu": True,
-            "bf16": False,
-            **options,
-        }
-        args = SFTGOConfig(str(tmp_path), score_cache_dir=str(tmp_path / "scores"), report_to="none", **options)
+        options = {**SMALL_RUN, "group_by": "llmlingua2", "importance_model": str(folder), **options}
+        args = SFTGOConfig(str(tmp_path), score_cache_dir=str(tmp_path / "scores"), **options)
         return importance_scores(rows, args, TARGET_TOKENIZERS["byte_level"], "train")
 
     def test_learned_words_score_high(self, rows, folder, tmp_path):
@@ -390,14 +345,6 @@ class TestImportanceScores:
             cut = rows.map(lambda row: {name: row[name][:8] for name in ("input_ids", "labels")})
             self.score(cut, folder, tmp_path)
 
-    def test_batches_do_not_matter(self, rows, folder, tmp_path):
-        expected = self.score(rows, folder, tmp_path / "a").to_pylist()
-        for number, batch_tokens in enumerate((16, 100)):
-            cache = tmp_path / str(number)
-            scores = self.score(rows, folder, cache, score_batch_tokens=batch_tokens).to_pylist()
-            for row, other in zip(scores, expected, strict=True):
-                np.testing.assert_allclose(row, other, rtol=0, atol=1e-5)
-
 
 class TestTrainer:
     def test_groups_follow_the_scores(self, tiny_model, tokenizer, folder, chat_rows, tmp_path):
@@ -416,58 +363,51 @@ class TestTrainer:
 
 
 class TestErrors:
+    bert = IMPORTANCE_MODELS["bert"]
+
     def save(self, folder, model, tokenizer=None):
         model.save_pretrained(folder)
         (tokenizer or IMPORTANCE_TOKENIZERS["bert"]).save_pretrained(folder)
         return str(folder)
 
+    def refused(self, folder, message):
+        with pytest.raises(ValueError, match=f"`importance_model=.* can't be loaded: {message}.*two labels"):
+            load_importance_model(folder)
+
     def test_loads_what_it_needs(self, tmp_path):
-        model, tokenizer = load_importance_model(self.save(tmp_path, IMPORTANCE_MODELS["bert"]))
+        model, tokenizer = load_importance_model(self.save(tmp_path, self.bert))
         assert model.dtype == torch.float32
         assert not model.training
         assert tokenizer.is_fast
 
     def test_causal_language_model(self, tmp_path, tiny_model, tokenizer):
-        folder = self.save(tmp_path, tiny_model, tokenizer)
-        with pytest.raises(ValueError, match=r"importance_model=.* is a LlamaForCausalLM.*two labels"):
-            load_importance_model(folder)
+        self.refused(self.save(tmp_path, tiny_model, tokenizer), "it is a LlamaForCausalLM")
 
     def test_three_labels(self, tmp_path):
-        folder = self.save(tmp_path, make_bert(IMPORTANCE_TOKENIZERS["bert"], num_labels=3))
-        with pytest.raises(ValueError, match=r"importance_model=.* has 3 labels"):
-            load_importance_model(folder)
+        model = make_bert(IMPORTANCE_TOKENIZERS["bert"], num_labels=3)
+        self.refused(self.save(tmp_path, model), "it has 3 labels")
 
     def test_no_classifier(self, tmp_path):
-        model = BertModel(IMPORTANCE_MODELS["bert"].config)
-        folder = self.save(tmp_path, model)
+        folder = self.save(tmp_path, BertModel(self.bert.config))
         config = (tmp_path / "config.json").read_text().replace('"BertModel"', '"BertForTokenClassification"')
         (tmp_path / "config.json").write_text(config)
-        with pytest.raises(ValueError, match=r"importance_model=.* lacks the weights \['classifier.bias'"):
-            load_importance_model(folder)
+        self.refused(folder, r"it lacks the weights \['classifier.bias'")
 
     def test_tokenizer_without_offsets(self, tmp_path):
         folder = self.save(tmp_path, make_bert(IMPORTANCE_TOKENIZERS["bert"], vocab_size=400), ByT5Tokenizer())
         assert not AutoTokenizer.from_pretrained(folder).is_fast
-        with pytest.raises(
-            ValueError, match=r"importance_model=.* ByT5Tokenizer.*no character offsets.*fast tokenizer"
-        ):
-            load_importance_model(folder)
+        self.refused(folder, "its tokenizer is a ByT5Tokenizer, which gives no character offsets. Save a fast")
 
     @pytest.mark.parametrize("name", ["no/such-model", "folder"])
     def test_nothing_there(self, name, tmp_path):
-        name = str(tmp_path) if name == "folder" else name
-        with pytest.raises(ValueError, match=r"importance_model=.* can't be loaded"):
-            load_importance_model(name)
+        self.refused(str(tmp_path) if name == "folder" else name, "")
 
     def test_broken_weights(self, tmp_path):
-        folder = self.save(tmp_path, IMPORTANCE_MODELS["bert"])
+        folder = self.save(tmp_path, self.bert)
         (tmp_path / "model.safetensors").write_bytes(b"broken")
-        with pytest.raises(ValueError, match=r"importance_model=.* can't be loaded"):
-            load_importance_model(folder)
+        self.refused(folder, "")
 
     def test_no_such_model_before_scoring(self, tmp_path):
-        args = SFTGOConfig(
-            str(tmp_path), group_by="llmlingua2", importance_model="no/such-model", use_cpu=True, bf16=False
-        )
+        options = {**SMALL_RUN, "group_by": "llmlingua2", "importance_model": "no/such-model"}
         with pytest.raises(ValueError, match=r"importance_model='no/such-model'` can't be loaded"):
-            importance_scores(None, args, TARGET_TOKENIZERS["byte_level"], "train")
+            importance_scores(None, SFTGOConfig(str(tmp_path), **options), TARGET_TOKENIZERS["byte_level"], "train")

@@ -1,5 +1,6 @@
 import copy
 import shutil
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.sft_go import reference_losses
+from hf_sft_variants.sft_go import reference_log_probs
 from hf_sft_variants.sft_go.excess_loss import group_by_excess_loss
 
 
@@ -30,6 +31,12 @@ def reference(tiny_model, tokenizer, tmp_path):
 
 
 @pytest.fixture
+def make(options, tiny_model, tokenizer, tmp_path):
+    """Makes a trainer of rows and options."""
+    return partial(make_trainer, SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, output_dir=tmp_path, **options)
+
+
+@pytest.fixture
 def options(reference, tmp_path):
     return {
         "group_by": "rho1",
@@ -41,7 +48,7 @@ def options(reference, tmp_path):
 
 @st.composite
 def token_tables(draw):
-    rows, length, num_scopes = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    rows, length, num_segments = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.integers(1, 4))
     size = rows * length
 
     def one_per_token(values):
@@ -52,8 +59,8 @@ def token_tables(draw):
         "log_probs": -one_per_token(st.integers(0, 4)).float() / 2,
         "reference_log_probs": -one_per_token(st.integers(0, 4)).float() / 2,
         "group_ids": one_per_token(st.sampled_from([-1, 0, 0, 0, 1])),
-        "scope_ids": one_per_token(st.integers(0, num_scopes - 1)),
-        "num_scopes": num_scopes,
+        "segment_ids": one_per_token(st.integers(0, num_segments - 1)),
+        "num_segments": num_segments,
     }
 
 
@@ -61,11 +68,11 @@ def token_tables(draw):
 @settings(max_examples=200, deadline=None)
 def test_ranking_equals_a_slow_one(table, fraction):
     result = group_by_excess_loss(**table, important_fraction=fraction).flatten().tolist()
-    flat = {name: values.flatten().tolist() for name, values in table.items() if name != "num_scopes"}
+    flat = {name: values.flatten().tolist() for name, values in table.items() if name != "num_segments"}
     excess = [r - p for r, p in zip(flat["reference_log_probs"], flat["log_probs"], strict=True)]
     expected = [-1] * len(excess)
-    for scope in range(table["num_scopes"]):
-        tokens = [t for t in range(len(excess)) if flat["scope_ids"][t] == scope and flat["group_ids"][t] >= 0]
+    for scope in range(table["num_segments"]):
+        tokens = [t for t in range(len(excess)) if flat["segment_ids"][t] == scope and flat["group_ids"][t] >= 0]
         ranked = sorted(tokens, key=lambda t: (flat["group_ids"][t] != 1, -excess[t], t))
         num_important = min(max(round(fraction * len(tokens)), 1), len(tokens) - 1)
         for rank, t in enumerate(ranked):
@@ -117,104 +124,89 @@ def num_scored(folder):
 
 
 class TestScores:
-    def trainer(self, tiny_model, tokenizer, rows, tmp_path, options, **others):
-        return make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, **{**options, **others})
-
-    def test_are_computed_once(self, options, tiny_model, tokenizer, token_rows, tmp_path, monkeypatch):
-        first = self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options, eval_dataset=token_rows.select([2]))
+    def test_are_computed_once(self, make, token_rows, tmp_path, monkeypatch):
+        first = make(token_rows, eval_dataset=token_rows.select([2]))
         assert num_scored(tmp_path) == len(token_rows)  # the row of the evaluation set is one of them
-        monkeypatch.setattr(reference_losses, "load_reference_model", None)  # must not be called again
-        again = self.trainer(
-            tiny_model, tokenizer, token_rows, tmp_path, options, important_fraction=0.2, max_steps=1, packing=True
-        )
+        monkeypatch.setattr(reference_log_probs, "load_reference_model", None)  # must not be called again
+        again = make(token_rows, important_fraction=0.2, max_steps=1, packing=True)
         again.train()
         assert sum(map(len, again.train_dataset["reference_log_probs"])) == sum(
             map(len, first.train_dataset["reference_log_probs"])
         )
 
-    def test_other_truncation_scores_what_it_cuts(self, options, tiny_model, tokenizer, token_rows, tmp_path):
-        self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options)
-        short = self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options, max_length=12)
+    def test_other_truncation_scores_what_it_cuts(self, make, token_rows, tmp_path):
+        make(token_rows)
+        short = make(token_rows, max_length=12)
         num_cut = sum(len(ids) > 12 for ids in token_rows["input_ids"])
         assert num_scored(tmp_path) == len(token_rows) + num_cut
         for row in short.train_dataset:
             assert len(row["reference_log_probs"]) == len(row["input_ids"]) <= 12
 
-    def test_changed_weights_score_again(self, options, tiny_model, tokenizer, token_rows, tmp_path):
-        self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options)
+    def test_changed_weights_score_again(self, make, tiny_model, tokenizer, token_rows, tmp_path):
+        make(token_rows)
         shutil.rmtree(tmp_path / "reference")
         tiny_model.save_pretrained(tmp_path / "reference")
         tokenizer.save_pretrained(tmp_path / "reference")
-        self.trainer(tiny_model, tokenizer, token_rows, tmp_path, options)
+        make(token_rows)
         assert num_scored(tmp_path) == 2 * len(token_rows)
 
-    def test_equal_rows_and_shuffling(self, options, reference, tiny_model, tokenizer, token_rows, tmp_path):
-        rows = token_rows.select([4, 2, 4, 0])
-        trainer = self.trainer(tiny_model, tokenizer, rows, tmp_path, options, shuffle_dataset=True)
-        for row in trainer.train_dataset:
+    def test_equal_rows_and_shuffling(self, make, reference, token_rows):
+        for row in make(token_rows.select([4, 2, 4, 0]), shuffle_dataset=True).train_dataset:
             expected = padded_document_log_probs(reference, row["input_ids"], row["labels"])
             expected = [0.0] + [0.0 if value is None else value for value in expected]
             assert row["reference_log_probs"] == pytest.approx(expected, abs=1e-5)
 
-    def test_two_hundred_random_texts(self, options, reference, random_texts, tiny_model, tokenizer, tmp_path):
-        rows = Dataset.from_dict({"text": random_texts})
-        trainer = self.trainer(tiny_model, tokenizer, rows, tmp_path, options, score_batch_tokens=300)
-        assert len(trainer.train_dataset) == 200
-        for row in trainer.train_dataset:
+    def test_two_hundred_random_texts(self, make, reference, random_texts):
+        rows = make(Dataset.from_dict({"text": random_texts}), score_batch_tokens=300).train_dataset
+        assert len(rows) == 200
+        for row in rows:
             expected = padded_document_log_probs(reference, row["input_ids"], row["labels"])
             assert row["reference_log_probs"] == pytest.approx([0.0, *expected], abs=1e-5)
 
-    def test_second_start_prepares_nothing_again(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+    def test_second_start_prepares_nothing_again(self, make, token_rows, tmp_path):
         token_rows.save_to_disk(tmp_path / "data")
-        fingerprints = {
-            self.trainer(
-                tiny_model, tokenizer, load_from_disk(tmp_path / "data"), tmp_path, options
-            ).train_dataset._fingerprint
-            for _ in range(2)
-        }
-        assert len(fingerprints) == 1
+        first, second = (make(load_from_disk(tmp_path / "data")).train_dataset for _ in range(2))
+        assert first._fingerprint == second._fingerprint
 
 
 class TestBadInput:
-    def test_another_vocabulary(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+    def test_another_vocabulary(self, make, tokenizer, token_rows, tmp_path):
         other = copy.deepcopy(tokenizer)
         other.add_tokens(["<new>"])
         other.save_pretrained(tmp_path / "reference")
         with pytest.raises(ValueError, match="has another vocabulary than the trained model: 331 tokens against 330"):
-            make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+            make(token_rows)
 
-    def test_a_folder_without_a_model(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+    def test_a_folder_without_a_model(self, make, tokenizer, token_rows, tmp_path):
         (tmp_path / "reference" / "model.safetensors").unlink()
         with pytest.raises(ValueError, match=r"The reference model .* can't be loaded"):
-            make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+            make(token_rows)
 
-    def test_more_tokens_than_the_reference_has_positions(
-        self, options, tiny_model, tokenizer, token_rows, tmp_path, caplog
-    ):
+    def test_more_tokens_than_the_reference_has_positions(self, make, tokenizer, token_rows, tmp_path, caplog):
         """GPT-2 has an embedding for each position, and none for those behind."""
         config = GPT2Config(
             vocab_size=len(tokenizer), n_positions=20, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
         )
         GPT2LMHeadModel(config).save_pretrained(tmp_path / "reference")
-        trainer = make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+        trainer = make(token_rows)
         fitting = [ids for ids in token_rows["input_ids"] if len(ids) <= 20]
         assert list(trainer.train_dataset["input_ids"]) == fitting and len(fitting) == 10
         assert "6 of 16 examples of the train dataset can't be scored: 6 by" in caplog.text
         long = token_rows.select([0, 8])
         with pytest.raises(InputError, match="2 of 2 examples of the train dataset can't be scored: 2 by .* Raise"):
-            make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, long, tmp_path, **options)
+            make(long)
 
-    def test_virtual_tokens_take_positions(self, options, tiny_model, tokenizer, token_rows, tmp_path, caplog):
+    def test_virtual_tokens_take_positions(self, make, tokenizer, token_rows, tmp_path, caplog):
         config = GPT2Config(vocab_size=len(tokenizer), n_positions=25, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
         GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
         base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
         (tmp_path / "reference" / "config.json").unlink()
         adapter = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
         adapter.save_pretrained(tmp_path / "reference")
-        make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+        make(token_rows)
         assert "6 of 16 examples of the train dataset can't be scored: 6 by" in caplog.text
 
-    def test_streaming(self, options, tiny_model, tokenizer, token_rows, tmp_path):
+    def test_streaming(self, make, token_rows):
         rows = token_rows.to_iterable_dataset()
         with pytest.raises(ValueError, match="The train dataset is a stream, but all its examples have to be scored"):
-            make_trainer(SFTGOTrainer, SFTGOConfig, tiny_model, tokenizer, rows, tmp_path, max_steps=1, **options)
+            make(rows, max_steps=1)

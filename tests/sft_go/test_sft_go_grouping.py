@@ -9,7 +9,7 @@ from hf_sft_variants.sft_go.grouping import (
     copy_scores,
     group_by_importance,
 )
-from hf_sft_variants.text.assistant_turns import special_token_ids
+from hf_sft_variants.text.special_tokens import special_token_ids
 
 
 @given(

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hf_sft_variants.sft_go.loss import group_optimization, uniform_token_weights
 
 
-def reference(nll, weights, groups, scopes, num_scopes, worst_group_weight):
+def reference(nll, weights, groups, scopes, num_segments, worst_group_weight):
     """Loss and gradient by the formula, token by token. Lists of one number a token."""
     loss, gradient = 0.0, [0.0] * len(nll)
-    for scope in range(num_scopes):
+    for scope in range(num_segments):
         tokens = [t for t in range(len(nll)) if scopes[t] == scope and weights[t] > 0]
         if not tokens:
             continue
@@ -37,7 +37,7 @@ def reference(nll, weights, groups, scopes, num_scopes, worst_group_weight):
 @st.composite
 def batches(draw):
     rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
-    num_tokens, num_groups, num_scopes = rows * length, draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    num_tokens, num_groups, num_segments = rows * length, draw(st.integers(1, 4)), draw(st.integers(1, 5))
 
     def one_per_token(values):
         return draw(st.lists(values, min_size=num_tokens, max_size=num_tokens))
@@ -51,8 +51,8 @@ def batches(draw):
         "nll": [value if kept else 0.0 for value, kept in zip(nll.tolist(), mask, strict=True)],
         "mask": mask,
         "groups": one_per_token(st.integers(-1, num_groups - 1)),
-        "scopes": one_per_token(st.integers(0, num_scopes - 1)),
-        "num_scopes": num_scopes,
+        "scopes": one_per_token(st.integers(0, num_segments - 1)),
+        "num_segments": num_segments,
     }
 
 
@@ -64,9 +64,14 @@ def test_value_and_gradient_equal_the_formula(batch, worst_group_weight, uniform
     scopes = torch.tensor(batch["scopes"]).view(shape)
     log_probs = -torch.tensor(batch["nll"]).view(shape).requires_grad_()
     log_probs.retain_grad()
-    weights = uniform_token_weights(mask, scopes, batch["num_scopes"]) if uniform else mask.float()
+    weights = uniform_token_weights(mask, scopes, batch["num_segments"]) if uniform else mask.float()
     result = group_optimization(
-        log_probs, weights, torch.tensor(batch["groups"]).view(shape), scopes, batch["num_scopes"], worst_group_weight
+        log_probs,
+        weights,
+        torch.tensor(batch["groups"]).view(shape),
+        scopes,
+        batch["num_segments"],
+        worst_group_weight,
     )
     result.loss_sum.backward()
 
@@ -75,7 +80,7 @@ def test_value_and_gradient_equal_the_formula(batch, worst_group_weight, uniform
         (1 / count if uniform else 1.0) if kept else 0.0 for kept, count in zip(batch["mask"], counts, strict=True)
     ]
     expected_loss, expected_gradient = reference(
-        batch["nll"], plain_weights, batch["groups"], batch["scopes"], batch["num_scopes"], worst_group_weight
+        batch["nll"], plain_weights, batch["groups"], batch["scopes"], batch["num_segments"], worst_group_weight
     )
     assert math.isclose(result.loss_sum.item(), expected_loss, rel_tol=1e-5, abs_tol=1e-5)
     expected_gradient = -torch.tensor(expected_gradient).view(shape)
@@ -87,7 +92,7 @@ def test_value_and_gradient_equal_the_formula(batch, worst_group_weight, uniform
 def test_no_worst_group_weight_is_cross_entropy_to_the_last_bit(batch):
     log_probs = -torch.tensor(batch["nll"]).view(batch["shape"])
     mask, groups, scopes = (torch.tensor(batch[key]).view(batch["shape"]) for key in ("mask", "groups", "scopes"))
-    result = group_optimization(log_probs, mask.float(), groups, scopes, batch["num_scopes"], 0.0)
+    result = group_optimization(log_probs, mask.float(), groups, scopes, batch["num_segments"], 0.0)
     assert result.loss_sum == -log_probs.sum()
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.sft_go.tfidf import TokenTfidf, add_tfidf_scores, load_or_fit_tfidf, shared_tfidf
+from hf_sft_variants.sft_go.tfidf import TokenTfidf, add_tfidf_scores, shared_tfidf
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def slow_tfidf(documents, training_documents):
 
 def test_scores_equal_the_slow_formula(token_rows, tokenizer):
     tfidf = TokenTfidf.fit(token_rows, tokenizer)
-    scores = add_tfidf_scores({"labels": list(token_rows["labels"])}, tfidf.transformer.idf_)["importance_scores"]
+    scores = add_tfidf_scores({"labels": list(token_rows["labels"])}, tfidf.idf)["importance_scores"]
     documents = [[label for label in labels[1:] if label != -100] for labels in token_rows["labels"]]
     for labels, row, expected in zip(token_rows["labels"], scores, slow_tfidf(documents, documents), strict=True):
         positions = [t for t in range(1, len(labels)) if labels[t] != -100]
@@ -44,7 +44,7 @@ def test_scores_equal_the_slow_formula(token_rows, tokenizer):
 
 def test_two_hundred_random_texts(random_texts, tokenizer):
     rows = Dataset.from_dict({"labels": tokenizer(random_texts)["input_ids"]})
-    scores = add_tfidf_scores({"labels": list(rows["labels"])}, TokenTfidf.fit(rows, tokenizer).transformer.idf_)
+    scores = add_tfidf_scores({"labels": list(rows["labels"])}, TokenTfidf.fit(rows, tokenizer).idf)
     documents = [labels[1:] for labels in rows["labels"]]
     for row, expected in zip(scores["importance_scores"], slow_tfidf(documents, documents), strict=True):
         np.testing.assert_allclose(row[1:], expected, rtol=1e-5)
@@ -53,14 +53,14 @@ def test_two_hundred_random_texts(random_texts, tokenizer):
 def test_frequencies_are_scikit_learns(token_rows, tokenizer):
     documents = [[label for label in labels[1:] if label != -100] for labels in token_rows["labels"]]
     vectorizer = TfidfVectorizer(analyzer=lambda document: document).fit(documents)
-    idf = TokenTfidf.fit(token_rows, tokenizer).transformer.idf_
+    idf = TokenTfidf.fit(token_rows, tokenizer).idf
     for term, column in vectorizer.vocabulary_.items():
         assert idf[term] == pytest.approx(vectorizer.idf_[column], rel=1e-12)
 
 
 def test_unseen_terms_and_rows_without_labels(tokenizer):
     tfidf = TokenTfidf.fit(Dataset.from_dict({"labels": [[-100, 5, 5, 6], [-100, 6, 7]]}), tokenizer)
-    scores = add_tfidf_scores({"labels": [[-100, 9, 6], [-100, -100], [4]]}, tfidf.transformer.idf_)
+    scores = add_tfidf_scores({"labels": [[-100, 9, 6], [-100, -100], [4]]}, tfidf.idf)
     assert [list(row) for row in scores["importance_scores"]][1:] == [[0, 0], [0]]
     expected = slow_tfidf([[9, 6]], [[5, 5, 6], [6, 7]])[0]
     np.testing.assert_allclose(scores["importance_scores"][0][1:], expected, rtol=1e-6)
@@ -68,9 +68,9 @@ def test_unseen_terms_and_rows_without_labels(tokenizer):
 
 def test_file_is_written_once_and_read_after(token_rows, tokenizer, tmp_path):
     path = tmp_path / "new_folder" / "idf.npz"
-    fitted = load_or_fit_tfidf(token_rows, str(path), tokenizer)
-    read = load_or_fit_tfidf(token_rows.select(range(2)), str(path), tokenizer)
-    np.testing.assert_array_equal(fitted.transformer.idf_, read.transformer.idf_)
+    fitted = shared_tfidf(token_rows, str(path), tokenizer)
+    read = shared_tfidf(token_rows.select(range(2)), str(path), tokenizer)
+    np.testing.assert_array_equal(fitted.idf, read.idf)
     assert [file.name for file in path.parent.iterdir()] == ["idf.npz"]
 
 
@@ -81,29 +81,34 @@ def test_file_of_another_tokenizer(token_rows, tokenizer, tmp_path, monkeypatch)
         TokenTfidf.load(tmp_path / "idf.npz", tokenizer)
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut"])
-def test_broken_file(tokenizer, tmp_path, content):
-    path = tmp_path / "idf.npz"
-    path.write_bytes(content)
+def pickled(path):
+    with open(path, "wb") as file:
+        np.savez(file, idf=np.array([{"any": "object"}], dtype=object), vocabulary="")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"no archive"),
+        lambda path: path.write_bytes(b"PK\x03\x04 cut"),
+        pickled,
+    ],
+)
+def test_file_that_is_not_opened(tokenizer, tmp_path, write):
+    write(tmp_path / "idf.npz")
     with pytest.raises(ValueError, match=r"tfidf_file=.*can't be read"):
-        TokenTfidf.load(path, tokenizer)
-
-
-def test_pickled_file_is_not_opened(tokenizer, tmp_path):
-    path = tmp_path / "idf.npz"
-    np.savez(path, idf=np.array([{"any": "object"}], dtype=object), vocabulary="")
-    with pytest.raises(ValueError, match="can't be read"):
-        TokenTfidf.load(path, tokenizer)
+        TokenTfidf.load(tmp_path / "idf.npz", tokenizer)
 
 
 def test_a_stream_is_fitted_on_its_beginning(token_rows, tokenizer, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("hf_sft_variants.sft_go.tfidf.STREAM_ROWS", 5)
     expected = TokenTfidf.fit(token_rows.select(range(5)), tokenizer)
     path = tmp_path / "idf.npz"
-    fitted = load_or_fit_tfidf(token_rows.to_iterable_dataset(), str(path), tokenizer)
+    fitted = shared_tfidf(token_rows.to_iterable_dataset(), str(path), tokenizer)
     assert fitted.digest() == expected.digest() != TokenTfidf.fit(token_rows, tokenizer).digest()
     assert "Document frequencies are fitted on the first 5 examples of the stream" in caplog.text
-    assert load_or_fit_tfidf(token_rows.to_iterable_dataset(), str(path), tokenizer).digest() == expected.digest()
+    assert shared_tfidf(token_rows.to_iterable_dataset(), str(path), tokenizer).digest() == expected.digest()
 
 
 def test_all_processes_have_what_the_first_one_has(token_rows, tokenizer, monkeypatch):

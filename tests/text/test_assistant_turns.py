@@ -10,16 +10,10 @@ from tokenizers_by_hand import BY_HAND, bert_pieces, sentence_piece, sentence_un
 from transformers import ByT5Tokenizer
 
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.text.assistant_turns import (
-    assistant_start,
-    render_conversation,
-    render_example,
-    render_text,
-    render_tokens,
-    special_token_ids,
-    tokenize_with_offsets,
-)
-from hf_sft_variants.text.token_offsets import TokenOffsets
+from hf_sft_variants.text.assistant_turns import render_conversation, render_example, render_text
+from hf_sft_variants.text.decoded_turns import assistant_header, decode_example
+from hf_sft_variants.text.special_tokens import special_token_ids
+from hf_sft_variants.text.token_offsets import TokenOffsets, tokenize_with_offsets
 
 
 def says(role, content, **more):
@@ -199,9 +193,9 @@ class TestTokens:
         start = text.index(labelled) if labelled else 0
         end = start + len(labelled or text)
         labels = [i if start <= span[0] < end else -100 for i, span in zip(token_ids, offsets, strict=True)]
-        start = assistant_start(tokenizer, template)
+        start = assistant_header(tokenizer, template)
         special = special_token_ids(tokenizer)
-        rendered = render_tokens(TokenOffsets(tokenizer), special, start, token_ids, labels, every_turn)
+        rendered = decode_example(TokenOffsets(tokenizer), special, start, token_ids, labels, every_turn)
         return read(tokenizer, rendered)
 
     chat = "<|im_start|>user\nWhat<|im_end|>\n<|im_start|>assistant\nAdd 42<|im_end|>\n"
@@ -253,21 +247,21 @@ class TestTokens:
         ],
     )
     def test_what_precedes_the_assistants_words(self, template, start):
-        pattern = assistant_start(split_tags(), getattr(templates, template))
+        pattern = assistant_header(split_tags(), getattr(templates, template))
         assert pattern.search(f"<s>{start}\nwords")[0] == start.lstrip()
         assert pattern.search("".join(start.split()))
 
     def test_templates_that_do_not_tell_the_roles(self):
-        assert assistant_start(split_tags(), None) is None
+        assert assistant_header(split_tags(), None) is None
         words = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-        assert assistant_start(split_tags(), words) is None
-        assert assistant_start(split_tags(), "{{ raise_exception('No') }}") is None
+        assert assistant_header(split_tags(), words) is None
+        assert assistant_header(split_tags(), "{{ raise_exception('No') }}") is None
 
     def test_labels_on_nothing_or_on_white_space(self):
         assert self.turns_of(split_tags(), self.chat, "<|im_end|>\n") == []
         tokenizer = split_tags()
-        assert render_tokens(TokenOffsets(tokenizer), set(), None, [5, 6], [-100, -100], False).turns == []
-        assert render_tokens(TokenOffsets(tokenizer), set(), None, [], [], False).turns == []
+        assert decode_example(TokenOffsets(tokenizer), set(), None, [5, 6], [-100, -100], False).turns == []
+        assert decode_example(TokenOffsets(tokenizer), set(), None, [], [], False).turns == []
 
 
 class TestOffsets:

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tokenizers_on_the_spot import KINDS, byte_fallback, byte_level, characters_of_tokens, word_end_bpe, word_piece
 from transformers import ByT5Tokenizer
 
-from hf_sft_variants.text.token_offsets import TokenOffsets, token_offsets
+from hf_sft_variants.text.token_offsets import TokenOffsets
 
 
 TOKENIZERS = {kind: build() for kind, (build, _) in KINDS.items()}
@@ -89,7 +89,7 @@ class TestProperties:
 
 class TestCases:
     def spans_of(self, tokenizer, text):
-        decoded, spans = token_offsets(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+        decoded, spans = TokenOffsets(tokenizer)(tokenizer.encode(text, add_special_tokens=False))
         return [decoded[start:end] for start, end in spans]
 
     def test_tokens_within_a_character_span_all_of_it(self):
@@ -109,7 +109,7 @@ class TestCases:
         """Truncation may leave the first bytes of an emoji, after a new line that is a byte token itself."""
         tokenizer = build()
         token_ids = tokenizer.encode("yes\n🤷", add_special_tokens=False)[:-1]
-        text, spans = token_offsets(tokenizer, token_ids)
+        text, spans = TokenOffsets(tokenizer)(token_ids)
         assert text.startswith("yes")
         check_spans(text, spans)
         assert text[slice(*spans[-1])].strip("\ufffd") == ""
@@ -127,7 +127,7 @@ class TestCases:
     @settings(max_examples=50, deadline=None, derandomize=True)
     def test_decoding_that_depends_on_what_follows(self, text):
         tokenizer = word_end_bpe()
-        decoded, spans = token_offsets(tokenizer, tokenizer.encode(text))
+        decoded, spans = TokenOffsets(tokenizer)(tokenizer.encode(text))
         check_spans(decoded, spans)
 
     def test_slow_tokenizer(self):
@@ -138,8 +138,8 @@ class TestCases:
     def test_numpy_ids_and_no_ids(self):
         tokenizer = word_piece()
         token_ids = tokenizer("unhappy", add_special_tokens=False, return_tensors="np")["input_ids"][0]
-        assert token_offsets(tokenizer, token_ids)[0] == "unhappy"
-        assert token_offsets(tokenizer, []) == ("", [])
+        assert TokenOffsets(tokenizer)(token_ids)[0] == "unhappy"
+        assert TokenOffsets(tokenizer)([]) == ("", [])
 
     def test_tokenizer_that_decodes_from_the_right_is_refused(self):
         class RightToLeft:
@@ -150,4 +150,4 @@ class TestCases:
                 return "".join(map(chr, reversed(token_ids)))
 
         with pytest.raises(ValueError, match="can't be found in that text: RightToLeft decodes"):
-            token_offsets(RightToLeft(), [ord("a"), ord("b")])
+            TokenOffsets(RightToLeft())([ord("a"), ord("b")])

@@ -18,7 +18,7 @@ from .config import SFTGOConfig
 
 def drop_too_long(dataset: Dataset, args: SFTGOConfig, dataset_name: str) -> Dataset:
     """
-    Drop the examples that have more tokens than the reference model can read, and count them.
+    Drop and count the examples that have more tokens than the reference model can read.
 
     Raises:
         `InputError`: If none is left.
@@ -26,42 +26,28 @@ def drop_too_long(dataset: Dataset, args: SFTGOConfig, dataset_name: str) -> Dat
     limit = max_positions(args.reference_model, args.reference_model_init_kwargs)
     if limit is None:
         return dataset
-    return keep_scorable(
-        dataset, {args.reference_model: [len(ids) <= limit for ids in dataset["input_ids"]]}, dataset_name
-    )
+    fits = [len(ids) <= limit for ids in dataset["input_ids"]]
+    return keep_scorable(dataset, {args.reference_model: fits}, dataset_name)
 
 
 def reference_log_probs(
     dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
 ) -> pa.ChunkedArray:
     """
-    Score a prepared data set under the reference model, or find the scores on disk.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Examples with `input_ids` and `labels`.
-        args ([`SFTGOConfig`]):
-            Names the reference model and the cache.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The trained model's tokenizer.
-        dataset_name (`str`):
-            Name of the data set, for the progress bar.
+    Score a prepared data set with the reference model, or read the scores from the cache.
 
     Returns:
         `pa.ChunkedArray`: For each example a list of float, one for each token of `input_ids`; null without labels.
 
     Raises:
-        `InputError`: If the reference model has another vocabulary or can't be loaded.
+        `InputError`: If the reference model can't be loaded or has another vocabulary.
     """
-    require_same_vocabulary(args.reference_model, tokenizer, args.reference_model_init_kwargs)
-    settings = {
-        "kind": "log_probs",
-        **identify_model(args.reference_model, args.reference_model_init_kwargs),
-    }
+    options = args.reference_model_init_kwargs
+    require_same_vocabulary(args.reference_model, tokenizer, options)
+    settings = {"kind": "log_probs", **identify_model(args.reference_model, options)}
 
     def load_scorer():
-        model = load_reference_model(args.reference_model, args.reference_model_init_kwargs)
-        return LogProbScorer(model, per_token=True)
+        return LogProbScorer(load_reference_model(args.reference_model, options), per_token=True)
 
     description = f"Scoring {dataset_name} dataset with {args.reference_model}"
     scores = cached_scores(dataset, load_scorer, args.score_cache_dir, settings, args.score_batch_tokens, description)
