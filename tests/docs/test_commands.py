@@ -1,7 +1,6 @@
 """
-Commands of README and docs run as they stand, and so does each recipe of the quickstart, where a user has the
-quickstart's model and data: here a tiny model and few rows. Some are run by `.ci/run` itself, and launches on several
-processes by `tests/matrix/test_processes.py`.
+The commands in README and docs and the quickstart recipes run unchanged, with a tiny model and few rows in place of
+the quickstart's. `.ci/run` itself runs some of them, and `tests/matrix/test_processes.py` those on several processes.
 """
 
 import os
@@ -30,7 +29,7 @@ from hf_sft_variants.quickstart.data import tagged_splits
 CI = (ROOT / ".ci" / "run").read_text()
 RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/quickstart/*.yaml"))
 LAUNCHES = [LAUNCH.format(strategy) for strategy in STRATEGIES]
-FOR_CI_ONLY = ("make", "pip")  # they change the checkout or the environment
+FOR_CI_ONLY = ("make", "pip")  # these change the checkout or the environment
 SMALL = {
     "hf-sft-variants compare": "--jobs 2",
     "hf-sft-variants score --config recipes/quickstart/poft.yaml": "--reference_models quickstart/model",
@@ -40,7 +39,7 @@ SMALL = {
 }
 TAGS = {"sft_go": "sft-go", "sftkey": "sftkey", "poft": "poft", "sftmix": "sftmix"}
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-# Installed in CI, which fails without
+# Never skipped in CI, where it is installed
 NEEDS_COMMAND = pytest.mark.skipif(
     shutil.which("hf-sft-variants", path=PATH) is None and "CI" not in os.environ,
     reason="hf-sft-variants is not installed: pip install -e .",
@@ -48,25 +47,25 @@ NEEDS_COMMAND = pytest.mark.skipif(
 
 
 def commands_of(code: str) -> list[str]:
-    """Lines of the shell, those that end in a backslash joined with the next, without comments."""
+    """Shell lines without comments; a line that ends in a backslash is joined with the next."""
     lines = re.sub(r"(^|\s)#.*", "", code.replace("\\\n", " "), flags=re.MULTILINE).split("\n")
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def head_of(path: Path) -> list[str]:
-    """The commands that a recipe names in its first lines."""
+    """The commands in the first lines of a recipe."""
     return re.findall(r"^# +(trl sft .+)$", (ROOT / path).read_text(), re.MULTILINE)
 
 
 def named(program: str) -> list[str]:
-    """Commands inside sentences and tables, without the names of programs alone."""
+    """Commands in sentences and tables; the name of a program alone does not count."""
     pages = [re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE) for text in texts().values()]
     spans = {" ".join(span.split()) for page in pages for span in re.findall(r"`([^`]+)`", page)}
     return sorted(span for span in spans if span.startswith(f"{program} "))
 
 
 def all_sequences() -> list[list[str]]:
-    """Commands that are run one after the other: those of a block, and of blocks that begin with the same one."""
+    """Commands to run in order: those of one block, or of several blocks that start with the same command."""
     sequences = {}
     of_blocks = [commands_of(block.values[0]) for block in blocks("bash")]
     for commands in filter(None, [*of_blocks, *map(head_of, RECIPES)]):
@@ -80,13 +79,13 @@ def all_commands() -> list[str]:
 
 
 def named_programs() -> list[str]:
-    """Commands of Python inside sentences and tables, each with most flags, but for those that blocks have."""
+    """Python commands in sentences and tables, in the form with the most flags, except those in blocks."""
     commands = [*all_commands(), *named("python")]
     return [command for command in named("python") if sum(other.startswith(command) for other in commands) == 1]
 
 
 def is_run_by_ci(command: str) -> bool:
-    """Whether it is a line of `.ci/run`, where more flags may follow."""
+    """Whether it is a line of `.ci/run`, possibly with more flags."""
     return re.search(rf'^(?: +|stage ".*" ){re.escape(command)}(?: .*)?$', CI, re.MULTILINE) is not None
 
 
@@ -103,7 +102,7 @@ def sequences_to_run() -> list:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
-    """What `hf-sft-variants quickstart` writes, beside the repository's files, and a recipe whose run was killed."""
+    """The output of `hf-sft-variants quickstart`, the repository's files, and a recipe with a run to resume."""
     folder = tmp_path_factory.mktemp("commands")
     splits = build_splits(train_size=24, test_size=4)
     write_data(folder / "quickstart" / "data", splits)
@@ -112,7 +111,7 @@ def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
     tokenizer.save_pretrained(folder / "quickstart" / "model")
     for name in ("recipes", "studies"):
         (folder / name).symlink_to(ROOT / name)
-    for written in ("benchmarks", "docs"):  # by scripts that are in them
+    for written in ("benchmarks", "docs"):  # by the scripts in them
         shutil.copytree(ROOT / written, folder / written, ignore=shutil.ignore_patterns("_build", "notebooks"))
     shutil.copy(ROOT / "README.md", folder)
     keys = yaml.safe_load((ROOT / "recipes" / "quickstart" / "sft_go.yaml").read_text())
@@ -158,7 +157,7 @@ def test_commands(sequence, folder):
 
 
 def assert_trained(output: Path) -> None:
-    """An adapter, by the method that its folder is named after."""
+    """An adapter is there, trained by the method that its folder is named after."""
     assert (output / "adapter_model.safetensors").is_file()
     tags = {*ModelCard.load(output / "README.md").data.tags} & {*TAGS.values()}
     assert tags == {tag for method, tag in TAGS.items() if output.name.startswith(method)}
@@ -166,7 +165,7 @@ def assert_trained(output: Path) -> None:
 
 @pytest.mark.parametrize("command", named_programs())
 def test_named_program(command, folder, monkeypatch):
-    """In this process, where all is imported."""
+    """Runs in this process, where everything is already imported."""
     monkeypatch.chdir(folder)
     _, *words = made_small(command).split()
     run = runpy.run_path
@@ -180,7 +179,7 @@ def test_named_program(command, folder, monkeypatch):
 
 @pytest.mark.parametrize("command", named("hf-sft-variants"))
 def test_named_command(command, folder, monkeypatch, capsys):
-    """It runs if it has a recipe; others lack a model or need the Hub, and have flags that are there."""
+    """With a recipe, it runs. Otherwise it would need a model or the Hub, so only its flags are checked."""
     monkeypatch.chdir(folder)
     _, subcommand, *words = made_small(command).split()
     if "--config" in words:

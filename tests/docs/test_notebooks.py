@@ -1,4 +1,4 @@
-"""Every notebook runs on a few rows, and shows what a real run has printed."""
+"""Every notebook runs on a few rows, and shows the outputs of a full run."""
 
 import re
 from configparser import ConfigParser
@@ -31,7 +31,7 @@ def code_cells(name: str) -> list[nbformat.NotebookNode]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    """The model that each of them would write, here written once."""
+    """The model that each notebook would write, written once."""
     folder = folder_of_all_workers(tmp_path_factory) / "quickstart_model"
     with FileLock(f"{folder}.lock"):
         write_model(folder, source="package")
