@@ -1,4 +1,4 @@
-"""Blocks of code in README, docs and public docstrings run, with a small model and data in place of the Hub's."""
+"""Code blocks in README, docs and public docstrings run, with a small model and small data in place of the Hub's."""
 
 import re
 import textwrap
@@ -26,7 +26,7 @@ HUB_MODELS = re.compile(r'"((?:Qwen|HuggingFaceH4|meta-llama|01-ai)/[\w.-]+)"')
 
 
 def texts() -> dict[str, str]:
-    """The pages, and the docstrings of public names."""
+    """The pages and the docstrings of public names."""
     pages = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES if "_build" not in page.parts}
     names = [name for name in hf_sft_variants.__all__ if name != "__version__"]
     return pages | {name: getattr(hf_sft_variants, name).__doc__ or "" for name in names}
@@ -41,7 +41,7 @@ def blocks(language: str) -> list:
 
 
 def small_data_set(chat_rows: Dataset, name: str, *args, **kwargs) -> Dataset:
-    """Rows in the columns of the data set of that name."""
+    """Rows with the columns of the data set of that name."""
     rows = [[row["prompt"][0]["content"], row["completion"][0]["content"]] for row in chat_rows]
     if name == "openai/gsm8k":
         return Dataset.from_list([{"question": question, "answer": answer} for question, answer in rows])
@@ -50,7 +50,7 @@ def small_data_set(chat_rows: Dataset, name: str, *args, **kwargs) -> Dataset:
 
 
 def on_cpu(args: SFTConfig, post_init: Callable) -> None:
-    """Without bfloat16, TRL's default, which needs a GPU."""
+    """Turn off bfloat16, TRL's default, which needs a GPU."""
     args.use_cpu, args.bf16, args.report_to = True, False, "none"
     post_init(args)
 
@@ -68,7 +68,7 @@ def test_python(code, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_yaml(code, tmp_path):
-    """Lines of a recipe, which every method knows, or of a study."""
+    """Keys of a recipe that every method accepts, or of a study."""
     mapping = yaml.safe_load(code)
     assert mapping
     if set(mapping) <= set(STUDY_KEYS):
@@ -84,13 +84,13 @@ def test_yaml(code, tmp_path):
 
 @pytest.mark.parametrize("code", blocks("diff"))
 def test_diff(code):
-    """What was there, and what is there now."""
+    """Both the old and the new import work."""
     for sign in "-+":
         exec("\n".join(line[1:].strip() for line in code.splitlines() if line.startswith(sign)))
 
 
 def test_no_block_is_left_out():
-    """`test_commands.py` runs those of bash."""
+    """`test_commands.py` runs the bash blocks."""
     for where, text in texts().items():
         for language in re.findall(r"^ *```(.*?)\n.*?^ *```", text, re.DOTALL | re.MULTILINE):
             assert language in ("bash", "diff", "python", "yaml") or language.startswith("{"), where

@@ -40,7 +40,7 @@ from hf_sft_variants.scoring import cached_scores
 CI = (ROOT / ".ci" / "run").read_text()
 RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/quickstart/*.yaml"))
 LAUNCHES = [LAUNCH.format(strategy) for strategy in STRATEGIES]
-FOR_CI_ONLY = ("make", "pip")  # they change the checkout or the environment
+FOR_CI_ONLY = ("make", "pip")  # these change the checkout or the environment
 SMALL = {
     "hf-sft-variants score --config recipes/quickstart/poft.yaml": "--reference_models quickstart/model",
     "python benchmarks/poft_corrupted_answers.py": "--seeds 1 --train_size 16",
@@ -52,25 +52,25 @@ TAGS = {"sft_go": "sft-go", "sftkey": "sftkey", "poft": "poft", "sftmix": "sftmi
 
 
 def commands_of(code: str) -> list[str]:
-    """Lines of the shell, those that end in a backslash joined with the next, without comments."""
+    """Shell lines without comments; a line that ends in a backslash is joined with the next."""
     lines = re.sub(r"(^|\s)#.*", "", code.replace("\\\n", " "), flags=re.MULTILINE).split("\n")
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def head_of(path: Path) -> list[str]:
-    """The commands that a recipe names in its first lines."""
+    """The commands in the first lines of a recipe."""
     return re.findall(r"^# +(trl sft .+)$", (ROOT / path).read_text(), re.MULTILINE)
 
 
 def named(program: str) -> list[str]:
-    """Commands inside sentences and tables, without the names of programs alone."""
+    """Commands in sentences and tables; the name of a program alone does not count."""
     pages = [re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE) for text in texts().values()]
     spans = {" ".join(span.split()) for page in pages for span in re.findall(r"`([^`]+)`", page)}
     return sorted(span for span in spans if span.startswith(f"{program} "))
 
 
 def all_sequences() -> list[list[str]]:
-    """Commands that are run one after the other: those of a block, and of blocks that begin with the same one."""
+    """Commands to run in order: those of one block, or of several blocks that start with the same command."""
     sequences = {}
     of_blocks = [commands_of(block.values[0]) for block in blocks("bash")]
     for commands in filter(None, [*of_blocks, *map(head_of, RECIPES)]):
@@ -84,13 +84,13 @@ def all_commands() -> list[str]:
 
 
 def named_programs() -> list[str]:
-    """Commands of Python inside sentences and tables, each with most flags, but for those that blocks have."""
+    """Python commands in sentences and tables, in the form with the most flags, except those in blocks."""
     commands = [*all_commands(), *named("python")]
     return [command for command in named("python") if sum(other.startswith(command) for other in commands) == 1]
 
 
 def is_run_by_ci(command: str) -> bool:
-    """Whether it is a line of `.ci/run`, where more flags may follow."""
+    """Whether it is a line of `.ci/run`, possibly with more flags."""
     return re.search(rf'^(?: +|stage ".*" ){re.escape(command)}(?: .*)?$', CI, re.MULTILINE) is not None
 
 
@@ -115,7 +115,7 @@ def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
     tokenizer.save_pretrained(folder / "quickstart" / "model")
     for name in ("recipes", "studies"):
         (folder / name).symlink_to(ROOT / name)
-    for written in ("benchmarks", "docs"):  # by scripts that are in them
+    for written in ("benchmarks", "docs"):  # by the scripts in them
         shutil.copytree(ROOT / written, folder / written, ignore=shutil.ignore_patterns("_build", "notebooks"))
     shutil.copy(ROOT / "README.md", folder)
     keys = yaml.safe_load((ROOT / "recipes" / "quickstart" / "sft_go.yaml").read_text())
@@ -194,7 +194,7 @@ def test_commands(sequence, folder):
 
 
 def assert_trained(output: Path) -> None:
-    """An adapter, by the method that its folder is named after."""
+    """An adapter is there, trained by the method that its folder is named after."""
     assert (output / "adapter_model.safetensors").is_file()
     tags = {*ModelCard.load(output / "README.md").data.tags} & {*TAGS.values()}
     assert tags == {tag for method, tag in TAGS.items() if output.name.startswith(method)}

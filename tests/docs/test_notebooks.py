@@ -1,4 +1,4 @@
-"""Every notebook runs on a few rows, and shows what a real run has printed."""
+"""Every notebook runs on a few rows, and shows the outputs of a full run."""
 
 import re
 from configparser import ConfigParser

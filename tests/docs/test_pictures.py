@@ -1,4 +1,4 @@
-"""Pictures are drawn by scripts from committed results, are shown on a page, and fit light and dark themes."""
+"""Scripts draw the pictures from committed results; each is shown on a page and fits light and dark themes."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ def test_each_has_its_script():
     assert scripts == {picture.stem for picture in PICTURES}
 
 
-def test_is_shown_with_words_for_who_does_not_see_it(picture):
+def test_is_shown_with_alternative_text(picture):
     pages = [page.read_text() for page in (ROOT / "docs").rglob("*.md")]
     texts = [text for page in pages for text in re.findall(rf"!\[([^\]]+)\]\([\w./]*\b{picture.name}\)", page)]
     assert texts
@@ -36,16 +36,16 @@ def test_is_shown_with_words_for_who_does_not_see_it(picture):
 
 
 def test_has_no_background(picture):
-    """The first thing that matplotlib draws is the background of the picture."""
+    """matplotlib draws the background first."""
     text = picture.read_text()
     first = re.search(r'<g id="patch_1">\s*<path [^>]*style="([^"]*)"', text)
     assert first[1] == "fill: none"
     assert not re.search(WHITE, text)
 
 
-@pytest.mark.skipif(matplotlib.__version__ != PINNED, reason="another version of matplotlib writes other bytes")
+@pytest.mark.skipif(matplotlib.__version__ != PINNED, reason="other versions of matplotlib write other bytes")
 def test_is_what_its_script_draws(picture, tmp_path):
-    """From the results that the script's docstring names."""
+    """Drawn again from the results that the script's docstring names."""
     for script in IMAGES.glob("*.py"):
         shutil.copy(script, tmp_path)
     script = tmp_path / f"{picture.stem}.py"

@@ -1,4 +1,4 @@
-"""The site is built without a warning, and names all that is public: classes, fields of configurations, metrics."""
+"""The site builds without warnings and names everything public: classes, config fields, metrics."""
 
 import ast
 import html
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 METHODS = {"sft_go": "SFTGO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
 
-# Another grouping has other metrics
+# Metrics depend on the grouping
 RUNS = [
     ("sft_go", {"min_grouped_tokens": 2}),
     ("sft_go", {"group_by": "column", "group_column": "groups", "min_grouped_tokens": 2}),
@@ -32,7 +32,7 @@ RUNS = [
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """Links that lead nowhere are warnings, and warnings are errors."""
+    """Broken links are warnings, and warnings are errors."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "-q", "-d", folder / "doctrees", DOCS, folder / "html"]
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -58,7 +58,7 @@ def test_fields(method, site):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults(method):
-    """Of its own fields, as the docstring has them, from which the page is made."""
+    """The docstring, from which the page is generated, has the defaults of the config's own fields."""
     config_class = getattr(hf_sft_variants, f"{METHODS[method]}Config")
     for name, value in vars(config_class("out", use_cpu=True, bf16=False)).items():
         if name in config_class.__dataclass_fields__ and name not in SFTConfig.__dataclass_fields__:
@@ -91,7 +91,7 @@ def test_metrics(method, options, tiny_model, tokenizer, chat_rows, tmp_path):
 
 
 def test_every_page_is_reached(site):
-    """Also those that are named in no table of contents would be warnings; this one sees a page that is left out."""
+    """Sphinx warns of a page in no table of contents; this also catches an excluded page."""
     start = (site / "index.html").read_text()
     for page in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]:
         if "_build" not in page.parts and page.name != "index.md":
@@ -99,7 +99,7 @@ def test_every_page_is_reached(site):
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
-    """The site works offline, its search too."""
+    """The site works offline, including its search."""
     assert (site / "searchindex.js").is_file()
     for page in site.rglob("*.html"):
         assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://[^"]*"', page.read_text()), page

@@ -1,4 +1,4 @@
-"""The tables of README and docs say what the committed results say."""
+"""The tables in README and docs match the committed results."""
 
 import json
 import runpy
@@ -35,13 +35,13 @@ def test_every_method_and_every_arm_is_in_the_docs():
 
 
 def test_the_committed_results_are_those_of_the_committed_study():
-    """What is derived from the rows is derived again."""
+    """Everything derived from the rows is derived again."""
     results = json.loads((ROOT / "benchmarks/results/study_small.json").read_text())
     study = read_study(str(ROOT / "studies/small.yaml"))
     assert results["study"] == study.content and results["missing"] == []
     assert list(summaries(study, results["runs"])) == results["summary"]
     for again, committed in zip(differences(study, results["runs"]), results["differences"], strict=True):
-        for name in ("low", "high"):  # another version of NumPy may add in another order
+        for name in ("low", "high"):  # other versions of NumPy may sum in another order
             assert again.pop(name) == pytest.approx(committed.pop(name))
         assert again == committed
 
