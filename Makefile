@@ -8,6 +8,7 @@ RUN = quickstart/runs/sft_go
 # CI makes them small
 TRAIN_FLAGS =
 EVALUATE_FLAGS = --max-new-tokens 64
+STUDY = studies/small.yaml
 STUDY_SIZES = --train_size 200 --test_size 84
 EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS)
 
@@ -26,11 +27,11 @@ study: $(INSTALLED)
 	$(BIN)/hf-sft-variants quickstart
 	$(BIN)/python benchmarks/study_data.py --tasks chain_sum $(STUDY_SIZES) --validation_size 0 \
 		--output studies/small_data
-	$(BIN)/hf-sft-variants compare --config studies/small.yaml
+	$(BIN)/hf-sft-variants compare --config $(STUDY)
 
-# One thread per process: pytest-xdist has a process on each core
+# A process on each core, each with one thread and whole files, whose tests share what they train and launch
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # A part of them on the lowest versions that setup.cfg allows, and on the newest, each in an environment of its own
 test-versions:
