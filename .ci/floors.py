@@ -1,4 +1,4 @@
-"""Prints the lowest versions that setup.cfg allows, as constraints for pip."""
+"""Prints the lowest versions that setup.cfg allows, as pip constraints."""
 
 import re
 from configparser import ConfigParser
@@ -7,16 +7,16 @@ from pathlib import Path
 
 def floors(setup_cfg: Path, extras: list[str]) -> list[str]:
     """
-    Constraints that pin each requirement to the version behind its `>=`.
+    Pin each requirement to the version after its `>=`.
 
     Args:
         setup_cfg (`Path`):
-            The configuration.
+            Path to `setup.cfg`.
         extras (`list[str]`):
-            Whose requirements to pin beside those of the package itself.
+            Extras whose requirements to pin along with those of the package.
 
     Raises:
-        `ValueError`: If a requirement has no such version.
+        `ValueError`: If a requirement has no lowest version.
     """
     config = ConfigParser()
     config.read(setup_cfg)
@@ -29,7 +29,7 @@ def floors(setup_cfg: Path, extras: list[str]) -> list[str]:
 def floor(requirement: str) -> str:
     match = re.fullmatch(r"([\w-]+)>=([\d.]+)(,<[\d.]+)?", requirement)
     if match is None:
-        raise ValueError(f"{requirement!r} in setup.cfg is not of the form name>=version or name>=version,<version")
+        raise ValueError(f"{requirement!r} in setup.cfg must be name>=version or name>=version,<version.")
     return f"{match[1]}=={match[2]}"
 
 

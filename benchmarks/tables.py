@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(?<=<!-- table: )(\w+)((?: \w+)*) -->\n.*?(?=<!-- end of table -->)", re.DOTALL)
 
-# The most that a step may cost beside SFTTrainer's, in time and in memory, as we set out to reach
+# Our goals: the most a step may cost relative to SFTTrainer's, in time and in memory
 GOALS = {"sft_go": (1.03, 1.02), "poft": (1.03, 1.02), "sftmix": (1.08, 1.05)}
-# The least, for scoring beside a bare forward pass and beside the naive way
+# The least throughput of scoring, relative to a bare forward pass and to the naive way
 SCORING_GOALS = {"bare": 0.9, "naive": 3.0}
 METHODS = {
     "sft_go": "SFT-GO",
@@ -61,7 +61,7 @@ def scoring_table() -> str:
         ratios = ", ".join(f"{ratio:.2f}" for ratio in result[f"ratios_to_{name}"])
         met = "met" if result[f"ratio_to_{name}"] >= SCORING_GOALS[name] else "**missed**"
         rows.append([words, f"{result[f'ratio_to_{name}']:.2f} × ({ratios})", f"{SCORING_GOALS[name]} ×", met])
-    return table(["tokens per second of scoring, beside", "ratio (of each round)", "goal: at least", ""], rows)
+    return table(["tokens scored per second, relative to", "ratio (of each round)", "goal: at least", ""], rows)
 
 
 def study_table(*arms: str) -> str:

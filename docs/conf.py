@@ -21,7 +21,7 @@ default_role = "code"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the tests run the notebooks; the site shows what a real run printed
+nb_execution_mode = "off"  # the tests run the notebooks; the site shows the outputs of a full run
 
 html_theme = "furo"
 html_title = "hf_sft_variants"
@@ -31,6 +31,6 @@ html_css_files = ["site.css"]
 html_show_sphinx = False
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # docstrings have them
+autodoc_typehints = "none"  # the docstrings have the types
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

@@ -1,4 +1,4 @@
-"""Estimates what each recipe costs, and writes that into `README.md` beside, which has the formulas in words."""
+"""Estimates what each recipe costs and writes the tables in `README.md`, which explains the formulas."""
 
 import re
 from pathlib import Path
@@ -12,22 +12,22 @@ README = FOLDER / "README.md"
 BEGIN, END = "<!-- written by recipes/cost.py -->", "<!-- until here -->"
 
 PEAK_FLOPS = {"H100": 989e12, "A100": 312e12}  # per second: bfloat16 without sparsity, NVIDIA's data sheets
-UTILISATION = 0.35  # share of the peak that is reached, padding included: assumed
+UTILISATION = 0.35  # share of the peak that a run reaches, padding included: assumed
 QLORA_SLOWDOWN = 1.3  # Llama 2 7B in 4 bits against bfloat16: LitGPT's finetune_lora.md, 1136 s against 876 s
 FOUR_BIT = (4 + 0.127) / 8  # bytes of a weight, with double quantization: section 3 of the QLoRA paper
-TRAINED = 16  # bytes of a trained parameter: weight 4, gradient 4, Adam's moments 8; DeepSpeed's: 2 + 2 + 4 + 8
-# Bytes that a layer keeps of a token for the backward pass, by hidden, MLP and key-value size: bfloat16, counted with
-# saved-tensor hooks on transformers' Llama. LoRA keeps the adapters' inputs, too, before and behind dropout.
+TRAINED = 16  # bytes per trained parameter: weight 4, gradient 4, Adam's moments 8; DeepSpeed: 2 + 2 + 4 + 8
+# Bytes that a layer saves per token for the backward pass, per unit of hidden, MLP and key-value size, in bfloat16:
+# counted with saved-tensor hooks on transformers' Llama. LoRA also saves the adapters' inputs around dropout.
 LAYER_BYTES = {"full": (20, 8, 4), "lora": (49, 12, 4)}
-HEAD_TILE = 4096 * 32768 * 2  # bytes of logits at a time: TRL's fused LM head
-GPUS = 8  # processes of TRL's named configurations, where a recipe does not say another number
-OVERHEAD = 2e9  # bytes of CUDA's context, NCCL and fragmentation: assumed
-LLMLINGUA2 = 0.3e9  # parameters in products of XLM-RoBERTa large, the scoring model of `llmlingua2`
-BASELINE_MINUTES = 6  # 600 rows on 2 CPU cores: one early run with the settings of `sft_baseline.yaml`, not repeated
+HEAD_TILE = 4096 * 32768 * 2  # bytes of logits held at a time by TRL's fused LM head
+GPUS = 8  # processes in TRL's own accelerate configs, if a recipe has no `num_processes`
+OVERHEAD = 2e9  # bytes for the CUDA context, NCCL and fragmentation: assumed
+LLMLINGUA2 = 0.3e9  # parameters of XLM-RoBERTa large without embeddings, the scoring model of `llmlingua2`
+BASELINE_MINUTES = 6  # 600 rows on 2 CPU cores: one early run with the settings of `sft_baseline.yaml`
 
 
 class Model(NamedTuple):
-    """Sizes of a model's `config.json`; `kv` is that of all key-value heads."""
+    """Sizes from a model's `config.json`; `kv` is the size of all key-value heads together."""
 
     layers: int
     hidden: int
@@ -50,11 +50,11 @@ class Model(NamedTuple):
 
     @property
     def in_products(self) -> int:
-        """Parameters that each token is multiplied with: all but the embeddings."""
+        """Parameters that take part in matrix products: all but the embeddings."""
         return self.layers * self.layer + self.head
 
     def adapter(self, rank: int) -> int:
-        """Parameters of LoRA on all linear layers."""
+        """Parameters of a LoRA adapter on all linear layers."""
         return rank * self.layers * (4 * self.hidden + 2 * (self.hidden + self.kv) + 3 * (self.hidden + self.mlp))
 
 
@@ -81,7 +81,8 @@ MODELS = {
     "runs/poft_mistral-7b_ultrachat": MISTRAL_7B,
 }
 
-# Examples, and tokens of each: bytes of text by the data set's card, over 4.4 for English prose, template included
+# Examples and tokens per example: bytes of text according to the data set's card, at 4.4 bytes per token of English
+# prose, template included
 DATA = {
     "HuggingFaceH4/ultrachat_200k": (207_865, 1300),
     "allenai/tulu-3-sft-mixture": (939_343, 750),
@@ -92,7 +93,7 @@ DATA = {
     "data/medalpaca": (263_000, 150),  # the paper's number of examples
     "data/openbookqa": (4_957, 120),
     "data/openhermes": (242_831, 300),
-    "data/openr1-math": (93_733, 5300),  # 16 kB of one solution, over 3 for formulas
+    "data/openr1-math": (93_733, 5300),  # 16 kB per solution, at 3 bytes per token for formulas
     "data/sharegpt": (94_145, 1600),
     "quickstart/data": (600, 70),
     "quickstart/tagged_data": (600, 70),
@@ -121,9 +122,9 @@ def training_memory(recipe: dict) -> float:
     if uses_lora:
         states = frozen_memory(recipe, model) + TRAINED * model.adapter(recipe["lora_r"])
     else:
-        # Put together while they are needed: embeddings, head and two layers in bfloat16, the head's gradient
-        together = 2 * (model.parameters - (model.layers - 2) * model.layer) + 4 * model.head
-        states = (TRAINED + 2 * is_dpo(recipe)) * model.parameters / recipe.get("num_processes", GPUS) + together
+        # Gathered while in use: embeddings, head and two layers in bfloat16, and the head's gradient
+        gathered = 2 * (model.parameters - (model.layers - 2) * model.layer) + 4 * model.head
+        states = (TRAINED + 2 * is_dpo(recipe)) * model.parameters / recipe.get("num_processes", GPUS) + gathered
     return states + layer + checkpoints + head + OVERHEAD
 
 
@@ -132,11 +133,11 @@ def frozen_memory(recipe: dict, model: Model) -> float:
         return 2 * model.parameters
     in_layers = model.layers * model.layer
     weights = FOUR_BIT * in_layers + 2 * (model.parameters - in_layers)
-    return weights * (2 if "confidence_source" in recipe else 1)  # SFTMix's model waits beside the reference
+    return weights * (2 if "confidence_source" in recipe else 1)  # SFTMix keeps its model in memory, too
 
 
 def scoring_memory(recipe: dict, model: Model) -> float:
-    """Bytes on each GPU of a reference model in bfloat16 alone."""
+    """Bytes on each GPU while a reference model in bfloat16 scores the data."""
     layer = recipe.get("reference_batch_tokens", 4096) * (20 * model.hidden + 8 * model.mlp)
     return 2 * model.parameters + layer + HEAD_TILE + OVERHEAD
 
@@ -146,14 +147,14 @@ def memory(recipe: dict) -> float:
 
 
 def flops(recipe: dict) -> float:
-    """Of a whole run, with all passes that a method adds."""
+    """Operations of a whole run, including the passes that a method adds."""
     model = MODELS[recipe["model_name_or_path"]]
     examples, length = DATA[recipe["datasets"][0]["path"] if "datasets" in recipe else recipe["dataset_name"]]
-    epochs = recipe["num_train_epochs"]  # SFTKey's are those of all stages
+    epochs = recipe["num_train_epochs"]  # for SFTKey, of all stages together
     passes = epochs * (4 if recipe.get("use_peft", False) else 6)
     passes += epochs * 2 * recipe.get("gradient_checkpointing", True)
     passes += epochs * 2 * is_dpo(recipe)
-    if recipe.get("confidence_source") == "reference":  # SFTMix trains twice, and asks the first at each checkpoint
+    if recipe.get("confidence_source") == "reference":  # SFTMix trains twice, and reads the data at each checkpoint
         passes = 2 * passes + 2 * max(epochs, 3)
     scorers = sum(reference.in_products for reference in references(recipe))
     scorers += LLMLINGUA2 * (recipe.get("group_by") == "llmlingua2")
@@ -166,7 +167,7 @@ def hours(recipe: dict, gpu: str) -> float:
 
 
 def read(pattern: str) -> dict[str, dict]:
-    """Recipes by their path below this folder."""
+    """Recipes by their path in this folder."""
     return {str(path.relative_to(FOLDER)): yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob(pattern))}
 
 
@@ -189,7 +190,7 @@ def tables() -> str:
 
 
 def filled(readme: str) -> str:
-    """The README with its tables made anew."""
+    """The README with its tables regenerated."""
     return re.sub(f"(?<={BEGIN}\n).*(?=\n{END})", tables(), readme, flags=re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""Docstrings in TRL's style, which is Markdown, as the reStructuredText that Sphinx reads."""
+"""Converts docstrings in TRL's style, which is Markdown, to the reStructuredText that Sphinx reads."""
 
 import inspect
 import re
@@ -10,13 +10,13 @@ from trl import SFTConfig
 def to_restructured_text(text: str) -> str:
     text = re.sub(r"^( *)```(\w+)\n(.*?)\n *```$", _as_code_block, text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^( *)\$\$ (.*?) \$\$", _as_math_block, text, flags=re.DOTALL | re.MULTILINE)
-    # Several groups of fields: a heading of its own before each, which Sphinx only knows as "Parameters"
+    # Headings of groups of parameters: Sphinx only knows "Parameters"
     text = re.sub(r"^( *)(Parameters .*):$", r"\1**\2**\n\n\1Parameters:", text, flags=re.MULTILINE)
     text = re.sub(r"\\\\\( (.*?) \\\\\)", r":math:`\1`", text, flags=re.DOTALL)
     text = re.sub(r"\[`~?hf_sft_variants\.([\w.]+)`\]", r":py:obj:`~hf_sft_variants.\1`", text)
     text = re.sub(r"\[`([A-Z]\w+(?:\.\w+)?)`\]", r":py:obj:`~hf_sft_variants.\1`", text)
     text = re.sub(r"\[`~?([\w.]+)`\]", _as_last_name, text)
-    # Sphinx takes the backslashes out of code between single backticks, those of regular expressions too
+    # Sphinx drops backslashes in code between single backticks, including those of regular expressions
     text = re.sub(r"(?<![:`\w])`([^`\n]*\\[^`\n]*)`", r"``\1``", text)
     return re.sub(r"\[([^\]`]+)\]\((http[^)]+)\)", r"`\1 <\2>`__", text)
 
@@ -33,7 +33,7 @@ def _as_math_block(match: re.Match) -> str:
 
 
 def _as_last_name(match: re.Match) -> str:
-    """Other packages' names, without a link: their documentation has no index that could be looked up offline."""
+    """Names from other packages, without a link: their documentation has no index to look up offline."""
     return f"`{match.group(1).split('.')[-1]}`"
 
 
@@ -42,7 +42,7 @@ def convert(app: Sphinx, what: str, name: str, obj, options, lines: list[str]) -
 
 
 def own_fields(app: Sphinx, what: str, name: str, obj, options, signature: str, return_annotation) -> tuple | None:
-    """A configuration without the hundred fields of `SFTConfig`."""
+    """The signature of a config, without the hundred fields of `SFTConfig`."""
     if what != "class" or not issubclass(obj, SFTConfig):
         return None
     parameters = inspect.signature(obj).parameters.values()

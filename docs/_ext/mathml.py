@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw themselves: no script, no fonts to load, the page's own colors."""
+"""Renders formulas as MathML, which browsers draw without scripts or fonts, in the colors of the page."""
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml

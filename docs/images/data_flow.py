@@ -17,12 +17,11 @@ COLORS = {TRL: "none", BASE: TEAL, METHOD: ORANGE}
 # Name, whose it is, and what happens there
 ONCE = [
     ("data set", TRL, "messages, prompt and completion, or text"),
-    ("prepare_rows", METHOD, "may change rows before they are tokenized"),
     ("tokenize", TRL, "SFTTrainer's preparation: chat template,\ninput_ids, labels (-100: not in the loss)"),
-    ("truncate", BASE, "to max_length, per-token columns\nwith the tokens"),
-    ("score", METHOD, "may run other models over the data"),
-    ("annotate", METHOD, "adds columns with a value on each token"),
-    ("pack", BASE, "with packing=True: several samples a row,\nthe annotations along with the tokens"),
+    ("annotate_untruncated", METHOD, "adds columns with a value for each token,\nfound in whole examples"),
+    ("truncate", BASE, "to max_length, annotations\nwith the tokens"),
+    ("annotate", METHOD, "adds columns with a value for each token;\nmay run models over the data"),
+    ("pack", BASE, "with packing=True: several examples a row,\nthe annotations along with the tokens"),
 ]
 EACH_STEP = [
     ("collator", BASE, "TRL's pads tokens, ours annotations"),
@@ -30,7 +29,7 @@ EACH_STEP = [
     ("AnnotatedBatch", BASE, ""),
     ("compute_annotated_loss", METHOD, "sums over the micro-batch, divided by\nthe counts of the step; fills metrics"),
     ("backward, log", TRL, "metrics are summed over processes,\nthen divided"),
-    ("method_callbacks", METHOD, "follow the run: SFTKey's next stage,\nSFTMix's pairs"),
+    ("callbacks", TRL, "follow the run: SFTKey's next stage,\nSFTMix's pairs"),
 ]
 
 STEP, BOX_HEIGHT = 40, 26

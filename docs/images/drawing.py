@@ -1,4 +1,4 @@
-"""What the pictures of this folder have in common: colors readable on white and on black, and how they are saved."""
+"""Shared by the pictures in this folder: colors readable on white and on black, and how pictures are saved."""
 
 from pathlib import Path
 
@@ -9,20 +9,20 @@ from matplotlib.patches import FancyBboxPatch
 
 
 TEAL, ORANGE, INK = "#2a9d8f", "#e76f51", "#7a7a7a"
-WIDTH = 384  # points; not shrunk much on a phone, so that text stays legible
+WIDTH = 384  # points: narrow enough that text stays legible on a phone
 ON_COLOR = "#101010"  # text on a teal or an orange chip
 MONOSPACE = ["DejaVu Sans Mono", "monospace"]
 
 
 def set_style() -> None:
-    """Text stays text, and what is not drawn in a color is gray."""
+    """Keep text as text, and draw everything without a color of its own in gray."""
     plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10})
     for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         plt.rcParams[name] = INK
 
 
 def save(figure: Figure, path: Path) -> None:
-    """The same picture has the same bytes: no date, and ids that follow from the name."""
+    """Save without a date and with ids derived from the name, so that the same picture has the same bytes."""
     plt.rcParams["svg.hashsalt"] = path.name
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
@@ -39,7 +39,7 @@ def canvas(figure: Figure, left: float, width: float, height: float) -> Axes:
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, **style) -> None:
-    """A box with round corners; `x` and `y` are its upper left corner."""
+    """A box with rounded corners; `x` and `y` are its upper left corner."""
     axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=4", **style))
 
 
@@ -48,6 +48,6 @@ def chip(axes: Axes, x: float, y: float, width: float, text: str, color: str, fi
     style = {"facecolor": color, "edgecolor": color} if filled else {"facecolor": "none", "edgecolor": color}
     box(axes, x, y, width, 16, linewidth=1, **style)
     color = ON_COLOR if filled else INK
-    # Dollars are no formula
+    # A dollar sign would start a formula
     text = text.replace("$", r"\$")
     axes.text(x + width / 2, y + 8, text, color=color, family=MONOSPACE, size=9, ha="center", va="center_baseline")

@@ -1,5 +1,5 @@
 """
-Draws `poft_tau.svg`: how much PoFT's examples weigh over training, the clean and the corrupted ones apart.
+Draws `poft_tau.svg`: the mean weight of clean and of corrupted examples over PoFT training.
 
     python docs/images/poft_tau.py benchmarks/results/poft_corrupted_answers.json
 """
@@ -16,7 +16,7 @@ COLORS = {"clean": TEAL, "corrupted": ORANGE}
 
 
 def draw(runs: list[dict], path: Path) -> None:
-    """Mean over the seeds, and the range from the lowest to the highest seed behind it."""
+    """The mean over seeds, on the range from the lowest to the highest seed."""
     set_style()
     figure, axes = plt.subplots(figsize=(WIDTH / 72, 3.2), layout="constrained")
     for kind, color in COLORS.items():

@@ -1,5 +1,5 @@
 """
-Draws `sft_go_groups.svg`: the tokens of two samples in their groups, the loss on each, and which group's is chosen.
+Draws `sft_go_groups.svg`: the tokens of two examples in their groups, the loss of each token, and the worst group.
 
     python docs/images/sft_go_groups.py benchmarks/results/sft_go_groups.json
 """
@@ -19,7 +19,7 @@ BARS_AT, BAR_LENGTH = 156, 150
 
 
 def draw_tokens(axes: Axes, sample: dict, top: float) -> None:
-    """Lines as in the response, with the loss below each token."""
+    """The lines of the response, with the loss below each token."""
     colors = dict(GROUPS.values())
     x, y = 4, top
     for token, group, nll in zip(sample["tokens"], sample["group_ids"], sample["nll"], strict=True):
@@ -32,7 +32,7 @@ def draw_tokens(axes: Axes, sample: dict, top: float) -> None:
 
 
 def draw_groups(axes: Axes, sample: dict, top: float, scale: float) -> None:
-    """Mean loss of each group, and the sample's loss."""
+    """The mean loss of each group, and the loss of the example."""
     for number, (name, (group, color)) in enumerate(GROUPS.items()):
         y, nll, is_worst = top + 18 * number, sample["group_nll"][group], sample["worst_group"] == group
         style = {"weight": "bold" if is_worst else "normal", "va": "center_baseline"}
@@ -45,7 +45,7 @@ def draw_groups(axes: Axes, sample: dict, top: float, scale: float) -> None:
 
 
 def draw(samples: list[dict], path: Path) -> None:
-    """One sample below the other."""
+    """One example below the other."""
     set_style()
     height = SAMPLE_HEIGHT * len(samples)
     axes = canvas(plt.figure(figsize=(WIDTH / 72, height / 72)), 0, WIDTH, height)

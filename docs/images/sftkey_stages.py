@@ -1,5 +1,5 @@
 """
-Draws `sftkey_stages.svg`: learning rate and losses of a run in two stages, step by step.
+Draws `sftkey_stages.svg`: learning rate and losses of a two-stage run at each step.
 
     hf-sft-variants quickstart --train-size 96
     trl sft --config recipes/quickstart/sftkey.yaml --warmup_steps 3 --logging_steps 1 --save_strategy epoch
@@ -28,7 +28,7 @@ def draw(state: dict, path: Path) -> None:
     figure, (top, bottom) = plt.subplots(
         2, figsize=(WIDTH / 72, 4.2), height_ratios=(2, 3), sharex=True, layout="constrained"
     )
-    # Each stage has a line of its own
+    # One line per stage
     for stage, (start, end) in zip(STAGES, pairwise(starts), strict=True):
         of_stage = logs[start:end]
         top.plot([log["step"] for log in of_stage], [log["learning_rate"] for log in of_stage], color=INK, marker=".")

@@ -1,5 +1,5 @@
 """
-Draws `sftmix_halves.svg`: examples in the order of their confidence, cut into halves, and what is mixed of one pair.
+Draws `sftmix_halves.svg`: examples ranked by confidence and split into halves, and the mixed positions of one pair.
 
     python docs/images/sftmix_halves.py benchmarks/results/sftmix_halves.json
 """
@@ -33,7 +33,7 @@ def draw_halves(figure: Figure, results: dict) -> None:
 
 
 def draw_pair(axes: Axes, pair: dict) -> None:
-    """The labels of both examples, the n-th beside the n-th; those that are mixed are filled."""
+    """The labels of both examples, aligned by position; filled if mixed."""
     columns = {"confident": 58, "unconfident": 152}
     shares = {"confident": f"λ = {pair['lambda']:.2f}", "unconfident": f"1 − λ = {1 - pair['lambda']:.2f}"}
     axes.text(10, 30, "n", size=9, ha="center")

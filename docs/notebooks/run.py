@@ -1,9 +1,9 @@
 """
-Run notebooks and keep what they show, but no progress bars and no warnings.
+Run notebooks and keep their outputs, without progress bars and warnings.
 
     python docs/notebooks/run.py docs/notebooks/*.ipynb
 
-A folder that holds `quickstart/model` already, as `hf-sft-variants quickstart` writes it, spares writing it again.
+With `--folder`, a `quickstart/model` that `hf-sft-variants quickstart` has written there is used again.
 """
 
 import argparse
@@ -31,10 +31,10 @@ def run(path: Path, folder: str) -> None:
 
 
 def is_result(output: dict) -> bool:
-    """Not a warning, a widget or the trainer's progress bar."""
+    """Whether it is not a warning, a widget or the trainer's progress bar."""
     data = output.get("data", {})
     is_progress = "application/vnd.jupyter.widget-view+json" in data or "<progress" in data.get("text/html", "")
-    # DeepSpeed, where it is installed, logs to stdout
+    # DeepSpeed, if installed, logs to stdout
     is_warning = output.get("name") == "stderr" or "[WARNING]" in output.get("text", "")
     return not is_progress and not is_warning
 
@@ -42,7 +42,7 @@ def is_result(output: dict) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--folder", help="where to run them, by default a temporary folder")
+    parser.add_argument("--folder", help="where to run them (default: a temporary folder)")
     options = parser.parse_args()
     for path in options.notebooks:
         with TemporaryDirectory() as temporary:

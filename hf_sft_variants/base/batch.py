@@ -7,10 +7,6 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 
-# A metric is a pair (numerator, denominator), summed over all processes before it is divided.
-Ratio = tuple[torch.Tensor | float, torch.Tensor | float]
-
-
 # Row of the data set that each token of a padding-free batch comes from, counted from 0 in each batch
 ROW_IDS = "row_ids"
 
@@ -53,8 +49,9 @@ class AnnotatedBatch:
         outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
             What the model returned.
         metrics (`dict[str, tuple]`):
-            Filled by the loss: name to a pair (numerator, denominator). Each is summed over all processes, divided,
-            and logged. A metric whose denominator is zero is left out.
+            Filled by the loss: name to a pair (numerator, denominator), or to a [`~hf_sft_variants.base.Minimum`] or
+            [`~hf_sft_variants.base.Maximum`]. Both parts of a pair are summed over all processes before they are
+            divided. A metric whose denominator is zero is not logged.
     """
 
     log_probs: torch.Tensor
@@ -64,7 +61,7 @@ class AnnotatedBatch:
     annotations: dict[str, torch.Tensor]
     num_items: NumItems
     outputs: Any
-    metrics: dict[str, Ratio] = field(default_factory=dict)
+    metrics: dict[str, tuple] = field(default_factory=dict)
 
 
 def align_with_labels(values: torch.Tensor, num_predictions: int, padding_value: float) -> torch.Tensor:

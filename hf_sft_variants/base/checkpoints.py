@@ -34,8 +34,8 @@ _SFT = {"trainer": "SFTTrainer", "settings": {}, "examples": None}
 _NEW_RUN = "or begin a new run with its weights: pass the folder as `model`, without `resume_from_checkpoint`."
 
 
-class SameRunMixin:
-    """Lets a trainer go on from checkpoints of its own method, settings and data alone, and from complete ones."""
+class ResumeCheckMixin:
+    """Refuses to resume from an incomplete checkpoint or from another run's."""
 
     _examples: dict[str, Any] | None = None
     _run: dict[str, Any] | None = None

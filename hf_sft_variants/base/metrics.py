@@ -1,57 +1,99 @@
+import math
+from functools import cached_property
+from typing import NamedTuple
+
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from .batch import AnnotatedBatch, Ratio, align_with_labels, without_rows_from
+from .batch import AnnotatedBatch, align_with_labels, without_rows_from
 
 
 logger = get_logger(__name__)
 
 
+class Ratio(NamedTuple):
+    """A metric that is a sum divided by another; a pair in `batch.metrics` is one. Nothing is logged for 0 / 0."""
+
+    numerator: torch.Tensor | float
+    denominator: torch.Tensor | float
+    combine = torch.sum
+
+    def value(self) -> float | None:
+        return self.numerator / self.denominator if self.denominator != 0 else None
+
+
+class Minimum(NamedTuple):
+    """A metric that is the smallest value; infinity where there is none, and then nothing is logged."""
+
+    smallest: torch.Tensor | float
+    combine = torch.amin
+
+    def value(self) -> float | None:
+        return self.smallest if math.isfinite(self.smallest) else None
+
+
+class Maximum(NamedTuple):
+    """A metric that is the largest value; minus infinity where there is none, and then nothing is logged."""
+
+    largest: torch.Tensor | float
+    combine = torch.amax
+
+    def value(self) -> float | None:
+        return self.largest if math.isfinite(self.largest) else None
+
+
 class MetricSums:
     """
-    Metrics as sums over micro-batches and processes, divided when they are logged: a mean of micro-batch means would
-    depend on how the batch is cut.
+    Metrics since the last log, combined over micro-batches and processes before their value is computed: a mean of
+    micro-batch means would depend on how the batch is split.
     """
 
     def __init__(self):
-        self.sums = {"train": {}, "eval": {}}
+        self.totals = {"train": {}, "eval": {}}
 
-    def add(self, mode: str, metrics: dict[str, Ratio], accelerator: Accelerator) -> None:
+    def add(self, mode: str, metrics: dict[str, tuple], accelerator: Accelerator) -> None:
         """
-        Add a micro-batch of every process. All have to bring the same names.
+        Add a micro-batch of every process. All processes have to pass the same names.
 
         Args:
             mode (`str`):
                 `"train"` or `"eval"`.
             metrics (`dict[str, tuple]`):
-                Name to numerator and denominator, numbers or scalar tensors.
+                Name to a [`Ratio`] or a plain pair, a [`Minimum`], a [`Maximum`], or another named tuple of scalars
+                with `combine` and `value`.
             accelerator ([`~accelerate.Accelerator`]):
-                Gathers the sums.
+                Gathers the scalars.
         """
+        metrics = {name: Ratio(*metric) if type(metric) is tuple else metric for name, metric in metrics.items()}
         device = accelerator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        values = [torch.as_tensor(value, device=device).to(dtype) for pair in metrics.values() for value in pair]
-        values = accelerator.gather(torch.stack(values)[None]).sum(0).view(-1, 2).tolist()
-        for name, (numerator, denominator) in zip(metrics, values, strict=True):
-            total = self.sums[mode].setdefault(name, [0.0, 0.0])
-            total[0], total[1] = total[0] + numerator, total[1] + denominator
+        scalars = [torch.as_tensor(value, device=device).to(dtype) for metric in metrics.values() for value in metric]
+        gathered = accelerator.gather(torch.stack(scalars)[None]).cpu()
+        sizes = [len(metric) for metric in metrics.values()]
+        for (name, metric), values in zip(metrics.items(), gathered.split(sizes, dim=1), strict=True):
+            if name in self.totals[mode]:
+                values = torch.cat([torch.tensor([self.totals[mode][name]], dtype=dtype), values])
+            self.totals[mode][name] = type(metric)(*metric.combine(values, dim=0).tolist())
 
     def take(self, mode: str) -> dict[str, float]:
-        """The metrics since the last call; one whose denominator is zero is left out."""
-        sums, self.sums[mode] = self.sums[mode], {}
-        if mode == "train" and sums.get("nll", (0, 1))[1] == 0:
+        """The metrics since the last call; one without a value is left out."""
+        totals, self.totals[mode] = self.totals[mode], {}
+        if mode == "train" and "nll" in totals and totals["nll"].denominator == 0:
             logger.warning("No token was in the loss since the last log: nothing was learned. Check the labels.")
-        return {name: numerator / denominator for name, (numerator, denominator) in sums.items() if denominator != 0}
+        values = {name: metric.value() for name, metric in totals.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class MetricSumsMixin:
-    """Logs the metrics of a trainer's losses as sums, where `SFTTrainer` logs means over batches."""
+    """Logs the metrics of a trainer's losses exactly, where `SFTTrainer` logs means over batches."""
 
-    metric_sums_class = MetricSums
-
-    # Of the evaluation that is going on; between two there is none
+    # Of the evaluation that is running, if there is one
     _metric_key_prefix: str | None = None
+
+    @cached_property
+    def _metric_sums(self) -> MetricSums:
+        return MetricSums()
 
     def sum_metrics(self, batch: AnnotatedBatch, row_ids: torch.Tensor | None) -> None:
         """Add a micro-batch's metrics and `nll`. `row_ids`: row that each token comes from, if padding-free."""

@@ -1,6 +1,6 @@
-"""What happens to a prepared data set between TRL's tokenization and its packing: check, truncate, drop."""
+"""Truncation, dropping and packing of a tokenized data set, with its annotations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig, pack_dataset
 
 from ..errors import InputError
+from .trl_internals import get_dataset_column_names
 
 
 logger = get_logger(__name__)
@@ -20,27 +21,27 @@ def map_description(dataset: Dataset | IterableDataset, args: SFTConfig, descrip
     return {"num_proc": args.dataset_num_proc, "desc": description}
 
 
-def cut_to_max_length(
-    dataset: Dataset | IterableDataset, token_columns: list[str], args: SFTConfig, packing: bool, dataset_name: str
+def truncate(
+    dataset: Dataset | IterableDataset, columns: Iterable[str], args: SFTConfig, packing: bool, dataset_name: str
 ) -> Dataset | IterableDataset:
     """
-    Check that the user's per-token columns fit the tokens, and truncate all per-token columns alike.
+    Truncate the tokens and those of `columns` that the data set has.
 
-    Follows TRL: without packing to `max_length` by `truncation_mode`, and examples left without a label are dropped
-    (and counted); `"bfd"` keeps the first `max_length` tokens; `"bfd_split"` and `"wrapped"` keep all.
+    As TRL: without packing to `max_length` by `truncation_mode`, and examples without a label left are dropped (and
+    counted); `"bfd"` keeps the first `max_length` tokens; `"bfd_split"` and `"wrapped"` keep all.
 
     Raises:
-        `InputError`: If a column is missing or its length is not that of `input_ids`, naming the row; if
-            `truncation_mode` is unknown.
+        `InputError`: If a column has another length than `input_ids`, naming the row; if `truncation_mode` is unknown.
     """
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise InputError(f"Unsupported truncation mode: {args.truncation_mode}, expected 'keep_start' or 'keep_end'")
     length = kept_length(args, packing)
     keep_end = length is not None and not packing and args.truncation_mode == "keep_end"
+    token_columns = [column for column in columns if column in get_dataset_column_names(dataset)]
     if length is None and not token_columns:
         return dataset
     dataset = dataset.map(
-        _check_and_cut,
+        _truncate,
         with_indices=True,
         fn_kwargs={
             "token_columns": token_columns,
@@ -59,13 +60,11 @@ def kept_length(args: SFTConfig, packing: bool) -> int | None:
     return args.max_length if not packing or args.packing_strategy == "bfd" else None
 
 
-def _check_and_cut(
+def _truncate(
     example: dict[str, Any], row: int, token_columns: list[str], kept: slice, dataset_name: str
 ) -> dict[str, Any]:
     num_tokens = len(example["input_ids"])
     for column in token_columns:
-        if column not in example:
-            raise InputError(f"The {dataset_name} dataset has no column `{column}`; it has {sorted(example)}.")
         values = example[column]
         if not isinstance(values, list) or len(values) != num_tokens:
             found = f"{len(values)} values" if isinstance(values, list) else repr(values)
@@ -84,8 +83,8 @@ def _drop_without_labels(
     kept = dataset.filter(_has_label, **map_description(dataset, args, description))
     if isinstance(dataset, Dataset) and len(kept) < len(dataset):
         logger.warning(
-            f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: no token "
-            f"of theirs is in the loss after truncation to max_length={args.max_length}."
+            f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: they "
+            f"have no supervised tokens left after truncation to max_length={args.max_length}."
         )
     return kept
 

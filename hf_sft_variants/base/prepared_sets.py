@@ -24,6 +24,9 @@ _RAW_ROWS = "give the raw rows, before any preparation"
 class PreparedSetsMixin:
     """Takes data sets that were prepared with the trainer's own settings, and refuses others."""
 
+    # Annotation columns that a user may bring
+    _columns_of_the_user: frozenset[str | None] = frozenset()
+
     def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
         """
         The settings that the annotations depend on, as JSON values. They are written to the column `annotated_with` of
@@ -39,23 +42,19 @@ class PreparedSetsMixin:
         """
         return describe_settings(self.args)
 
-    def own_token_columns(self) -> list[str]:
-        """The `annotation_columns` that a user's rows of tokens may bring."""
-        return self.user_token_columns()
-
     def check_prepared(
         self, dataset: Dataset | IterableDataset, packing: bool, dataset_name: str
     ) -> dict[str, Any] | None:
         """
-        What a tokenized data set was annotated with; `None` if it is not annotated.
+        What a data set was annotated with; `None` if it is not annotated.
 
         Raises:
             `InputError`: If it was annotated by another trainer or with other settings, or does not say by which.
         """
         columns = get_dataset_column_names(dataset)
-        if MADE_WITH not in columns:
+        if not {MADE_WITH, "input_ids"} <= set(columns):
             if not self._skip_prepare_dataset:
-                unknown = {*self.annotation_columns} & {*columns} - {*self.own_token_columns()}
+                unknown = {*self.annotation_columns} & {*columns} - self._columns_of_the_user
                 refuse_unknown_annotations(unknown, dataset_name)
             return None
         made_with = read_made_with(dataset, dataset_name)
@@ -97,7 +96,7 @@ class PreparedSetsMixin:
 
 def _annotating_class(trainer_class: type) -> str:
     """The class that says how a trainer annotates: a subclass with another loss alone annotates as its parent does."""
-    hooks = {"annotate", "annotate_untruncated", "annotation_columns", "prepare_rows", "score"}
+    hooks = {"annotate", "annotate_untruncated", "annotation_columns"}
     return next(cls.__name__ for cls in trainer_class.__mro__ if hooks & vars(cls).keys())
 
 
@@ -208,8 +207,8 @@ def refuse_unknown_annotations(columns: set[str], dataset_name: str) -> None:
     """
     if columns:
         raise InputError(
-            f"The {dataset_name} dataset is tokenized and has the column `{min(columns)}`, which this trainer makes, "
-            f"but no column `{MADE_WITH}` that says with which settings. Remove the column, or {_RAW_ROWS}."
+            f"The {dataset_name} dataset has the column `{min(columns)}`, which this trainer makes, but no column "
+            f"`{MADE_WITH}` that says with which settings. Rename or remove the column, or {_RAW_ROWS}."
         )
 
 

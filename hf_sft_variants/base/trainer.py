@@ -1,11 +1,12 @@
 from collections.abc import Callable
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -20,40 +21,41 @@ from trl import SFTConfig, SFTTrainer
 
 from . import batch as batches
 from .batch import ROW_IDS, AnnotatedBatch, NumItems, RememberOutputs, make_annotated_batch
-from .checkpoints import SameRunMixin
+from .checkpoints import ResumeCheckMixin
 from .collator import AnnotationCollator
 from .metrics import MetricSumsMixin
 from .model_card import ModelCardMixin
-from .preparation import cut_to_max_length, pack, require_supervised_token
+from .preparation import pack, require_supervised_token, truncate
 from .prepared_sets import PreparedSetsMixin, add_made_with, is_packed, require_as_first_row
-from .refusals import refuse_unsupported, refuse_what_was_loaded, resolve_args
 from .row_checks import check_rows, checked_text, refuse_token_columns, require_row
 from .trl_internals import get_dataset_column_names, global_then_local_main_first, leave_out_of_push
-
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+from .validation import refuse_unsupported, refuse_what_was_loaded, resolve_args
 
 
 # Carries the step's counts with each micro-batch, so that a loss can't meet the counts of another step
 _NUM_ITEMS = "num_items_in_step"
 
 
-class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, SameRunMixin, SFTTrainer):
+class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, ResumeCheckMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss may use what is known about each token.
 
-    A method is the per-token columns it adds to the prepared data set ([`annotate`]), the loss it makes of
-    log-probabilities and annotations ([`compute_annotated_loss`]), and, if need be, what else is counted over an
-    optimizer step ([`count_items`]). All else is TRL's: tokenization, truncation, packing, evaluation, accumulation,
-    several processes, PEFT. Takes the arguments of [`~trl.SFTTrainer`]; as it stands it computes SFTTrainer's loss.
-    `nll`, the plain mean negative log-likelihood per token, is logged beside every loss.
+    A method adds per-token columns to the prepared data set and computes its loss from them and from the tokens'
+    log-probabilities. Tokenization, truncation, packing, evaluation, accumulation, several processes and PEFT stay
+    TRL's. Takes the arguments of [`~trl.SFTTrainer`] and, without a subclass, computes its loss. Every loss is logged
+    with `nll`, the plain mean negative log-likelihood per token.
 
-    Class attributes to set in a subclass:
+    A subclass may set or override, and needs nothing else:
 
-    - **config_class** (`type`): the [`~trl.SFTConfig`] subclass that is used without `args`, and that a plain
-      `SFTConfig` or `TrainingArguments` is turned into.
-    - **annotation_columns** (`dict[str, int | float]`): the columns [`annotate`] adds, and what stands on padding.
+    - **config_class** (`type`): [`~trl.SFTConfig`] subclass to use without `args`, and to turn a plain `SFTConfig` or
+      `TrainingArguments` into.
+    - **annotation_columns** (`dict[str, int | float]`): per-token columns and their values on padding. They are
+      truncated, packed and collated with the tokens. A member of an `IntEnum` as value names the column's values in
+      `hf-sft-variants inspect`.
+    - [`annotate`]: adds the columns. [`annotate_untruncated`] does so before truncation.
+    - [`annotation_settings`]: the settings they depend on, which a prepared data set keeps.
+    - [`count_items`]: what is counted over an optimizer step.
+    - [`compute_annotated_loss`]: the loss.
 
     Example:
 
@@ -68,7 +70,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Sa
 
 
     class LateTokensTrainer(AnnotatedSFTTrainer):
-        \"\"\"Tokens late in a sample weigh more.\"\"\"
+        \"\"\"Tokens late in an example weigh more.\"\"\"
 
         annotation_columns = {"token_weights": 0.0}
 
@@ -94,7 +96,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Sa
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: str | PreTrainedModel | PeftModel,
         args: SFTConfig | TrainingArguments | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -107,15 +109,14 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Sa
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
-        peft_config: "PeftConfig | None" = None,
+        peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
         args = resolve_args(args, self.config_class, model, self._name)
         refuse_unsupported(type(self).__name__, args, model, train_dataset, eval_dataset, compute_loss_func)
         self._is_streaming = isinstance(train_dataset, IterableDataset)
-        self._metric_sums = self.metric_sums_class()
-        # `Trainer` keeps both, too, but only after the data sets are prepared
-        self.args, self.given_callbacks = args, list(callbacks or [])
+        # `Trainer` sets it only after the data sets are prepared
+        self.args = args
         super().__init__(
             model=model,
             args=args,
@@ -135,51 +136,34 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Sa
         refuse_what_was_loaded(self)
         if self.annotation_columns or self.padding_free:
             self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
-        for callback in self.method_callbacks():
-            if not any(isinstance(other, type(callback)) for other in self.callback_handler.callbacks):
-                self.add_callback(callback)
 
     # What a method overrides
 
+    def annotate_untruncated(
+        self, dataset: Dataset | IterableDataset, dataset_name: str, from_text: bool
+    ) -> Dataset | IterableDataset:
+        """
+        As [`annotate`], but before truncation, for columns that have to be found in whole examples; they are truncated
+        with the tokens. Called by one process first; the others find its result in the cache. `from_text` says whether
+        the rows came as text or messages, and not as tokens.
+        """
+        return dataset
+
     def annotate(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-        """Add the columns of `annotation_columns`: each a list with one number for each token of `input_ids`.
+        """
+        Add the columns of `annotation_columns`: lists with one number for each token of `input_ids`.
+
+        Called by all processes at once, so that they can share the work of running a model. Put a slow `map` inside
+        `PartialState().main_process_first()`, and the other processes find its result in the cache.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-                Tokenized, labelled and truncated, not packed: columns `input_ids` and `labels` (`-100` on tokens that
-                are not in the loss), beside the user's own. An annotation belongs to the token it stands on, which is
-                the label to predict; no shift. With `packing_strategy="bfd_split"` or `"wrapped"` a sample is still
-                whole here and split later.
+                Tokenized, labelled and truncated, but not packed: `input_ids`, `labels` (`-100` on tokens that are not
+                in the loss) and the user's own columns. An annotation belongs to the token at its position, which is
+                the label to predict; there is no shift. With `packing_strategy="bfd_split"` or `"wrapped"` examples
+                are whole here and split later.
             dataset_name (`str`):
                 `"train"`, `"eval"`, or the name of one of several evaluation sets. `"train"` comes first.
-        """
-        return dataset
-
-    def method_callbacks(self) -> list[TrainerCallback]:
-        """The method's callbacks, added behind the user's; one of the same class from the user takes its place."""
-        return []
-
-    def prepare_rows(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-        """Change the rows of a data set that is not tokenized yet, before the chat template is applied."""
-        return dataset
-
-    def annotate_untruncated(
-        self, dataset: Dataset | IterableDataset, dataset_name: str, has_text: bool
-    ) -> Dataset | IterableDataset:
-        """
-        As [`annotate`], but before truncation, for what has to be found in whole samples: per-token columns named in
-        [`user_token_columns`] are truncated with the tokens. `has_text`: the rows came as text or messages.
-        """
-        return dataset
-
-    def user_token_columns(self) -> list[str]:
-        """Per-token columns that are there before truncation: checked for length, truncated with the tokens."""
-        return []
-
-    def score(self, dataset: Dataset, dataset_name: str) -> Dataset:
-        """
-        Run models over the data set before [`annotate`]: called by all processes at once, which may share the work.
-        The other hooks are called by one process first; the others find its result in the cache.
         """
         return dataset
 
@@ -193,10 +177,15 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Sa
     def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
         """
         This micro-batch's part of the loss: a sum over its tokens or samples, divided by the matching
-        `batch.num_items`; a differentiable zero if there is nothing to learn. The trainer sees to processes and to the
-        mixture-of-experts auxiliary loss.
+        `batch.num_items`; a differentiable zero if there is nothing to learn. The trainer scales it for several
+        processes and adds the mixture-of-experts auxiliary loss.
         """
         return -batch.log_probs.sum() / batch.num_items["tokens"]
+
+    def add_missing_callback(self, callback: TrainerCallback) -> None:
+        """Add a callback, unless the user has passed one of its class."""
+        if not any(isinstance(other, type(callback)) for other in self.callback_handler.callbacks):
+            self.add_callback(callback)
 
     # Data: annotations through preparation, truncation and packing
 
@@ -205,8 +194,8 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Sa
         if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with
         columns = set(get_dataset_column_names(dataset))
-        has_text = "input_ids" not in columns
-        made_with = None if has_text else self.check_prepared(dataset, packing, dataset_name)
+        from_text = "input_ids" not in columns
+        made_with = self.check_prepared(dataset, packing, dataset_name)
         if made_with is not None and isinstance(dataset, IterableDataset):
             dataset = require_as_first_row(dataset, dataset_name)
         if is_packed(made_with) or {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
@@ -214,28 +203,25 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Sa
             dataset = check_rows(dataset, args, self._tokenizer, dataset_name)
             self.remember_examples(dataset, dataset_name)
             return dataset
-        if has_text:
+        if from_text:
             refuse_token_columns(dataset, dataset_name)
-        with global_then_local_main_first():
-            if has_text:
-                dataset = self.prepare_rows(dataset, dataset_name)
-            if has_text and formatting_func is not None:
-                formatting_func = partial(checked_text, formatting_func=formatting_func)
-            else:
+        if from_text and formatting_func is not None:
+            formatting_func = partial(checked_text, formatting_func=formatting_func)
+        else:
+            with global_then_local_main_first():
                 dataset = check_rows(dataset, args, self._tokenizer, dataset_name)
-        # TRL truncates and packs `input_ids` and `labels` alone, so here it only tokenizes and builds the labels
+        # TRL truncates and packs only `input_ids` and `labels`, so here it only tokenizes and builds the labels
         tokenize_args = copy(args)
         tokenize_args.max_length = None
         tokenize_args.shuffle_dataset = False
         arguments = (dataset, processing_class, tokenize_args, False, formatting_func, dataset_name)
         dataset = super()._prepare_dataset(*arguments)
         with global_then_local_main_first():
-            dataset = self.annotate_untruncated(dataset, dataset_name, has_text)
-            dataset = cut_to_max_length(dataset, self.user_token_columns(), args, packing, dataset_name)
+            dataset = self.annotate_untruncated(dataset, dataset_name, from_text)
+            dataset = truncate(dataset, self.annotation_columns, args, packing, dataset_name)
             require_supervised_token(dataset, dataset_name)
-        dataset = self.score(dataset, dataset_name)
+        dataset = self.annotate(dataset, dataset_name)
         with global_then_local_main_first():
-            dataset = self.annotate(dataset, dataset_name)
             columns = get_dataset_column_names(dataset)
             if packing:
                 dataset = pack(dataset, list(self.annotation_columns), args, dataset_name)
@@ -266,7 +252,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Sa
     # The Hub
 
     def not_pushed(self) -> list[str]:
-        """What stays here when `output_dir` goes to the Hub, as patterns of file names."""
+        """Patterns of the files in `output_dir` that are not pushed to the Hub."""
         return ["*.lock"]
 
     def push_to_hub(self, *args, **kwargs):

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from itertools import islice
 from typing import Any
 
@@ -142,8 +143,8 @@ def read_view(trainer: SFTTrainer, wanted: slice) -> View:
 
     Args:
         trainer ([`~trl.SFTTrainer`]):
-            Its `annotation_columns` say which value of a column means "none"; its `group_names`, if it has any, what
-            the ids of a group column are called (`{column: {id: name}}`).
+            Its `annotation_columns` say which value of a column means "none" and, where that is a member of an
+            `IntEnum`, what the others are called.
         wanted (`slice`):
             What [`parse_range`] returns.
 
@@ -177,14 +178,13 @@ def _examples(dataset, wanted: slice) -> Iterable[dict[str, Any]]:
 def _find_columns(examples: list[dict[str, Any]], trainer: SFTTrainer) -> list[Column]:
     """The method's own columns first; a column that repeats an earlier one (a user's, copied) is left out."""
     padding_values = getattr(trainer, "annotation_columns", {})
-    group_names = getattr(trainer, "group_names", {})
     columns, seen = [], []
     for name in dict.fromkeys([*padding_values, *examples[0]]):
         rows = [example.get(name) for example in examples]
         if name in ("input_ids", "labels") or rows in seen or not _is_per_token(rows, examples):
             continue
         seen.append(rows)
-        columns.append(_describe(name, rows, padding_values.get(name, 0), group_names.get(name, {})))
+        columns.append(_describe(name, rows, padding_values.get(name, 0)))
     return columns
 
 
@@ -197,9 +197,11 @@ def _is_per_token(rows: list[Any], examples: list[dict[str, Any]]) -> bool:
     )
 
 
-def _describe(name: str, rows: list[list], padding_value: float, group_names: dict[int, str]) -> Column:
+def _describe(name: str, rows: list[list], padding_value: float) -> Column:
     values = {value for row in rows for value in row}
     is_score = any(isinstance(value, float) for value in values)
+    members = type(padding_value) if isinstance(padding_value, IntEnum) else ()
+    group_names = {member.value: member.name.lower().replace("_", " ") for member in members}
     groups = sorted((value for value in values if value >= 0), reverse=True)
     if all(len(set(row)) == 1 for row in rows):
         return Column(name, "score" if is_score else "number", per_example=True)

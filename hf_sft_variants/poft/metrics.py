@@ -1,18 +1,26 @@
-"""What PoFT logs: means over examples, and of τ also its extremes and its effective sample size."""
+"""The metrics that PoFT logs: means over examples, and the extremes and the effective sample size of τ."""
+
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 
-from ..base.batch import Ratio
-from ..base.metrics import MetricSums
+from ..base.metrics import Maximum, Minimum
 from .loss import PreferenceLoss
 
 
-_TAU, _TAU_SQUARE = "poft/tau_mean", "poft/tau_square_mean"
-_EXTREMES = {"poft/tau_min": torch.amin, "poft/tau_max": torch.amax}
+class EffectiveSampleSize(NamedTuple):
+    """(Σ τ)² / (n Σ τ²): the share of the examples that would weigh as much if all weighed the same."""
+
+    tau_sum: torch.Tensor | float
+    square_sum: torch.Tensor | float
+    number: torch.Tensor | float
+    combine = torch.sum
+
+    def value(self) -> float | None:
+        return self.tau_sum**2 / (self.number * self.square_sum) if self.square_sum > 0 else None
 
 
-def preference_metrics(result: PreferenceLoss, reference_names: list[str]) -> dict[str, Ratio]:
+def preference_metrics(result: PreferenceLoss, reference_names: list[str]) -> dict[str, tuple]:
     """The metrics of a micro-batch as sums and numbers of examples; without references, loss and r_θ alone."""
     number = result.is_scored.sum()
     metrics = {"poft/loss": (result.loss_sum.detach(), number), "poft/r_theta": (result.log_prob.sum(), number)}
@@ -27,37 +35,8 @@ def preference_metrics(result: PreferenceLoss, reference_names: list[str]) -> di
         "poft/reference_mean": (reference_mean.sum(), number),
         "poft/margin": ((result.log_prob - reference_mean).sum(), number),
         "poft/win_rate": (wins.sum(), number),
-        _TAU: (result.tau.sum(), number),
-        _TAU_SQUARE: (result.tau.square().sum(), number),
-        "poft/tau_min": (result.tau.where(result.is_scored, torch.inf).amin(), 1),
-        "poft/tau_max": (result.tau.where(result.is_scored, -torch.inf).amax(), 1),
+        "poft/tau_mean": (result.tau.sum(), number),
+        "poft/tau_min": Minimum(result.tau.where(result.is_scored, torch.inf).amin()),
+        "poft/tau_max": Maximum(result.tau.where(result.is_scored, -torch.inf).amax()),
+        "poft/effective_sample_size": EffectiveSampleSize(result.tau.sum(), result.tau.square().sum(), number),
     }
-
-
-class PreferenceMetrics(MetricSums):
-    """
-    [`MetricSums`] that keeps the least and the greatest τ beside the sums, and makes the effective sample size of the
-    sums: (Σ τ)² / (n Σ τ²), the share of the examples that would weigh as much if all weighed the same.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.extremes = {"train": {}, "eval": {}}
-
-    def add(self, mode: str, metrics: dict[str, Ratio], accelerator: Accelerator) -> None:
-        extremes = {name: metrics.pop(name)[0] for name in _EXTREMES if name in metrics}
-        super().add(mode, metrics, accelerator)
-        if not extremes:
-            return
-        gathered = accelerator.gather(torch.stack(list(extremes.values()))[None])
-        for name, values in zip(extremes, gathered.unbind(dim=1), strict=True):
-            before = self.extremes[mode].get(name, values[0])
-            self.extremes[mode][name] = _EXTREMES[name](torch.cat([values, before[None]]))
-
-    def take(self, mode: str) -> dict[str, float]:
-        metrics = super().take(mode)
-        square = metrics.pop(_TAU_SQUARE, 0)
-        if square > 0:
-            metrics["poft/effective_sample_size"] = metrics[_TAU] ** 2 / square
-        extremes, self.extremes[mode] = self.extremes[mode], {}
-        return {**metrics, **{name: value.item() for name, value in extremes.items() if value.isfinite()}}

@@ -131,22 +131,20 @@ class ReferenceScoringCallback(TrainerCallback):
         dataset_name: str,
         tokenizer: PreTrainedTokenizerBase,
         args: PoFTConfig,
-        has_responses: bool,
     ) -> pa.Table:
         """
         Score every example with every model. To be called by all processes at once.
 
         Args:
             dataset ([`~datasets.Dataset`]):
-                Prepared rows with `example_key`, `example_row` and `scored_mask`.
+                Prepared rows with `example_key` and what [`add_scored_mask`] adds; where they have no responses, their
+                tokens are scored.
             dataset_name (`str`):
                 Name of the data set, for messages.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 The trained model's tokenizer.
             args ([`PoFTConfig`]):
                 Has the limits of length and `score_end_of_turn`.
-            has_responses (`bool`):
-                Whether the rows have messages, or prompts and completions; otherwise their tokens are scored.
 
         Returns:
             `pa.Table`: A row for each example and model, null where the example is too long for the model.
@@ -154,7 +152,7 @@ class ReferenceScoringCallback(TrainerCallback):
         Raises:
             `InputError`: If a model can't be loaded, or can't render or score the data.
         """
-        tables = []
+        tables, has_responses = [], dataset[0]["has_responses"]
         # All of them first: a misspelt name is an error before the others have scored for hours
         tokenizers = [load_reference_tokenizer(model, self.model_init_kwargs) for model in self.models]
         for model, own_tokenizer in zip(self.models, tokenizers, strict=True):

@@ -1,5 +1,6 @@
 """Which tokens of an example are scored: the assistant's words and what ends its turns, in any model's rendering."""
 
+from enum import IntEnum
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,13 @@ from ..text.assistant_turns import (
     render_example,
     require_same_tokens,
 )
+
+
+class ScoredMask(IntEnum):
+    """Values of the column `scored_mask`."""
+
+    NOT_SCORED = 0
+    SCORED = 1
 
 
 def has_responses(columns: list[str]) -> bool:
@@ -85,7 +93,8 @@ def add_scored_mask(
 ) -> dict[str, list]:
     """
     For `Dataset.map`, batched: add the columns `scored_mask` ([`scored_mask`]; the supervised labels, if the rows came
-    as tokens or as plain texts; or what is there already), `num_scored_tokens`, and `example_row`, the row's number.
+    as tokens or as plain texts; or what is there already), `num_scored_tokens`, `example_row`, the row's number, and
+    `has_responses`.
 
     Raises:
         `InputError`: If the scored tokens can't be found or have no label, naming the row.
@@ -106,7 +115,12 @@ def add_scored_mask(
         except InputError as problem:
             raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
         masks.append(mask)
-    return {"scored_mask": masks, "num_scored_tokens": [sum(mask[1:]) for mask in masks], "example_row": rows}
+    return {
+        "scored_mask": masks,
+        "num_scored_tokens": [sum(mask[1:]) for mask in masks],
+        "example_row": rows,
+        "has_responses": examples.get("has_responses", [has_responses] * len(rows)),
+    }
 
 
 def _supervised_mask(labels: list[int], end_of_turn: bool) -> list[int]:

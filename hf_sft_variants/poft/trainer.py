@@ -1,5 +1,6 @@
+import inspect
 import textwrap
-from functools import cached_property
+from functools import cached_property, wraps
 
 import torch
 from accelerate.logging import get_logger
@@ -14,7 +15,7 @@ from ..errors import InputError
 from ..scoring import describe_model
 from .config import PoFTConfig
 from .loss import preference_loss
-from .metrics import PreferenceMetrics, preference_metrics
+from .metrics import preference_metrics
 from .reference_scoring import ReferenceScoringCallback
 from .references import (
     COLUMN,
@@ -26,7 +27,7 @@ from .references import (
     spread_over_tokens,
 )
 from .score_files import add_content_keys, join_by_key, read_score_files
-from .scored_tokens import add_scored_mask, has_responses
+from .scored_tokens import ScoredMask, add_scored_mask, has_responses
 
 
 logger = get_logger(__name__)
@@ -94,17 +95,15 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             }"""),
     }
     config_class = PoFTConfig
-    metric_sums_class = PreferenceMetrics
-    group_names = {"scored_mask": {1: "scored"}}
-    _reference_names: list[str] | None = None
 
-    def method_callbacks(self):
-        if self.args.needs_references and not self._num_references:
-            raise InputError(
-                f"With `skip_prepare_dataset=True` the train dataset must bring the columns `{COLUMN.format(0)}`, ... "
-                "with each reference model's mean log-probability on every token, beside `scored_mask`."
-            )
-        return [self.reference_scoring] if self.reference_scoring else []
+    @wraps(AnnotatedSFTTrainer.__init__)
+    def __init__(self, *args, **kwargs):
+        arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        self._given_callbacks = list(arguments.get("callbacks") or [])
+        self._given_train_dataset = arguments.get("train_dataset")
+        super().__init__(*args, **kwargs)
+        if self.reference_scoring:
+            self.add_missing_callback(self.reference_scoring)
 
     @cached_property
     def reference_scoring(self) -> ReferenceScoringCallback | None:
@@ -112,7 +111,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         args, others = self.args, ("reference_models", "reference_score_file")
         if not args.needs_references:
             return None
-        given = [callback for callback in self.given_callbacks if isinstance(callback, ReferenceScoringCallback)]
+        given = [callback for callback in self._given_callbacks if isinstance(callback, ReferenceScoringCallback)]
         if given:
             for name in others:
                 if getattr(args, name):
@@ -134,11 +133,47 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     @property
     def annotation_columns(self):
-        return {"scored_mask": 0, **{COLUMN.format(j): 0.0 for j in range(self._num_references)}}
+        return {"scored_mask": ScoredMask.NOT_SCORED, **{COLUMN.format(j): 0.0 for j in range(self._num_references)}}
 
     @property
     def _num_references(self):
-        return len(self._reference_names or [])
+        return len(self._reference_names)
+
+    @cached_property
+    def _reference_names(self) -> list[str]:
+        """Names of the reference models in metrics; the train dataset says how many there are."""
+        if not self.args.needs_references:
+            return []
+        return reference_names(self._references_of(self._given_train_dataset, "train"))
+
+    def _references_of(self, dataset, dataset_name) -> list[str]:
+        """The reference models that score a data set, or has scored it; numbers where they have no names."""
+        args, columns = self.args, get_dataset_column_names(dataset)
+        scoring = self.reference_scoring  # refuses two sources of models
+        prepared = names_of_prepared(columns) if "input_ids" in columns else []
+        if prepared:
+            models = args.reference_models or prepared
+            return models if len(models) == len(prepared) else prepared
+        if self._skip_prepare_dataset:
+            raise InputError(
+                f"With `skip_prepare_dataset=True` the {dataset_name} dataset must bring the columns "
+                f"`{COLUMN.format(0)}`, ... with each reference model's mean log-probability on every token, and "
+                "`scored_mask`."
+            )
+        if args.reference_score_column in columns:
+            number = number_in_column(dataset, args, dataset_name)
+            return args.reference_models or [str(j) for j in range(number)]
+        if args.reference_score_file:
+            return args.reference_models or self._scores_of_files["model"].unique().to_pylist()
+        return scoring.models if scoring else []
+
+    def _require_as_many_references(self, dataset, dataset_name) -> None:
+        number = len(self._references_of(dataset, dataset_name)) if self.args.needs_references else 0
+        if number != self._num_references:
+            raise InputError(
+                f"The {dataset_name} dataset has scores of {number} reference models, the train dataset of "
+                f"{self._num_references}. Give both the same."
+            )
 
     def annotation_settings(self, columns, is_packed):
         args = self.args
@@ -156,89 +191,67 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             settings |= {"reference_models": models, "length_normalizer": args.length_normalizer}
         return settings
 
-    def own_token_columns(self):
-        return []
-
     def check_prepared(self, dataset, packing, dataset_name):
-        prepared = names_of_prepared(get_dataset_column_names(dataset)) if self.args.needs_references else []
-        models = self.args.reference_models or prepared
-        if prepared:
-            self._set_references(models if len(models) == len(prepared) else prepared, dataset_name)
         made_with = super().check_prepared(dataset, packing, dataset_name)
-        if prepared and len(models) != len(prepared):
+        models, prepared = self.args.reference_models, names_of_prepared(get_dataset_column_names(dataset))
+        if self.args.needs_references and models and prepared and len(models) != len(prepared):
             raise InputError(
                 f"The {dataset_name} dataset is prepared with the scores of {len(prepared)} reference models, but "
                 f"`reference_models={models}` names {len(models)}. Name those, or none."
             )
+        if prepared:
+            self._require_as_many_references(dataset, dataset_name)
         return made_with
 
-    def user_token_columns(self):
-        return ["scored_mask"]
-
-    def prepare_rows(self, dataset, dataset_name):
-        column = COLUMN.format(0)
-        if self.args.needs_references and column in get_dataset_column_names(dataset):
-            raise InputError(
-                f"The {dataset_name} dataset has the column `{column}`, which this trainer makes, but no `input_ids`. "
-                "Rename the column or remove it; scores of your own belong in `reference_score_column`."
-            )
-        if self._is_to_be_scored(dataset, dataset_name):  # keyed by the rows as they came, whatever model is trained
-            return add_content_keys(dataset, self.args.dataset_num_proc, self.args.dataset_text_field)
-        return dataset
-
-    def annotate_untruncated(self, dataset, dataset_name, has_text):
-        columns = get_dataset_column_names(dataset)
-        self._rows_have_responses = has_text and has_responses(columns)
-        if self._is_to_be_scored(dataset, dataset_name) and not has_text:
-            dataset = add_content_keys(dataset, self.args.dataset_num_proc)
+    def annotate_untruncated(self, dataset, dataset_name, from_text):
+        args, columns = self.args, get_dataset_column_names(dataset)
+        if self._is_to_be_scored(dataset, dataset_name):  # keyed by content, whatever model is trained
+            text_options = (args.dataset_text_field, self._tokenizer.eos_token)
+            dataset = add_content_keys(dataset, args.dataset_num_proc, *text_options, is_prepared=from_text)
         fn_kwargs = {
             "tokenizer": self._tokenizer,
             "chat_template": self.chat_template,
-            "has_responses": self._rows_have_responses,
-            "end_of_turn": self.args.score_end_of_turn,
+            "has_responses": from_text and has_responses(columns),
+            "end_of_turn": args.score_end_of_turn,
             "dataset_name": dataset_name,
         }
-        map_kwargs = map_description(dataset, self.args, f"Finding responses of {dataset_name} dataset")
+        map_kwargs = map_description(dataset, args, f"Finding responses of {dataset_name} dataset")
         return dataset.map(add_scored_mask, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
-    def score(self, dataset, dataset_name):
-        with global_then_local_main_first():
-            dataset = drop_unscored(dataset, self.args, dataset_name)
-        if not self._is_to_be_scored(dataset, dataset_name):
-            return dataset
+    def annotate(self, dataset, dataset_name):
         args = self.args
-        if args.reference_score_file:
-            scores = read_score_files(args.reference_score_file, args.score_end_of_turn)
-            models = args.reference_models or scores["model"].unique().to_pylist()
-        else:
-            scores = self.reference_scoring.score(
-                dataset, dataset_name, self._tokenizer, args, self._rows_have_responses
+        with global_then_local_main_first():
+            dataset = drop_unscored(dataset, args, dataset_name)
+        columns = get_dataset_column_names(dataset)
+        self._require_as_many_references(dataset, dataset_name)
+        if not args.needs_references or COLUMN.format(0) in columns:  # the latter was prepared before
+            return dataset
+        column = args.reference_score_column
+        if column not in columns:
+            column, dataset = _JOINED_COLUMN, self._score(dataset, dataset_name)
+        elif args.reference_score_file:
+            logger.warning(
+                f"The {dataset_name} dataset has the column `{column}`, so "
+                f"`reference_score_file={args.reference_score_file}` is not read for it."
             )
-            models = self.reference_scoring.models
-        self._set_references(models, dataset_name)
+        fn_kwargs = {"column": column, "num_references": self._num_references, "dataset_name": dataset_name}
+        map_kwargs = map_description(dataset, args, f"Adding reference scores to {dataset_name} dataset")
+        with global_then_local_main_first():
+            return dataset.map(spread_over_tokens, fn_kwargs=fn_kwargs, **map_kwargs)
+
+    def _score(self, dataset, dataset_name):
+        args, models = self.args, self._references_of(dataset, dataset_name)
+        if args.reference_score_file:
+            scores = self._scores_of_files
+        else:
+            scores = self.reference_scoring.score(dataset, dataset_name, self._tokenizer, args)
         values = {model: join_by_key(dataset, scores, model, args.length_normalizer, dataset_name) for model in models}
         with global_then_local_main_first():
             return add_reference_log_probs(dataset, values, _JOINED_COLUMN, dataset_name)
 
-    def annotate(self, dataset, dataset_name):
-        columns = get_dataset_column_names(dataset)
-        if not self.args.needs_references:
-            return dataset
-        if COLUMN.format(0) in columns:  # a data set that was prepared before
-            return dataset
-        column = _JOINED_COLUMN
-        if self.args.reference_score_column in columns:
-            column = self.args.reference_score_column
-            if self.args.reference_score_file:
-                logger.warning(
-                    f"The {dataset_name} dataset has the column `{column}`, so "
-                    f"`reference_score_file={self.args.reference_score_file}` is not read for it."
-                )
-            number = number_in_column(dataset, self.args, dataset_name)
-            self._set_references(self.args.reference_models or [str(j) for j in range(number)], dataset_name)
-        fn_kwargs = {"column": column, "num_references": self._num_references, "dataset_name": dataset_name}
-        map_kwargs = map_description(dataset, self.args, f"Adding reference scores to {dataset_name} dataset")
-        return dataset.map(spread_over_tokens, fn_kwargs=fn_kwargs, **map_kwargs)
+    @cached_property
+    def _scores_of_files(self):
+        return read_score_files(self.args.reference_score_file, self.args.score_end_of_turn)
 
     def _is_to_be_scored(self, dataset, dataset_name) -> bool:
         args, columns = self.args, get_dataset_column_names(dataset)
@@ -257,26 +270,17 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             )
         return True
 
-    def _set_references(self, models, dataset_name):
-        names = reference_names(models)
-        if self._reference_names is not None and len(names) != self._num_references:
-            raise InputError(
-                f"The {dataset_name} dataset has scores of {len(names)} reference models, the train dataset of "
-                f"{self._num_references}. Give both the same."
-            )
-        self._reference_names = self._reference_names or names
-
     # Loss
 
     def count_items(self, inputs):
-        labels = inputs["labels"].masked_fill(inputs["scored_mask"] == 0, -100)
+        labels = inputs["labels"].masked_fill(inputs["scored_mask"] == ScoredMask.NOT_SCORED, -100)
         return {"samples": count_supervised_samples({**inputs, "labels": labels})}
 
     def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
         references = [batch.annotations[COLUMN.format(j)] for j in range(self._num_references)]
         result = preference_loss(
             batch.log_probs,
-            (batch.annotations["scored_mask"] == 1) & batch.label_mask,
+            (batch.annotations["scored_mask"] == ScoredMask.SCORED) & batch.label_mask,
             batch.sample_ids,
             batch.num_samples,
             torch.stack(references) if references else batch.log_probs.new_empty(0, *batch.log_probs.shape),
@@ -284,5 +288,5 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             self.args.gamma,
             self.args.preference_weighting,
         )
-        batch.metrics.update(preference_metrics(result, self._reference_names or []))
+        batch.metrics.update(preference_metrics(result, self._reference_names))
         return result.loss_sum / batch.num_items["samples"]

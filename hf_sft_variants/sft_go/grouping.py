@@ -1,6 +1,7 @@
 """From a score for each token to group ids, and the checks on group ids that users bring themselves."""
 
 import math
+from enum import IntEnum
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,23 @@ from datasets import Dataset, IterableDataset
 from ..errors import InputError
 
 
-UNGROUPED, UNIMPORTANT, IMPORTANT = -1, 0, 1
+class Group(IntEnum):
+    """Groups of tokens by importance."""
+
+    UNGROUPED = -1
+    UNIMPORTANT = 0
+    IMPORTANT = 1
+
+
+class RankedGroup(IntEnum):
+    """As [`Group`], before the tokens are ranked by their excess loss."""
+
+    UNGROUPED = -1
+    RANKED_AT_EACH_STEP = 0
+    ALWAYS_IMPORTANT = 1
+
+
+UNGROUPED, UNIMPORTANT, IMPORTANT = map(int, Group)
 
 # Keeps the logged metrics few, and tells token ids given by mistake from group ids
 MAX_GROUPS = 32
@@ -116,6 +133,11 @@ def add_token_scores(dataset: Dataset, scores: pa.ChunkedArray, name: str) -> Da
     return dataset.add_column(name, values)
 
 
+def require_column(examples: dict[str, list], column: str, dataset_name: str) -> None:
+    if column not in examples:
+        raise InputError(f"The {dataset_name} dataset has no column `{column}`; it has {sorted(examples)}.")
+
+
 def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset_name: str) -> dict[str, list]:
     """
     For `Dataset.map`, batched: check the user's own scores and copy them to `importance_scores`.
@@ -123,6 +145,7 @@ def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset
     Raises:
         `InputError`: If a score is no finite number, naming row, column and value.
     """
+    require_column(examples, column, dataset_name)
     for row, scores in zip(rows, examples[column], strict=True):
         for score in scores:
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
@@ -140,6 +163,7 @@ def copy_group_ids(examples: dict[str, list], rows: list[int], column: str, data
     Raises:
         `InputError`: If an id is no integer from -1 to `MAX_GROUPS - 1`, naming row, column and value.
     """
+    require_column(examples, column, dataset_name)
     for row, group_ids in zip(rows, examples[column], strict=True):
         for group_id in group_ids:
             is_integer = isinstance(group_id, int) and not isinstance(group_id, bool)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from transformers import TrainerCallback
 
 from .grouping import IMPORTANT, MAX_GROUPS
 from .loss import GroupOptimization
@@ -39,7 +40,7 @@ def group_metrics(result: GroupOptimization, own_ids: bool) -> Ratios:
     return metrics
 
 
-class WorstGroupFlips:
+class WorstGroupFlips(TrainerCallback):
     """
     Counts samples whose worst group is another one than when this process last saw the sample.
 
@@ -48,6 +49,9 @@ class WorstGroupFlips:
 
     def __init__(self):
         self.last_worst_group: dict[int, int] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last_worst_group.clear()
 
     def update(
         self, result: GroupOptimization, example_numbers: torch.Tensor, sample_ids: torch.Tensor

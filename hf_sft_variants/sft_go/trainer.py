@@ -1,6 +1,6 @@
 import math
 import textwrap
-from functools import cached_property
+from functools import wraps
 
 import torch
 from accelerate.logging import get_logger
@@ -8,15 +8,15 @@ from datasets import IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
+from ..base.trl_internals import global_then_local_main_first
 from ..errors import InputError
 from ..scoring import describe_model
 from ..text.assistant_turns import special_token_ids
 from .config import SFTGOConfig
 from .excess_loss import group_by_excess_loss
 from .grouping import (
-    IMPORTANT,
-    UNGROUPED,
-    UNIMPORTANT,
+    Group,
+    RankedGroup,
     add_group_ids,
     add_rankable_groups,
     add_token_scores,
@@ -78,11 +78,29 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     config_class = SFTGOConfig
     _tfidf: TokenTfidf | None = None
 
+    @wraps(AnnotatedSFTTrainer.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._worst_group_flips = WorstGroupFlips()
+        self.add_callback(self._worst_group_flips)
+
     @property
     def annotation_columns(self):
-        reference = {"reference_log_probs": 0.0} if self.args.group_by == "rho1" else {}
+        args = self.args
+        reference = {"reference_log_probs": 0.0} if args.group_by == "rho1" else {}
         number = {"example_number": -1} if self._tracks_flips else {}
-        return {"group_ids": UNGROUPED, **number, **reference}
+        columns = {"group_ids": self._no_group, **number, **reference}
+        return columns | {name: 0.0 for name in self._columns_of_the_user if name not in columns}
+
+    @property
+    def _columns_of_the_user(self):
+        return frozenset({self.args.importance_column, self.args.group_column} - {None})
+
+    @property
+    def _no_group(self) -> int:
+        if self.args.group_column is not None:
+            return int(Group.UNGROUPED)
+        return RankedGroup.UNGROUPED if self.args.group_by == "rho1" else Group.UNGROUPED
 
     @property
     def _tracks_flips(self):
@@ -91,23 +109,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         prepared = not (self.args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
         return self.args.group_scope == "sample" and whole_samples and prepared and not self._is_streaming
 
-    @cached_property
-    def _worst_group_flips(self):
-        return WorstGroupFlips()
-
-    @property
-    def group_names(self) -> dict[str, dict[int, str]]:
-        """What the values of a column are called where tokens are shown (`hf-sft-variants inspect`)."""
-        if self.args.group_column is not None:
-            return {}
-        if self.args.group_by == "rho1":
-            return {"group_ids": {IMPORTANT: "always important", UNIMPORTANT: "ranked at each step"}}
-        return {"group_ids": {IMPORTANT: "important", UNIMPORTANT: "unimportant"}}
-
     # Annotation: a group id for each token
-
-    def user_token_columns(self):
-        return [column for column in (self.args.importance_column, self.args.group_column) if column is not None]
 
     def annotation_settings(self, columns, is_packed):
         args = self.args
@@ -136,9 +138,10 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
             logger.warning(f"`{name}={getattr(args, name)!r}` is not here: whether it scored the data is not known.")
             return {}
 
-    def remember_examples(self, dataset, dataset_name):
-        super().remember_examples(dataset, dataset_name)
-        self._fit_tfidf(dataset, dataset_name)  # of a training set that came prepared
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        self._fit_tfidf(dataset, dataset_name)  # of a training set that came packed
+        return dataset
 
     def describe_run(self):
         run = super().describe_run()
@@ -152,8 +155,16 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         if self.args.group_by == "tfidf" and dataset_name == "train" and self._tfidf is None:
             self._tfidf = shared_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
 
-    def score(self, dataset, dataset_name):
+    def annotate(self, dataset, dataset_name):
         self._fit_tfidf(dataset, dataset_name)
+        dataset = self._add_model_scores(dataset, dataset_name)
+        with global_then_local_main_first():
+            dataset = self._group(dataset, dataset_name)
+        if dataset_name == "train":
+            self._warn_about_groups(dataset)
+        return dataset
+
+    def _add_model_scores(self, dataset, dataset_name):
         if self.args.group_by not in ("llmlingua2", "rho1"):
             return dataset
         if isinstance(dataset, IterableDataset):
@@ -167,12 +178,6 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         dataset = drop_too_long(dataset, self.args, dataset_name)
         scores = reference_log_probs(dataset, self.args, self._tokenizer, dataset_name)
         return add_token_scores(dataset, scores, "reference_log_probs")
-
-    def annotate(self, dataset, dataset_name):
-        dataset = self._group(dataset, dataset_name)
-        if dataset_name == "train":
-            self._warn_about_groups(dataset)
-        return dataset
 
     def _warn_about_groups(self, dataset):
         args = self.args
@@ -216,10 +221,6 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     # Loss
 
-    def begin_run(self, checkpoint):
-        super().begin_run(checkpoint)
-        self._worst_group_flips = WorstGroupFlips()
-
     def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
         uniform = self.args.sample_weighting == "uniform"
         if uniform:
@@ -240,7 +241,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
             num_scopes,
             worst_group_weight,
             # Rho-1 trains on the tokens with the highest excess loss, be the others' plain loss higher or not
-            chosen_group=IMPORTANT if self.args.group_by == "rho1" else None,
+            chosen_group=Group.IMPORTANT if self.args.group_by == "rho1" else None,
         )
         batch.metrics["sft_go/worst_group_weight"] = (worst_group_weight, 1)
         batch.metrics.update(group_metrics(result, own_ids=self.args.group_column is not None))

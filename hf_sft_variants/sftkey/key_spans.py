@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from typing import Any
 
 import regex
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
+from ..base.preparation import map_description
+from ..base.row_checks import require_row
+from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
 from ..evaluation.tagged_answers import tagged_response
 from ..text.assistant_turns import (
@@ -22,7 +28,15 @@ from ..text.assistant_turns import (
 from ..text.token_offsets import Span, TokenOffsets
 
 
-KEY, NOT_KEY, NO_LABEL = 1, 0, -1
+class KeyMask(IntEnum):
+    """Values of the column `key_mask`."""
+
+    NO_LABEL = -1
+    NOT_KEY = 0
+    KEY = 1
+
+
+NO_LABEL, NOT_KEY, KEY = map(int, KeyMask)
 
 
 class NoKeyError(InputError):
@@ -234,7 +248,7 @@ def has_whole_key(example: dict[str, Any]) -> bool:
     return KEY in mask[1:] and mask.count(KEY) == example["num_key_tokens"]
 
 
-def add_tagged_response(
+def _tagged(
     example: dict[str, Any],
     row: int,
     reasoning_column: str,
@@ -265,3 +279,29 @@ def add_tagged_response(
         raise InputError(f"{where} has neither `prompt` nor `messages` to respond to; it has {sorted(example)}.")
     messages = example["messages"]
     return {"messages": (messages[:-1] if messages[-1]["role"] == "assistant" else messages) + [message]}
+
+
+def tag_responses(arguments: dict[str, Any], args: SFTConfig) -> dict[str, Any]:
+    """A trainer's `train_dataset` and `eval_dataset` with tagged responses, made of their reasonings and answers."""
+    tagged = {}
+    for name, argument in (("train", "train_dataset"), ("eval", "eval_dataset")):
+        dataset = arguments.get(argument)
+        if isinstance(dataset, dict):
+            tagged[argument] = {name: _tag(dataset, name, args) for name, dataset in dataset.items()}
+        else:
+            tagged[argument] = _tag(dataset, name, args)
+    return tagged
+
+
+def _tag(dataset: Any, dataset_name: str, args: SFTConfig) -> Any:
+    is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    if is_prepared or not isinstance(dataset, Dataset | IterableDataset):  # the trainer refuses other types
+        return dataset
+    require_row(f"The {dataset_name} dataset", dataset)
+    if "input_ids" in get_dataset_column_names(dataset):
+        return dataset
+    options = ("reasoning_column", "answer_column", "thinking_tags", "answer_tags")
+    fn_kwargs = {**{name: getattr(args, name) for name in options}, "dataset_name": dataset_name}
+    map_kwargs = map_description(dataset, args, f"Tagging responses of {dataset_name} dataset")
+    with global_then_local_main_first():
+        return dataset.with_format(None).map(_tagged, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)

@@ -1,4 +1,6 @@
+import inspect
 import textwrap
+from functools import wraps
 
 import torch
 from accelerate.logging import get_logger
@@ -6,21 +8,12 @@ from datasets import Dataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
-from ..base.trl_internals import get_dataset_column_names
+from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
+from ..base.validation import resolve_args
 from ..errors import InputError
 from .answer_accuracy import AnswerAccuracyCallback
 from .config import FULL, KEY, SFTKeyConfig
-from .key_spans import (
-    KEY as ON_KEY,
-)
-from .key_spans import (
-    NO_LABEL,
-    NOT_KEY,
-    KeyFinder,
-    add_key_mask,
-    add_tagged_response,
-    has_whole_key,
-)
+from .key_spans import KeyFinder, KeyMask, add_key_mask, has_whole_key, tag_responses
 from .stages import StageSwitchCallback, stage_at, staged_scheduler
 
 
@@ -82,11 +75,23 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             }"""),
     }
     config_class = SFTKeyConfig
-    annotation_columns = {"key_mask": NO_LABEL}
-    group_names = {"key_mask": {ON_KEY: "key", NOT_KEY: "not key"}}
-    _eval_rows: dict[str, Dataset] = {}
+    annotation_columns = {"key_mask": KeyMask.NO_LABEL}
+    _columns_of_the_user = frozenset({"key_mask"})
 
-    def method_callbacks(self):
+    @wraps(AnnotatedSFTTrainer.__init__)
+    def __init__(self, *args, **kwargs):
+        arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        config = resolve_args(arguments.get("args"), self.config_class, arguments["model"], self._name)
+        raw_eval_dataset = arguments.get("eval_dataset")
+        if config.reasoning_column is not None:  # before `SFTTrainer` looks for a `completion`
+            arguments |= tag_responses(arguments, config)
+        super().__init__(**{**arguments, "args": config})
+        self._refuse_other_schedulers()
+        self.add_missing_callback(StageSwitchCallback())
+        if config.answer_eval_steps is not None:
+            self.add_missing_callback(self._answer_accuracy_callback(raw_eval_dataset))
+
+    def _refuse_other_schedulers(self):
         if self._has_stages and self.lr_scheduler is not None:
             raise InputError(
                 "`optimizers` brings a learning-rate scheduler, but each stage has its own. Pass `optimizers="
@@ -98,17 +103,13 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
                 "The DeepSpeed configuration has a `scheduler`, but each stage has its own. Remove it and set "
                 "`lr_scheduler_type`."
             )
-        callbacks = [StageSwitchCallback()]
-        if self.args.answer_eval_steps is not None:
-            callbacks.append(self._answer_accuracy_callback())
-        return callbacks
 
-    def _answer_accuracy_callback(self):
+    def _answer_accuracy_callback(self, eval_dataset):
         args = self.args
-        if isinstance(self.eval_dataset, dict) and self.eval_dataset:
-            dataset = {name: self._prompts_and_answers(name) for name in self.eval_dataset}
+        if isinstance(eval_dataset, dict) and eval_dataset:
+            dataset = {name: self._prompts_and_answers(rows, name) for name, rows in eval_dataset.items()}
         else:
-            dataset = self._prompts_and_answers("eval")
+            dataset = self._prompts_and_answers(eval_dataset, "eval")
         return AnswerAccuracyCallback(
             self,
             dataset,
@@ -120,8 +121,8 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             answer_tags=args.answer_tags,
         )
 
-    def _prompts_and_answers(self, dataset_name):
-        column, rows = self.args.answer_column or "answer", self._eval_rows.get(dataset_name)
+    def _prompts_and_answers(self, rows, dataset_name):
+        column = self.args.answer_column or "answer"
         columns = [] if rows is None else get_dataset_column_names(rows)
         if not isinstance(rows, Dataset) or not {"prompt", column} <= set(columns):
             raise InputError(
@@ -133,21 +134,6 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
     # Annotation: where the key is
 
-    def prepare_rows(self, dataset, dataset_name):
-        if dataset_name != "train":
-            self._eval_rows = {**self._eval_rows, dataset_name: dataset}
-        if self.args.reasoning_column is None:
-            return dataset
-        if self.args.completion_only_loss is None:  # SFTTrainer has looked for a `completion` before there is one
-            self.completion_only_loss = "prompt" in get_dataset_column_names(dataset)
-        options = ("reasoning_column", "answer_column", "thinking_tags", "answer_tags")
-        fn_kwargs = {**{name: getattr(self.args, name) for name in options}, "dataset_name": dataset_name}
-        map_kwargs = map_description(dataset, self.args, f"Tagging responses of {dataset_name} dataset")
-        return dataset.map(add_tagged_response, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
-
-    def user_token_columns(self):
-        return ["key_mask"]
-
     def annotation_settings(self, columns, is_packed):
         names = (
             "thinking_tags", "answer_tags", "key_delimiter", "key_pattern", "reasoning_column", "answer_column",
@@ -157,7 +143,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         stages = "with keys" if self.args.needs_keys else "without keys"
         return {"stages": stages, **{name: getattr(self.args, name) for name in names}}
 
-    def annotate_untruncated(self, dataset, dataset_name, has_text):
+    def annotate_untruncated(self, dataset, dataset_name, from_text):
         args = self.args
         fn_kwargs = {
             "find_key": KeyFinder(
@@ -171,7 +157,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             "tokenizer": self._tokenizer,
             "chat_template": self.chat_template,
             "text_field": args.dataset_text_field,
-            "has_text": has_text,
+            "has_text": from_text,
             "on_missing": args.missing_key if args.needs_keys else "ignore",
             "dataset_name": dataset_name,
         }
@@ -182,7 +168,8 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         if not self.args.needs_keys:
             return dataset
         map_kwargs = map_description(dataset, self.args, f"Dropping keyless examples from {dataset_name} dataset")
-        kept = dataset.filter(has_whole_key, **map_kwargs)
+        with global_then_local_main_first():
+            kept = dataset.filter(has_whole_key, **map_kwargs)
         if not isinstance(dataset, Dataset):
             logger.warning(
                 f"The {dataset_name} dataset is a stream: its examples whose key is cut by `max_length`, or missing "
@@ -233,7 +220,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
     def count_items(self, inputs):
         supervised = inputs["labels"][:, 1:] != -100
-        on_key = supervised & (inputs["key_mask"][:, 1:] == ON_KEY)
+        on_key = supervised & (inputs["key_mask"][:, 1:] == KeyMask.KEY)
         counts = {"key_tokens": on_key.sum()}
         if self.args.key_loss_weight is not None:
             counts["weighted_tokens"] = (supervised & ~on_key).sum() + self.args.key_loss_weight * on_key.sum()
@@ -241,7 +228,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
     def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
         args, key_mask, nll = self.args, batch.annotations["key_mask"], -batch.log_probs
-        on_key = (key_mask == ON_KEY) & batch.label_mask
+        on_key = (key_mask == KeyMask.KEY) & batch.label_mask
         self._add_metrics(batch, on_key)
         # Evaluation does not follow the stages: its losses are compared over the run
         stage = args.stages[self.current_stage] if self.model.training else FULL
@@ -258,7 +245,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
     def _add_metrics(self, batch, on_key):
         nll = -batch.log_probs.detach()
         other = batch.label_mask & ~on_key
-        labelled = (batch.annotations["key_mask"] != NO_LABEL).sum()
+        labelled = (batch.annotations["key_mask"] != KeyMask.NO_LABEL).sum()
         batch.metrics["sftkey/key_nll"] = ((nll * on_key).sum(), on_key.sum())
         batch.metrics["sftkey/other_nll"] = ((nll * other).sum(), other.sum())
         batch.metrics["sftkey/key_fraction"] = (on_key.sum(), labelled)
@@ -268,4 +255,4 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
 def keep_key_labels(inputs):
     """Take the labels of all other tokens out of a collated batch."""
-    return {**inputs, "labels": inputs["labels"].masked_fill(inputs["key_mask"] != ON_KEY, -100)}
+    return {**inputs, "labels": inputs["labels"].masked_fill(inputs["key_mask"] != KeyMask.KEY, -100)}

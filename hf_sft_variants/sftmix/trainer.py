@@ -16,7 +16,7 @@ from ..base.checkpoints import last_checkpoint
 from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..base.preparation import map_description
 from ..base.processes import on_main_process
-from ..base.trl_internals import get_dataset_column_names
+from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
 from ..lm_head.paired_lm_head import add_paired_lm_head
 from .confidence_file import halves_from_file, require_unique_keys
@@ -116,9 +116,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             self._reference_phase.check(self)
         if self.args.mixup_weight > 0:
             add_paired_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-
-    def method_callbacks(self):
-        return [BeginEpochCallback(self)]
+        self.add_missing_callback(BeginEpochCallback(self))
 
     # Data: every example has a number, by which its half is looked up
 
@@ -142,7 +140,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             )
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def annotate_untruncated(self, dataset, dataset_name, has_text):
+    def annotate_untruncated(self, dataset, dataset_name, from_text):
         if self._is_streaming and (self.args.needs_confidence or self.args.pair_similar_lengths):
             name = "confidence_split" if self.args.needs_confidence else "pair_similar_lengths"
             raise InputError(
@@ -153,7 +151,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             if EXAMPLE_KEY in dataset.column_names:
                 require_unique_keys(dataset)
             else:
-                options = {**self._text_options, "is_prepared": has_text}
+                options = {**self._text_options, "is_prepared": from_text}
                 dataset = add_content_keys(dataset, self.args.dataset_num_proc, **options)
             self.example_keys = dataset[EXAMPLE_KEY][:]
         return dataset
@@ -167,7 +165,8 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             return dataset
         is_train = dataset_name == "train" and self.train_examples is None
         map_kwargs = map_description(dataset, self.args, f"Numbering examples of {dataset_name} dataset")
-        dataset = dataset.map(number_example, with_indices=True, fn_kwargs={"is_train": is_train}, **map_kwargs)
+        with global_then_local_main_first():
+            dataset = dataset.map(number_example, with_indices=True, fn_kwargs={"is_train": is_train}, **map_kwargs)
         if is_train:
             check_number(dataset["num_labels"])
             self.train_examples = dataset

@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArgume
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from hf_sft_variants import AnnotatedSFTTrainer, SFTGOConfig, SFTGOTrainer
-from hf_sft_variants.base.refusals import refuse_sequence_sharding
+from hf_sft_variants.base.validation import refuse_sequence_sharding
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.evaluation.generation import evaluation_mode
 
@@ -382,7 +382,7 @@ class TestConfiguration:
 
     def test_another_trainers_arguments(self, tiny_model, tokenizer, token_rows, tmp_path):
         args = DPOConfig(str(tmp_path), **SMALL)
-        with pytest.raises(InputError, match="`args` is a `DPOConfig`, which is no `SFTGOConfig`"):
+        with pytest.raises(InputError, match="`args` must be an `SFTGOConfig` or an `SFTConfig` .* got `DPOConfig`"):
             SFTGOTrainer(tiny_model, args, train_dataset=token_rows, processing_class=tokenizer)
 
     @pytest.mark.parametrize(

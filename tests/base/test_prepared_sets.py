@@ -219,7 +219,8 @@ def test_annotations_of_unknown_origin(make, rows):
         with pytest.raises(InputError, match=f"has the column `{column}`, which this trainer makes, but no column"):
             make(method, unknown)
         make(method, prepared, **SKIP)
-    make("sft_go", rows.add_column("group_ids", [7] * 12))  # rows of text are not prepared
+    with pytest.raises(InputError, match="has the column `group_ids`, which this trainer makes, but no column"):
+        make("sft_go", rows.add_column("group_ids", [7] * 12))
     strange = make("poft", rows).train_dataset.map(lambda row: {MADE_WITH: "a human"})
     with pytest.raises(InputError, match="column `annotated_with` that no trainer wrote"):
         make("poft", strange)

@@ -227,10 +227,10 @@ class TestRecipes:
 
     def test_a_variant_of_ones_own(self, folder, capsys, monkeypatch):
         (folder / "my_variant.py").write_text(
-            "from hf_sft_variants import AnnotatedSFTTrainer\n\n\n"
+            "from enum import IntEnum\n\nfrom hf_sft_variants import AnnotatedSFTTrainer\n\n\n"
+            "class Place(IntEnum):\n    NONE = -1\n    LATE = 2\n\n\n"
             "def add(example):\n    return {'mine': [i % 3 for i, _ in enumerate(example['input_ids'])]}\n\n\n"
-            "class MyTrainer(AnnotatedSFTTrainer):\n    annotation_columns = {'mine': -1}\n"
-            "    group_names = {'mine': {2: 'late'}}\n\n"
+            "class MyTrainer(AnnotatedSFTTrainer):\n    annotation_columns = {'mine': Place.NONE}\n\n"
             "    def annotate(self, dataset, dataset_name):\n        return dataset.map(add)\n"
         )
         (folder / "mine.yaml").write_text("module: my_variant\n" + SFT)

@@ -308,7 +308,7 @@ ARGUMENTS = [
     argument("The eval dataset has the columns", "base", eval_dataset=Dataset.from_dict({"q": ["a"]})),
     argument("Row 0 of the a dataset: `text` is None", "sftmix",
              eval_dataset={"a": Dataset.from_dict({"text": [None]})}),
-    argument("`args` is a `DPOConfig`, which is no `SFTKeyConfig`", "sftkey",
+    argument("`args` must be an `SFTKeyConfig` or an `SFTConfig` .* got `DPOConfig`", "sftkey",
              args=DPOConfig("run", use_cpu=True, bf16=False)),
     argument("`compute_loss_func` is not supported", "base", compute_loss_func=print),
     argument("`peft_config` must be a `peft.PeftConfig` instance", "sft_go", TypeError, peft_config={"r": 4}),

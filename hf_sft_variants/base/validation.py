@@ -1,4 +1,4 @@
-"""What is settled around `SFTTrainer.__init__`: the configuration's class, and what can't be right, in words."""
+"""Argument validation before and after `SFTTrainer.__init__`."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -37,8 +37,8 @@ def resolve_args(
     elif not isinstance(args, config_class):
         if not issubclass(config_class, type(args)):
             raise InputError(
-                f"`args` is a `{type(args).__name__}`, which is no `{config_class.__name__}`. Pass such a one, "
-                "an `SFTConfig` (the method's fields then have their defaults), or nothing."
+                f"`args` must be an `{config_class.__name__}` or an `SFTConfig` (the method's fields then have their "
+                f"defaults), got `{type(args).__name__}`."
             )
         args = config_class(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
     # For streams accelerate would cut every tensor to the number of rows, those of padding-free batches too.
