@@ -8,6 +8,7 @@ RUN = quickstart/runs/sft_go
 # CI overrides these to keep runs short
 TRAIN_FLAGS =
 EVALUATE_FLAGS = --max-new-tokens 64
+STUDY = studies/small.yaml
 STUDY_SIZES = --train_size 200 --test_size 84
 EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS)
 
@@ -26,11 +27,11 @@ study: $(INSTALLED)
 	$(BIN)/hf-sft-variants quickstart
 	$(BIN)/python benchmarks/study_data.py --tasks chain_sum $(STUDY_SIZES) --validation_size 0 \
 		--output studies/small_data
-	$(BIN)/hf-sft-variants compare --config studies/small.yaml
+	$(BIN)/hf-sft-variants compare --config $(STUDY)
 
-# One thread per process, because pytest-xdist starts a process for each core
+# One thread per process, because pytest-xdist starts a process for each core; whole files share their fixtures
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Part of the tests on the lowest versions that setup.cfg allows and on the newest, each in its own environment
 test-versions:

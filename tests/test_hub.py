@@ -1,4 +1,4 @@
-"""What goes to the Hub: what `SFTTrainer` pushes and, if asked, files with which a run goes on on another machine."""
+"""Pushes to the Hub: `SFTTrainer`'s files and, if asked, files with which a run goes on on another machine."""
 
 import shutil
 from concurrent.futures import Future
@@ -11,19 +11,19 @@ import torch
 import transformers
 from helpers import make_trainer
 from huggingface_hub.utils import filter_repo_objects
+from methods import METHODS, cases_of, needs
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-import hf_sft_variants
 from hf_sft_variants.base.checkpoints import RUN_FILE
 
 
-NAMES = {"sft_go": "SFTGO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
+CASES = {"tfidf": "sft_go", "rho1": "sft_go", "sftkey": "sftkey", "poft": "poft", "sftmix": "sftmix"}
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "steps"}
 
 
 class LocalHub:
-    """Keeps in a folder what the Hub would keep: stands in for its API."""
+    """Stands in for the Hub's API, and keeps pushed files in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -54,7 +54,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reference(tiny_model_factory, tokenizer, tmp_path):
-    """A model that scores."""
+    """A reference model's folder."""
     model = tiny_model_factory()
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
@@ -79,16 +79,14 @@ def settings_of(method: str, reference: str | None, scores: Path | str) -> dict:
     }[method]
 
 
-def make(method, reference, scores, model, tokenizer, rows, folder, **options):
-    name = NAMES[{"tfidf": "sft_go", "rho1": "sft_go"}.get(method, method)]
-    classes = [getattr(hf_sft_variants, name + part) for part in ("Trainer", "Config")]
-    options = {**STEPS, **settings_of(method, reference, scores), **options}
-    return make_trainer(*classes, model, tokenizer, rows, folder, **options)
+def make(case, reference, scores, model, tokenizer, rows, folder, **options):
+    options = {**STEPS, **settings_of(case, reference, scores), **options}
+    return make_trainer(*METHODS[CASES[case]].classes, model, tokenizer, rows, folder, **options)
 
 
-@pytest.mark.parametrize("method", ["tfidf", "rho1", "sftkey", "poft", "sftmix"])
+@pytest.mark.parametrize("method", cases_of(CASES))
 def test_not_asked(method, hub, reference, tiny_model, tokenizer, chat_rows, tmp_path):
-    """What is pushed while training, behind it, and of a checkpoint, is what `SFTTrainer` pushes."""
+    """While training, after it, and of a checkpoint, `SFTTrainer`'s files are pushed."""
     options = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_always_push": True, "save_steps": 2}
     plain = make_trainer(
         SFTTrainer, SFTConfig, tiny_model, tokenizer, chat_rows, tmp_path / "plain", **STEPS, **options
@@ -116,20 +114,27 @@ class StopAtStep2(TrainerCallback):
 
 
 def is_done_already(*args, **kwargs):
-    raise AssertionError("this is not to be done once more")
+    raise AssertionError("this must not be done again")
 
 
-@pytest.mark.parametrize(
-    ("method", "kept"),
-    [
-        ("tfidf", ["scores/tfidf.npz"]),
-        ("rho1", ["scores/*/*.parquet"]),
-        ("poft", ["scores/*/*.parquet"]),
-        ("sftmix", ["reference/confidence.parquet", "reference/settings.json"]),
-    ],
-)
-def test_asked(method, kept, hub, reference, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
-    """The files are on the Hub, without texts, and a clone goes on there as if the machine were still here."""
+KEPT = {
+    "tfidf": ["scores/tfidf.npz"],
+    "rho1": ["scores/*/*.parquet"],
+    "poft": ["scores/*/*.parquet"],
+    "sftmix": ["reference/confidence.parquet", "reference/settings.json"],
+}
+# Work that is not done again
+WORK = {
+    "tfidf": "sft_go.tfidf.TokenTfidf.fit",
+    "rho1": "sft_go.reference_log_probs.load_reference_model",
+    "poft": "poft.reference_scoring.load_reference_model",
+    "sftmix": "sftmix.reference_phase.ReferenceTrainer.train",
+}
+
+
+@pytest.mark.parametrize("method", cases_of({case: CASES[case] for case in KEPT}))
+def test_asked(method, hub, reference, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
+    """The files are on the Hub, without texts, and a clone resumes as if it were the same machine."""
     arguments = (tiny_model, tokenizer, chat_rows)
     options = {"save_steps": 2, **({"push_confidence": True} if method == "sftmix" else {})}
     unbroken = make(method, reference, tmp_path / "scores", *arguments, tmp_path / "unbroken", **options)
@@ -140,6 +145,7 @@ def test_asked(method, kept, hub, reference, tiny_model, tokenizer, chat_rows, t
     pushes = {"push_to_hub": True, "hub_strategy": "checkpoint", "callbacks": [StopAtStep2()]}
     with pytest.raises(RuntimeError, match="the machine is gone"):
         make(method, reference, "run/scores", *arguments, "run", **options, **pushes).train()
+    kept = KEPT[method]
     files = [Path(file) for file in hub.files() if file.startswith(("scores/", "reference/"))]
     assert [sum(file.match(pattern) for file in files) for pattern in kept] == [1] * len(kept) == [1] * len(files)
     for table in map(pq.read_table, hub.folder.rglob("*.parquet")):
@@ -147,13 +153,7 @@ def test_asked(method, kept, hub, reference, tiny_model, tokenizer, chat_rows, t
 
     shutil.copytree(hub.folder, tmp_path / "another_machine" / "run")
     monkeypatch.chdir(tmp_path / "another_machine")
-    for work in (
-        "poft.reference_scoring.load_reference_model",
-        "sft_go.reference_log_probs.load_reference_model",
-        "sft_go.tfidf.TokenTfidf.fit",
-        "sftmix.reference_phase.ReferenceTrainer.train",
-    ):
-        monkeypatch.setattr(f"hf_sft_variants.{work}", is_done_already)
+    monkeypatch.setattr(f"hf_sft_variants.{WORK[method]}", is_done_already)
     resumed = make(method, reference, "run/scores", *arguments, "run", **options)
     resumed.train(resume_from_checkpoint="run/last-checkpoint")
     expected = unbroken.model.state_dict()
@@ -161,6 +161,7 @@ def test_asked(method, kept, hub, reference, tiny_model, tokenizer, chat_rows, t
     assert all(torch.equal(weights, expected[name]) for name, weights in resumed.model.state_dict().items())
 
 
+@needs("sftmix")
 def test_confidence_of_a_push_is_used_again(hub, tiny_model, tokenizer, chat_rows, tmp_path):
     """By a run of other settings, as a file."""
     arguments = (tiny_model, tokenizer, chat_rows)
@@ -173,8 +174,9 @@ def test_confidence_of_a_push_is_used_again(hub, tiny_model, tokenizer, chat_row
     assert second.halves.tolist() == first.halves.tolist()
 
 
+@needs("sftmix")
 def test_push_confidence_without_a_reference_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`push_confidence=True` is used with `confidence_source='reference'` only"):
-        hf_sft_variants.SFTMixConfig(
+        METHODS["sftmix"].config_class(
             str(tmp_path), use_cpu=True, bf16=False, confidence_split="random", push_confidence=True
         )

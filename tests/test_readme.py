@@ -1,4 +1,4 @@
-"""The README's examples run, and name what is there."""
+"""The README's examples run, and the names and links in it exist."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_variant_runs_as_it_stands(tiny_model, tokenizer, token_rows, tmp_path):
+def test_variant_runs(tiny_model, tokenizer, token_rows, tmp_path):
     (code,) = [block for block in PYTHON_BLOCKS if "AnnotatedSFTTrainer" in block]
     assert len(code.splitlines()) <= 30
     namespace = {}
@@ -24,7 +24,7 @@ def test_variant_runs_as_it_stands(tiny_model, tokenizer, token_rows, tmp_path):
     trainer_class = namespace["LateTokensTrainer"]
     trainer = make_trainer(trainer_class, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, max_steps=2)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] < trainer.state.log_history[0]["nll"]  # weights are below one
+    assert trainer.state.log_history[0]["loss"] < trainer.state.log_history[0]["nll"]  # its weights are below one
 
 
 @pytest.mark.parametrize("code", PYTHON_BLOCKS)

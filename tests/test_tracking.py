@@ -11,40 +11,38 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import make_trainer
+from methods import METHODS, with_references
+from tensorboard.backend.event_processing import event_accumulator
 from transformers import BitsAndBytesConfig
 from transformers.integrations.integration_utils import rewrite_logs
 from trl import SFTConfig
 
-import hf_sft_variants
-
 
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
-NAMES = {"sft_go": "SFTGO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
 
-# All that a method logs: another grouping has other metrics
+# Together they log every metric of a method: another grouping has other metrics
 RUNS = {
-    "sft_go": {"min_grouped_tokens": 2},
-    "sft_go, own groups": {"group_by": "column", "group_column": "groups"},
-    "sftkey": {
-        "key_pattern": r"#### (?P<key>.+)",
-        "answer_eval_steps": 3,
-        "answer_eval_max_new_tokens": 2,
-        "eval_strategy": "epoch",
-    },
-    "poft": {"reference_model_init_kwargs": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}},
-    "sftmix": {"confidence_split": "random"},
+    "sft_go": [{"min_grouped_tokens": 2}, {"group_by": "column", "group_column": "groups"}],
+    "sftkey": [
+        {
+            "key_pattern": r"#### (?P<key>.+)",
+            "answer_eval_steps": 3,
+            "answer_eval_max_new_tokens": 2,
+            "eval_strategy": "epoch",
+        }
+    ],
+    "poft": [{"reference_model_init_kwargs": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}}],
+    "sftmix": [{"confidence_split": "random"}],
 }
 
 
-def train(run, model, tokenizer, chat_rows, folder, trackers):
-    """Two epochs, each evaluated, without a card, which TRL would write with links to the real trackers."""
-    method = run.partition(",")[0]
-    if run == "sft_go, own groups":
+def train(method, options, model, tokenizer, chat_rows, folder, trackers):
+    """Two epochs, each evaluated, without a model card, which TRL would write with links to the real trackers."""
+    if "group_column" in options:
         rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "groups": [0, 0, 1, 1]}] * 12)
     else:
         answers = [row[0]["content"].rpartition("#### ")[2] for row in chat_rows["completion"]]
-        rows = chat_rows.add_column("ref_logps", [[-2.0, -3.0]] * 12).add_column("answer", answers)
-    classes = [getattr(hf_sft_variants, NAMES[method] + part) for part in ("Trainer", "Config")]
+        rows = with_references(chat_rows).add_column("answer", answers)
     options = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
@@ -52,9 +50,9 @@ def train(run, model, tokenizer, chat_rows, folder, trackers):
         "eval_dataset": rows,
         "save_strategy": "no",
         "report_to": trackers,
-        **RUNS[run],
+        **options,
     }
-    trainer = make_trainer(*classes, model, tokenizer, rows, folder, **options)
+    trainer = make_trainer(*METHODS[method].classes, model, tokenizer, rows, folder, **options)
     trainer.train()
     return trainer
 
@@ -63,12 +61,17 @@ def own_settings(trainer):
     return {k: v for k, v in trainer.args.to_dict().items() if k not in SFTConfig.__dataclass_fields__}
 
 
-def documented(method: str) -> list[str]:
-    """Names in the table of the method's page, as patterns of what a tracker shows."""
-    section = (PAGES / f"{method}.md").read_text().partition("## Reading the metrics")[2].partition("\n## ")[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    names = [name for cell in cells for name in re.findall(r"`([\w/<>]+)`", cell)]
+def as_patterns(names):
     return [re.sub(r"<\w+>", r"\\w+", next(iter(rewrite_logs({name: 0})))) for name in names]
+
+
+def documented(method: str) -> tuple[list[str], list[str]]:
+    """Names in the table of the method's page, and on the whole page, as patterns of a tracker's names."""
+    page = (PAGES / f"{method}.md").read_text()
+    section = page.partition("## Reading the metrics")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    in_table = [name for cell in cells for name in re.findall(r"`([\w/<>]+)`", cell)]
+    return as_patterns(in_table), as_patterns(re.findall(rf"`(?:eval_)?({method}/[\w<>]+)`", page))
 
 
 class Config(dict):
@@ -77,7 +80,7 @@ class Config(dict):
 
 
 class StandIn(ModuleType):
-    """Records what the callbacks of `transformers` send to W&B and to trackio, which is the same but for the start."""
+    """Records what the callbacks of `transformers` send to W&B and to trackio, which has nearly the same interface."""
 
     def __init__(self, name):
         super().__init__(name)
@@ -89,7 +92,7 @@ class StandIn(ModuleType):
         self.run = SimpleNamespace(summary={}, _label=lambda **options: None)
 
     def define_metric(self, *args, **options):
-        """Says what stands on the horizontal axis."""
+        """Names the horizontal axis."""
 
     def log(self, metrics):
         self.logs.append(dict(metrics))
@@ -109,40 +112,36 @@ def stand_ins(monkeypatch):
     return stand_ins
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_names_and_settings(run, stand_ins, tiny_model, tokenizer, chat_rows, tmp_path):
-    method = run.partition(",")[0]
-    trainer = train(run, tiny_model, tokenizer, chat_rows, tmp_path, list(stand_ins))
+@pytest.mark.parametrize("method", [method for method in RUNS if method in METHODS])
+def test_names_and_settings(method, stand_ins, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
+    trackers = [*stand_ins, "tensorboard"]
+    for number, options in enumerate(RUNS[method]):
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / f"events_{number}"))
+        trainer = train(method, options, tiny_model, tokenizer, chat_rows, tmp_path / "run", trackers)
+        assert_in_tensorboard(trainer, tmp_path / f"events_{number}")
+        for tracker in stand_ins.values():
+            settings = own_settings(trainer)
+            assert settings and {name: tracker.config[name] for name in settings} == settings
+            json.dumps(settings)
+    in_table, on_page = documented(method)
     for tracker in stand_ins.values():
         sent = {name: value for log in tracker.logs for name, value in log.items()}
         assert all(isinstance(value, int | float) for value in sent.values())
         own = [name for name in sent if f"{method}/" in name]
         assert own and all(name.startswith((f"train/{method}/", f"eval/{method}/")) for name in own)
-        # What is measured in both has the same name in both
+        # Measured in both, a metric has the same name in both
         evaluated = [name.removeprefix("eval/") for name in own if name.startswith("eval/")]
         assert {f"train/{name}" for name in evaluated} <= sent.keys() and bool(evaluated) == (method != "sftmix")
         assert {"train/nll", "eval/nll", "train/loss", "eval/loss"} <= sent.keys()
-        settings = own_settings(trainer)
-        assert settings and {name: tracker.config[name] for name in settings} == settings
-        json.dumps(settings)
+        # Everything in the page's table arrives, and everything that arrives is on the page
+        assert len(in_table) > 5 and all(any(re.fullmatch(pattern, name) for name in sent) for pattern in in_table)
+        for name in own:
+            assert any(re.fullmatch(pattern, name.replace("eval/", "train/")) for pattern in on_page), name
 
 
-@pytest.mark.parametrize("method", NAMES)
-def test_everything_documented_arrives(method, stand_ins, tiny_model, tokenizer, chat_rows, tmp_path):
-    for run in [run for run in RUNS if run.partition(",")[0] == method]:
-        train(run, tiny_model, tokenizer, chat_rows, tmp_path, ["wandb"])
-    sent = {name for log in stand_ins["wandb"].logs for name in log}
-    missing = [pattern for pattern in documented(method) if not any(re.fullmatch(pattern, name) for name in sent)]
-    assert len(documented(method)) > 5 and not missing
-
-
-@pytest.mark.parametrize("method", NAMES)
-def test_tensorboard(method, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
-    """What it can't draw it drops with a warning: here all is in its file, with the values that were logged."""
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = train(method, tiny_model, tokenizer, chat_rows, tmp_path, ["tensorboard"])
-    events = event_accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+def assert_in_tensorboard(trainer, folder):
+    """TensorBoard drops with a warning what it can't draw: its file has every value that was logged."""
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
     logged = {}
     for log in trainer.state.log_history:
         for name, value in rewrite_logs({name: value for name, value in log.items() if name != "step"}).items():

@@ -6,11 +6,10 @@ import pytest
 import yaml
 from helpers import SMALL, make_trainer
 from huggingface_hub import ModelCard
-from matrix.methods import METHODS, with_references
+from methods import METHODS, needs, with_references
 from peft import LoraConfig
 
 import hf_sft_variants
-from hf_sft_variants import PoFTConfig, PoFTTrainer
 from hf_sft_variants.base.checkpoints import RUN_FILE, named_settings
 
 
@@ -47,6 +46,7 @@ class TestSavedModel:
             assert "[More Information Needed]" not in card.text and ("- PEFT " in card.text) == lora
 
 
+@needs("poft")
 class TestNames:
     def make(self, *args, **options):
         return make("poft", *args, save_strategy="no", **options)
@@ -79,12 +79,13 @@ class TestNames:
         for folder in (start, reference):
             tiny_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        args = PoFTConfig(
+        trainer_class, config_class = METHODS["poft"].classes
+        args = config_class(
             str(tmp_path / "out"), **SMALL, max_steps=1, reference_models=[f"{reference}/"],
             score_cache_dir=str(tmp_path / "scores"),
         )  # fmt: skip
         peft_config = LoraConfig(r=4, target_modules="all-linear") if lora else None
-        trainer = PoFTTrainer(
+        trainer = trainer_class(
             str(start), args, train_dataset=chat_rows, processing_class=tokenizer, peft_config=peft_config
         )
         trainer.create_model_card(dataset_name=f"{data}/")

@@ -7,29 +7,16 @@ import pytest
 import torch
 from datasets import load_dataset
 from helpers import make_trainer
+from methods import METHODS
 from trl import SFTConfig, SFTTrainer
 
-from hf_sft_variants import (
-    AnnotatedSFTTrainer,
-    PoFTConfig,
-    PoFTTrainer,
-    SFTGOConfig,
-    SFTGOTrainer,
-    SFTKeyConfig,
-    SFTKeyTrainer,
-    SFTMixConfig,
-    SFTMixTrainer,
-)
+from hf_sft_variants import AnnotatedSFTTrainer, PoFTConfig, PoFTTrainer, SFTGOConfig
 from hf_sft_variants.base.prepared_sets import MADE_WITH
 from hf_sft_variants.errors import InputError
 
 
-CLASSES = {
-    "sft_go": (SFTGOTrainer, SFTGOConfig, {}),
-    "sftkey": (SFTKeyTrainer, SFTKeyConfig, {"key_delimiter": "####"}),
-    "poft": (PoFTTrainer, PoFTConfig, {}),
-    "sftmix": (SFTMixTrainer, SFTMixConfig, {"confidence_split": "random"}),
-}
+DEFAULTS = {"sft_go": {}, "sftkey": {"key_delimiter": "####"}, "poft": {}, "sftmix": {"confidence_split": "random"}}
+CLASSES = {name: (*METHODS[name].classes, options) for name, options in DEFAULTS.items() if name in METHODS}
 PACKED = {"packing": True, "max_length": 64}
 SKIP = {"dataset_kwargs": {"skip_prepare_dataset": True}}
 
