@@ -88,8 +88,8 @@ def add_scored_mask(
     dataset_name: str,
 ) -> dict[str, list]:
     """
-    Add the columns `scored_mask`, `num_scored_tokens`, `example_row` (the row's number) and `has_responses`. For batched
-    `Dataset.map`.
+    Add the columns `scored_mask`, `num_scored_tokens`, `example_row` (the row's number) and `has_responses`. For
+    batched `Dataset.map`.
 
     An existing `scored_mask` is kept. Scored are the tokens of [`scored_mask`], or the supervised ones of rows that
     came as tokens or plain texts.
