@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Scores, and says what was found."""
     from accelerate import PartialState
 
-    from ..inspection import load_recipe, prepare
+    from ..launch.preparation import load_recipe, prepare
 
     if (args.keep_top is None) != (args.kept is None):
         raise InputError(f"`--keep-top` is {args.keep_top} and `--kept` {args.kept}: give both, or neither.")
@@ -73,16 +73,14 @@ def _require_nothing_to_write(args, recipe) -> None:
 def _write(args, recipe, scoring) -> None:
     import pyarrow as pa
 
-    from ..launch.recipe import load_splits, pick_split
+    from ..launch.recipe import load_data
     from ..poft.score_files import keys_of_best, write_score_file
 
     if args.output:
         write_score_file(pa.concat_tables(scoring.scores.values()), args.output)
         print(f"wrote {args.output}: for `reference_score_file`, see docs/score_file.md")
     if args.kept:
-        rows = pick_split(
-            load_splits(recipe.script_args, recipe.dataset_args), "dataset_train_split", recipe.script_args
-        )
+        rows, _ = load_data(recipe.script_args, recipe.dataset_args)
         best = keys_of_best(scoring.scores["train"], args.keep_top)
         kept = rows.select(sorted(row for row, key in scoring.key_of_row["train"].items() if key in best))
         Path(args.kept).parent.mkdir(parents=True, exist_ok=True)

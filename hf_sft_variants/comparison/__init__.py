@@ -1,4 +1,4 @@
-"""Several recipes trained on the same data with the same seeds, evaluated alike, and compared."""
+"""Training several recipes on the same data with the same seeds, evaluating them alike, and comparing them."""
 
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,19 @@ __all__ = ["Study", "compare_study", "plan_runs", "read_study"]
 
 def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[dict[Run, str], Path]:
     """
-    Do what is missing of a study, and write `results.json` and `report.html` to its folder after every run.
+    Do what is missing of a study, writing `results.json` and `report.html` to its folder after every run.
 
     Args:
         path (`str`):
             The study's YAML file.
         devices (`list[str | None]`, *optional*, defaults to `[None]`):
-            For each of the runs at once, the GPU it sees, or `None` for what this process sees.
+            The GPU that each of the runs at once sees, or `None` for all.
 
     Returns:
-        `tuple[dict[Run, str], Path]`: Why runs have failed, and where the report is.
+        `tuple[dict[Run, str], Path]`: Why runs failed, and the path of the report.
 
     Raises:
-        `InputError`: If the study, or anything it names, can't be used, or it is being run already.
+        `InputError`: If the study or anything it names can't be used, or it is running already.
     """
     devices = devices or [None]
     study = read_study(path)
@@ -47,41 +47,41 @@ def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[d
             failures = do_missing_runs(runs, devices, write)
             write(failures)
     except Timeout as error:
-        raise InputError(f"`output_dir` {study.output_dir} is in use: this study is being run already.") from error
+        raise InputError(f"`output_dir` {study.output_dir} is in use: this study is running already.") from error
     return failures, study.output_dir / "report.html"
 
 
 def check_devices(devices: list[str | None], runs: list[Run]) -> None:
     """
     Raises:
-        `InputError`: If a run would see several GPUs, or none of those asked for.
+        `InputError`: If a run would see several GPUs, or the GPUs asked for are not visible.
     """
-    there = [str(i) for i in range(torch.cuda.device_count())]
+    visible = [str(i) for i in range(torch.cuda.device_count())]
     on_cpu = [run for run in runs if run.recipe.get("use_cpu")]
     if None in devices:
-        if len(there) > 1 and len(on_cpu) < len(runs):
+        if len(visible) > 1 and len(on_cpu) < len(runs):
             raise InputError(
-                f"{len(there)} GPUs are visible, but a run takes one: pass --devices, e.g. --devices 0 1."
+                f"{len(visible)} GPUs are visible, but a run takes one: pass --devices, e.g. --devices 0 1."
             )
-    elif not set(devices) <= set(there) or len(set(devices)) < len(devices):
+    elif not set(devices) <= set(visible) or len(set(devices)) < len(devices):
         raise InputError(
-            f"--devices is {' '.join(devices)}, but has to name different ones of "
-            f"{len(there)} visible GPUs: {' '.join(there) or 'there is none'}."
+            f"--devices must name different GPUs out of the {len(visible)} visible ones "
+            f"({' '.join(visible) or 'none'}), got {' '.join(devices)}."
         )
     elif on_cpu:
-        raise InputError(f"--devices: the run {on_cpu[0]} has `use_cpu: true`, so it would take no GPU.")
+        raise InputError(f"--devices: the run {on_cpu[0]} has `use_cpu: true`, so it would not use a GPU.")
 
 
 def check_output_dir(study: Study) -> None:
     """
     Raises:
-        `InputError`: If the folder has the results of another study.
+        `InputError`: If the folder holds the results of another study.
     """
     path = study.output_dir / "results.json"
     other = read_json(path).get("study_file", study.path) if path.is_file() else study.path
     if Path(other).name != Path(study.path).name:
         raise InputError(
-            f"`output_dir` {study.output_dir} has the results of {other}: choose another folder, or move {path} away."
+            f"`output_dir` {study.output_dir} holds the results of {other}: use another folder, or move {path} away."
         )
 
 

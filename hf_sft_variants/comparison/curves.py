@@ -1,4 +1,4 @@
-"""Learning curves as inline SVG; the lines differ in colour and in dashes."""
+"""Learning curves as inline SVG, whose lines differ in colour and in dashes."""
 
 import statistics
 from html import escape
@@ -8,22 +8,19 @@ from typing import Any
 _WIDTH, _HEIGHT = 640, 240
 _COLOURS = 7
 _DASHES = ("none", "7 4", "2 3", "10 3 2 3", "14 5", "4 2 1 2 1 2")
-_WIDTHS = (2, 1, 4)  # of the first arms, of those that have the first ones' dashes again, and so on
+_WIDTHS = (2, 1, 4)  # once all dashes are used, the next arms have another width
 
 
 def learning_curve(results: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """
-    The plain negative log-likelihood that the runs of an arm have logged, by step, as a mean over the seeds.
-
-    Args:
-        results (`list[dict[str, Any]]`):
-            Runs of `results.json`. Our trainers log `nll`; that of plain SFT is its loss.
+    The plain negative log-likelihood logged by an arm's runs, as (step, mean over the seeds). Our trainers log `nll`;
+    plain SFT's is its loss.
     """
     by_step: dict[int, list[float]] = {}
     for result in results:
         for log in result["log_history"]:
-            value = log.get("nll", log.get("loss"))  # neither is in the summary at the end
-            if value is not None:  # as it is where training has diverged
+            value = log.get("nll", log.get("loss"))  # the summary at the end has neither
+            if value is not None:  # training may have diverged
                 by_step.setdefault(log["step"], []).append(value)
     return [
         (step, statistics.fmean(values)) for step, values in sorted(by_step.items()) if len(values) == len(results)
@@ -41,18 +38,7 @@ def line_styles(arms: list[str]) -> str:
 
 def render_curves(curves: dict[str, list[tuple[int, float]]], arms: list[str], title: str) -> str:
     """
-    Draw the arms' curves in one picture, with a legend.
-
-    Args:
-        curves (`dict[str, list[tuple[int, float]]]`):
-            By arm its points; an arm without points is left out.
-        arms (`list[str]`):
-            All arms, whose numbers choose the lines.
-        title (`str`):
-            What the picture shows.
-
-    Returns:
-        `str`: A `<figure>`, or a sentence where nothing was logged.
+    Draw each arm's points as a curve in one `<figure>` with a legend. All `arms` of the study together set the styles.
     """
     curves = {arm: points for arm, points in curves.items() if points}
     if not curves:

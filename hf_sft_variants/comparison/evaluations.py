@@ -1,4 +1,4 @@
-"""What is measured of a trained model, and of which rows it is the mean."""
+"""Metrics of a trained model, with the value of every test row."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +17,12 @@ from ..launch.loading import load_split
 from .lm_eval_tasks import evaluate_tasks
 
 
-# Generated answers that are kept to be read
+# Number of generated answers kept for the report
 SAMPLES = 5
 
 
 def load_evaluation_data(settings: dict[str, Any]) -> Dataset:
-    """The rows that a study evaluates on."""
-    return load_split(*(settings[name] for name in ("dataset_name", "dataset_split", "dataset_config")))
+    return load_split(settings["dataset_name"], settings["dataset_split"], settings["dataset_config"])
 
 
 def evaluate_model(
@@ -34,23 +33,11 @@ def evaluate_model(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> dict[str, Any]:
     """
-    Evaluate a model as a study asks.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with a chat template.
-        settings (`dict[str, Any]`):
-            `evaluations` of the study.
-        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning that the model was trained with, for `tagged`.
-        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer, for `tagged`.
+    Evaluate a model with the `evaluations` settings of a study.
 
     Returns:
-        `dict[str, Any]`: `evaluations`, by metric its mean, the values of the rows and how much each row counts; and
-        `generations`, the first prompts and what the model writes.
+        `dict[str, Any]`: `evaluations`, the metrics by name as [`metric`] returns them; and `generations`, the first
+        prompts with what the model writes.
 
     Raises:
         `InputError`: If the model's likelihoods are not finite.
@@ -85,7 +72,7 @@ def answer_metrics(
     thinking_tags: Sequence[str] = THINKING_TAGS,
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> dict[str, Any]:
-    """Right answers, and texts that have the form asked for."""
+    """Accuracy of the answers, and the share of texts in the expected format."""
     if tagged:
         tags = (thinking_tags, answer_tags)
         pairs = zip(texts, dataset["answer"], strict=True)
@@ -101,25 +88,21 @@ def answer_metrics(
 def metric(
     rows: Sequence[float], counts: Sequence[int] | None = None, higher_is_better: bool = True
 ) -> dict[str, Any]:
-    """A metric that is the ratio of two sums over the test rows; without `counts` every row counts once."""
+    """A metric that is `sum(rows) / sum(counts)` over the test rows; without `counts`, every row counts once."""
     mean = sum(rows) / (len(rows) if counts is None else sum(counts))
     return {"mean": mean, "rows": rows, "counts": counts, "higher_is_better": higher_is_better}
 
 
 def samples(dataset: Dataset, texts: list[str]) -> list[dict[str, str]]:
-    """The first rows: what was asked, what the data says, and what the model wrote."""
+    """The first rows with their prompt, expected answer and generated answer."""
     rows = dataset.select(range(min(SAMPLES, len(dataset))))
     return [
-        {
-            "prompt": _asked(row["prompt"]),
-            "expected": _expected(row),
-            "generation": text,
-        }
+        {"prompt": _prompt_text(row["prompt"]), "expected": _expected(row), "generation": text}
         for row, text in zip(rows, texts, strict=False)
     ]
 
 
-def _asked(prompt: list[dict[str, str]]) -> str:
+def _prompt_text(prompt: list[dict[str, str]]) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

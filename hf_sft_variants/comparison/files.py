@@ -1,13 +1,15 @@
-"""What is in a run's folder."""
+"""Files in a run's folder."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from ..files import atomic_write
 
-# What the study asks of the run; the recipe as trained; the output of its process
+
+# What the study asks of the run; the recipe it trains; the output of its process
 RUN_FILE, RECIPE_FILE, LOG_FILE = "run.json", "recipe.yaml", "log.txt"
-# There as soon as the run is trained, and as soon as it is evaluated
+# There once the run is trained, and once it is evaluated
 TRAINING_FILE, EVALUATION_FILE = "training.json", "evaluation.json"
 
 
@@ -15,12 +17,22 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def write_text(path: Path, text: str) -> None:
-    """A process that is killed leaves the old file or the new one, never a part."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """One line for each key, and one for each item of a list."""
+    lines = [
+        f"{_dump(key)}: {_list(value) if isinstance(value, list) else _dump(value)}" for key, value in values.items()
+    ]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _list(items: list) -> str:
+    return "[\n" + ",\n".join(map(_dump, items)) + "\n]" if items else "[]"
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

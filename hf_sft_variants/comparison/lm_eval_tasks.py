@@ -1,4 +1,4 @@
-"""Tasks of the optional package lm-eval, on a model that is loaded already."""
+"""Tasks of the optional package lm-eval, on a loaded model."""
 
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ def import_lm_eval() -> ModuleType:
 
 
 def make_task_manager(include_path: str | None) -> Any:
-    """Knows the tasks of lm-eval, and those of the YAML files of a folder."""
+    """Task manager of lm-eval that also knows the YAML files in `include_path`."""
     import_lm_eval()
     from lm_eval.tasks import TaskManager
 
@@ -55,25 +55,7 @@ def evaluate_tasks(
     num_fewshot: int | None,
     include_path: str | None,
 ) -> dict[str, Any]:
-    """
-    Means of the tasks' metrics, by the task's and the metric's name.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        batch_size (`int`):
-            Requests at once.
-        tasks (`list[str]`):
-            Names of tasks.
-        limit (`float`, *optional*):
-            Rows of each task, or the share of them.
-        num_fewshot (`int`, *optional*):
-            Examples before each question, by default what the task says.
-        include_path (`str`, *optional*):
-            Folder with YAML files of own tasks.
-    """
+    """The tasks' metrics by the names of task and metric; the last four arguments are a study's `lm_eval` settings."""
     lm_eval = import_lm_eval()
     from lm_eval.models.huggingface import HFLM
 

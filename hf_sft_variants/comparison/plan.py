@@ -1,4 +1,4 @@
-"""The runs of a study: one for each arm, data set and seed, with the recipe that it trains."""
+"""The runs of a study: one for each arm, data set and seed, with the recipe it trains."""
 
 import copy
 import hashlib
@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
 from ..evaluation import check_dataset, check_tagged_dataset, numeric_answers
-from ..launch.recipe import apply_recipe, load_splits, parse_flags, pick_split, trainer_and_parser
+from ..launch.recipe import apply_recipe, load_data, parse_flags, trainer_and_parser
 from ..launch.recipe_checks import check_keys, key_types, nearest, read_mapping
 from .evaluations import load_evaluation_data
 from .files import EVALUATION_FILE, RUN_FILE, TRAINING_FILE, read_json
@@ -19,7 +19,7 @@ from .lm_eval_tasks import check_tasks
 from .study import OTHER_RUN, Arm, Study, texts_in
 
 
-# The study says these itself
+# The study sets these itself
 RESERVED_KEYS = ("module", "output_dir", "seed")
 # Options of `accelerate launch` that change nothing where a run is one process
 LAUNCH_OPTIONS = {"num_processes": 1, "num_machines": 1, "num_cpu_threads_per_process": None}
@@ -38,13 +38,13 @@ class Run:
         recipe (`dict[str, Any]`):
             The arm's recipe with all overrides, for `trl sft`.
         budget (`dict[str, Any]`):
-            How long it trains, as [`~hf_sft_variants.comparison.study.Arm`] has it.
+            How long it trains, as in [`~hf_sft_variants.comparison.study.Arm`].
         evaluations (`dict[str, Any]`):
             How it is evaluated.
         others (`tuple[Path, ...]`):
             Folders of the runs that it needs.
         training_rows (`str`, *optional*):
-            Hash of the rows that it is trained on; a stream has none.
+            Hash of its training rows, `None` for a stream.
     """
 
     arm: str
@@ -61,26 +61,18 @@ class Run:
         return f"{self.arm} on {self.data}, seed {self.seed}"
 
     @property
-    def is_trained(self) -> bool:
-        return (self.folder / TRAINING_FILE).is_file()
-
-    @property
     def is_finished(self) -> bool:
         """Whether it is trained, and evaluated as the study now asks."""
-        path = self.folder / EVALUATION_FILE
-        return self.is_trained and path.is_file() and read_json(path)["settings"] == self.evaluations
+        is_trained, path = (self.folder / TRAINING_FILE).is_file(), self.folder / EVALUATION_FILE
+        return is_trained and path.is_file() and read_json(path)["settings"] == self.evaluations
 
 
 def plan_runs(study: Study) -> list[Run]:
     """
-    All runs of a study, checked as far as that is possible without training.
-
-    Args:
-        study ([`~hf_sft_variants.comparison.study.Study`]):
-            The study.
+    All runs of a study, checked as far as possible without training.
 
     Raises:
-        `InputError`: If a recipe, a data set or what stands in a run's folder can't be used.
+        `InputError`: If a recipe, a data set or the content of a run's folder can't be used.
     """
     runs = []
     for data in study.data:
@@ -90,16 +82,14 @@ def plan_runs(study: Study) -> list[Run]:
             where = f"{study.path}, arm `{arm.name}` on data `{data}`"
             recipe = merged_recipe(study, arm, data, where)
             arm_runs = [make_run(study, arm, data, seed, recipe, evaluations) for seed in study.seeds]
-            # The others differ in nothing that is checked, unless each has data of its own
-            differ = "{seed}" in str(recipe.get("dataset_name"))
-            hashes = [check_recipe(run.recipe, where) for run in (arm_runs if differ else arm_runs[:1])]
-            hashes = hashes if differ else hashes * len(arm_runs)
-            runs += [replace(run, training_rows=rows) for run, rows in zip(arm_runs, hashes, strict=True)]
+            # Seeds differ in nothing that is checked, unless each has its own data
+            checked = arm_runs if "{seed}" in str(recipe.get("dataset_name")) else arm_runs[:1]
+            hashes = [check_recipe(run.recipe, where) for run in checked]
+            runs += [replace(run, training_rows=hashes[i % len(hashes)]) for i, run in enumerate(arm_runs)]
     for run in runs:
         check_folder(run)
-    return sorted(
-        runs, key=lambda run: study.seeds.index(run.seed)
-    )  # a seed of every arm first: stopped, it is a study
+    # One seed of every arm first: stopped early, it is a study already
+    return sorted(runs, key=lambda run: study.seeds.index(run.seed))
 
 
 def make_run(study, arm: Arm, data: str, seed: int, recipe: dict, evaluations: dict) -> Run:
@@ -112,7 +102,7 @@ def make_run(study, arm: Arm, data: str, seed: int, recipe: dict, evaluations: d
 
 
 def merged_recipe(study: Study, arm: Arm, data: str, where: str) -> dict[str, Any]:
-    """The arm's recipe without options of the launch, under the overrides of the study, the data and the arm."""
+    """The arm's recipe without launch options, with the overrides of the study, the data and the arm."""
     recipe = read_mapping(arm.recipe)
     _, parser = trainer_and_parser(recipe.get("module"))
     check_keys(parser, recipe)
@@ -127,12 +117,12 @@ def merged_recipe(study: Study, arm: Arm, data: str, where: str) -> dict[str, An
     for overrides in (study.overrides, study.data[data], arm.overrides):
         for key in overrides:
             if key in RESERVED_KEYS:
-                raise InputError(f"{where}: `{key}` is the study's own to set. Remove it from the overrides.")
+                raise InputError(f"{where}: `{key}` is set by the study itself. Remove it from the overrides.")
             if key not in known:
                 raise InputError(f"{where}: unknown key `{key}`" + nearest(key, known))
         recipe |= overrides
     if "score_cache_dir" in known:
-        recipe.setdefault("score_cache_dir", "{folder}/scores")  # each run's time is that of its scores, too
+        recipe.setdefault("score_cache_dir", "{folder}/scores")  # so that each run's time includes its scoring
     for text in texts_in(recipe):
         if "{runs}" in OTHER_RUN.sub("", text) or not set(OTHER_RUN.findall(text)) <= arm.others():
             raise InputError(
@@ -144,26 +134,24 @@ def merged_recipe(study: Study, arm: Arm, data: str, where: str) -> dict[str, An
 
 def check_recipe(recipe: dict[str, Any], where: str) -> str | None:
     """
-    Returns:
-        `str`, *optional*: Hash of the training rows.
+    Check that a recipe parses and its data set loads; returns the hash of its training rows.
 
     Raises:
-        `InputError`: If the recipe's trainer would refuse its values, or its data set can't be loaded.
+        `InputError`: If the trainer would refuse the recipe's values, or the data set can't be loaded.
     """
-    recipe = {
-        key: value for key, value in copy.deepcopy(recipe).items() if key != "env"
-    }  # it would become this process's
+    recipe = {key: value for key, value in copy.deepcopy(recipe).items() if key != "env"}  # not for this process
     _, parser = trainer_and_parser(recipe.get("module"))
     apply_recipe(parser, recipe, where)
     try:
         script_args, _, _, dataset_args = parse_flags(parser, [])
-        return hash_of_rows(pick_split(load_splits(script_args, dataset_args), "dataset_train_split", script_args))
+        train_dataset, _ = load_data(script_args, dataset_args)
+        return hash_of_rows(train_dataset)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
 def evaluations_on(study: Study, data: str) -> dict[str, Any]:
-    """The study's evaluations with the data set they take place on."""
+    """The study's evaluations with the data set that they use."""
     evaluations = dict(study.evaluations)
     if evaluations["dataset_name"] is None:
         keys = ("dataset_name", "dataset_config")
@@ -179,11 +167,10 @@ def evaluations_on(study: Study, data: str) -> dict[str, Any]:
 
 def check_evaluations(evaluations: dict[str, Any]) -> str | None:
     """
-    Returns:
-        `str`, *optional*: Hash of the rows.
+    Check the evaluation data and tasks; returns the hash of the rows.
 
     Raises:
-        `InputError`: If the data or a task can't be evaluated on.
+        `InputError`: If the data or a task can't be used.
     """
     dataset = load_evaluation_data(evaluations)
     if evaluations["tagged"]:
@@ -198,7 +185,7 @@ def check_evaluations(evaluations: dict[str, Any]) -> str | None:
 
 
 def hash_of_rows(dataset: Dataset | IterableDataset) -> str | None:
-    """Of what the rows hold, in their order."""
+    """Hash of the rows in their order, however they are stored."""
     if isinstance(dataset, IterableDataset):
         return None
     digest = hashlib.sha256()
@@ -211,7 +198,7 @@ def hash_of_rows(dataset: Dataset | IterableDataset) -> str | None:
 def check_folder(run: Run) -> None:
     """
     Raises:
-        `InputError`: If something else than this run is in its folder.
+        `InputError`: If the run's folder holds something else.
     """
     if not run.folder.is_dir() or all(path.suffix == ".partial" for path in run.folder.iterdir()):
         return
@@ -219,12 +206,12 @@ def check_folder(run: Run) -> None:
         raise InputError(
             f"{run.folder} is to hold the run {run}, but has other files. Remove them, or choose another `output_dir`."
         )
-    before, now = read_json(run.folder / RUN_FILE), as_json(description(run))
+    before, now = read_json(run.folder / RUN_FILE), json.loads(json.dumps(description(run)))
     keys = {**before["recipe"], **now["recipe"]}
     different = [f"`{key}`" for key in keys if before["recipe"].get(key) != now["recipe"].get(key)]
     if before["budget"] != now["budget"]:
         different.append("`budget`")
-    if before.get("training_rows") != now["training_rows"]:
+    if before["training_rows"] != now["training_rows"]:
         different.append("the rows of its data set")
     if different:
         raise InputError(
@@ -234,13 +221,13 @@ def check_folder(run: Run) -> None:
 
 
 def description(run: Run) -> dict[str, Any]:
-    """What [`RUN_FILE`] holds."""
+    """Content of [`RUN_FILE`]."""
     names = ("arm", "data", "seed", "recipe", "budget", "evaluations", "training_rows")
     return {name: getattr(run, name) for name in names}
 
 
 def filled_in(value: Any, texts: dict[str, str]) -> Any:
-    """A value of YAML with its placeholders replaced, however deep."""
+    """A YAML value with its placeholders replaced, however deeply nested."""
     if isinstance(value, dict):
         return {key: filled_in(item, texts) for key, item in value.items()}
     if isinstance(value, list):
@@ -249,8 +236,3 @@ def filled_in(value: Any, texts: dict[str, str]) -> Any:
         for placeholder, text in texts.items():
             value = value.replace(placeholder, text)
     return value
-
-
-def as_json(value: Any) -> Any:
-    """What is read back where this is written: keys are texts, and tuples lists."""
-    return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""The results of a study as one HTML page that needs nothing else: no network, no other file."""
+"""The results of a study as one self-contained HTML page."""
 
 import importlib.resources
 import statistics
@@ -21,14 +21,11 @@ _NAMES = {"nll": "held-out NLL", "accuracy": "accuracy", "format": "format"}
 
 def render_report(results: dict[str, Any]) -> str:
     """
-    The page of a study's results, complete or not.
+    Render the results of a study, complete or not; the same results give the same HTML.
 
     Args:
         results (`dict[str, Any]`):
-            What [`~hf_sft_variants.comparison.results.collect_results`] returns.
-
-    Returns:
-        `str`: HTML, the same for the same results.
+            Results from [`~hf_sft_variants.comparison.results.collect_results`].
     """
     template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     study = results["study"]
@@ -84,7 +81,7 @@ def _section(results: dict[str, Any], data: str) -> str:
     if not runs:
         return f"<h2>Data: {escape(data)}</h2><p>No run is finished.</p>"
     curves = {arm: learning_curve(of_arm) for arm, of_arm in runs.items()}
-    title = "Training NLL as logged, nats per token in the loss, mean over seeds"
+    title = "Logged training NLL, nats per token in the loss, mean over seeds"
     rows = len(next(iter(runs.values()))[0]["evaluations"]["nll"]["rows"])
     return (
         f"<h2>Data: {escape(data)}</h2><p>{rows:,} test rows</p>{_metrics_table(results, data, list(runs))}"
@@ -110,7 +107,7 @@ def _metrics_table(results: dict[str, Any], data: str, arms: list[str]) -> str:
 
 
 def _controls_table(results: dict[str, Any], data: str) -> str:
-    """Differences of arms from controls of their own, if any has one."""
+    """Differences of arms from their controls, if any arm has some."""
     differences = _differences(results, data)
     pairs = dict.fromkeys((arm, other) for arm, other, _ in differences if other != results["study"]["baseline"])
     if not pairs:
@@ -150,7 +147,7 @@ def _difference_cell(metric: str, row: dict[str, Any] | None, is_baseline: bool)
 
 
 def _figure(metric: str, value: float, sign: str = "") -> str:
-    """Shares as per cent, likelihoods and the metrics of tasks as they are."""
+    """Shares in per cent, likelihoods and task metrics as they are."""
     return f"{value:{sign}.1%}" if metric in _SHARES else f"{value:{sign}.4f}"
 
 
@@ -166,24 +163,25 @@ def _cost_table(runs: dict[str, list[dict[str, Any]]], study: dict[str, Any]) ->
             [
                 _head(arm),
                 _cell(f"{_mean(of_arm, 'steps'):,.0f}"),
-                _cell(f"{seconds:,.1f} s", f"{before:,.1f} s of it before the first step"),
+                _cell(
+                    f"{seconds:,.1f} s", f"{before:,.1f} s before the first step{_needed(runs, study['arms'][arm])}"
+                ),
                 _cell(ratio),
                 _cell(f"{_mean(of_arm, 'tokens'):,.0f}"),
                 _cell(f"{max(run['peak_memory_bytes'] for run in of_arm) / 2**30:.2f} GiB", ", ".join(kinds)),
-                f'<td class="words">{escape(of_arm[0]["extra_passes"] + _needed(runs, study["arms"][arm]))}</td>',
             ]
         )
-    return _table(["arm", "steps", "time", f"time / {baseline}", "tokens", "peak memory", "extra passes"], rows)
+    return _table(["arm", "steps", "time", f"time / {baseline}", "tokens", "peak memory"], rows)
 
 
 def _needed(runs: dict[str, list[dict[str, Any]]], arm: dict[str, Any]) -> str:
-    """Models of other arms that an arm uses, whose time is not in its own."""
+    """Time of other arms whose models an arm uses, which is not part of its own."""
     names = _distinct(name for text in texts_in(arm.get("overrides")) for name in OTHER_RUN.findall(text))
-    return "".join(f"; before it, {name}: {_mean(runs[name], 'seconds'):,.1f} s" for name in names if name in runs)
+    return "".join(f"; plus {_mean(runs[name], 'seconds'):,.1f} s of {name}" for name in names if name in runs)
 
 
 def _answers(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """What the arms write for the same prompts, each with the first of its seeds."""
+    """Generated answers to the same prompts, from each arm's first seed."""
     first = {f"{arm}, seed {of_arm[0]['seed']}": of_arm[0]["generations"] for arm, of_arm in runs.items()}
     parts = []
     for i, sample in enumerate(next(iter(first.values()))):
@@ -198,17 +196,18 @@ def _answers(runs: dict[str, list[dict[str, Any]]]) -> str:
 def _how_to_read(results: dict[str, Any]) -> str:
     sentences = [
         "± is the standard deviation over seeds"
-        + (", which is unknown with one seed." if len(results["study"]["seeds"]) == 1 else "."),
-        f"A difference is the arm minus {escape(results['study']['baseline'])}, or minus a control, seed by seed; in "
-        f"brackets its {LEVEL:.0%} interval, for other seeds and other test rows (of metrics without rows, for other "
-        "seeds).",
-        f"There is no verdict below {MIN_SEEDS} seeds, and no interval with one. An interval that holds 0 shows no "
-        "difference, which does not show that there is none. Of many intervals one in twenty misses.",
+        + (", which one seed does not have." if len(results["study"]["seeds"]) == 1 else "."),
+        f"A difference is the arm minus {escape(results['study']['baseline'])}, or minus a control, paired by seed. "
+        f"Its {LEVEL:.0%} interval, in brackets, is over new seeds and new test rows (for metrics without rows, over "
+        "new seeds).",
+        f"Verdicts need {MIN_SEEDS} seeds, intervals two. An interval that contains 0 shows no difference, which does "
+        "not prove that there is none. One interval in twenty is expected to miss the true difference.",
         "Held-out NLL is in nats per token, lower is better; accuracy and format are shares of the test rows.",
-        "Time is that of a run's own process without imports and saving, with scoring, and with references that the "
-        "method itself trains; where another arm's model is used, that arm's time stands beside. Peak memory is the "
-        "highest of the seeds'; tokens are those of the trained model without padding.",
-        "A curve is the plain NLL of the tokens in the loss, which a method may choose otherwise than SFT does.",
+        "Time is that of the run's process without imports and saving. It includes scoring and a reference that the "
+        "method trains itself, but not another arm whose model is used, whose time is given separately. Tokens are "
+        "those that were trained on, without padding, including those of a reference that the method trains itself. "
+        "Peak memory is the highest over the seeds.",
+        "Curves show the plain NLL of the tokens in the loss, which may be other tokens than plain SFT's.",
     ]
     return " ".join(sentences)
 

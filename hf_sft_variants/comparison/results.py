@@ -1,4 +1,4 @@
-"""All results of a study in one mapping, of which the report is made."""
+"""All results of a study in one mapping, which the report is made from."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from .study import Study
 
 def collect_results(study: Study, runs: list[Run], failures: dict[Run, str]) -> dict[str, Any]:
     """
-    What is known so far.
+    Results so far: `study`, `study_file`, `runs`, `missing`, `summary` and `differences`.
 
     Args:
         study ([`~hf_sft_variants.comparison.study.Study`]):
@@ -19,10 +19,7 @@ def collect_results(study: Study, runs: list[Run], failures: dict[Run, str]) -> 
         runs (`list[Run]`):
             All its runs.
         failures (`dict[Run, str]`):
-            Why a run failed.
-
-    Returns:
-        `dict[str, Any]`: `study`, `study_file`, `runs`, `missing`, `summary` and `differences`.
+            Why runs failed.
     """
     finished = [result_of(run) for run in runs if run.is_finished]
     missing = [
@@ -53,35 +50,29 @@ def result_of(run: Run) -> dict[str, Any]:
 
 
 def summaries(study: Study, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each metric's mean and spread, for every arm on every data set."""
     for data in study.data:
         for arm in study.arms:
-            by_seed = of_arm(results, data, arm)
-            for name in metric_names(by_seed):
-                metrics = [result["evaluations"][name] for result in by_seed.values()]
+            by_seed = metrics_by_seed(results, data, arm)
+            for name in next(iter(by_seed.values()), {}):
+                metrics = [of_run[name] for of_run in by_seed.values()]
                 yield {"data": data, "arm": arm, "metric": name, **summarize(metrics), "seeds": list(by_seed)}
 
 
 def differences(study: Study, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of each arm from the baseline, and from its controls."""
+    """Differences of each arm from the baseline and from its controls, over the seeds that both have."""
     for data in study.data:
         for arm in study.arms.values():
+            ours = metrics_by_seed(results, data, arm.name)
             for other in dict.fromkeys((study.baseline, *arm.controls)):
-                if other != arm.name:
-                    yield from differences_from(other, arm.name, data, results)
+                theirs = metrics_by_seed(results, data, other)
+                seeds = [seed for seed in ours if seed in theirs]
+                for name in ours[seeds[0]] if seeds and other != arm.name else ():
+                    pairs = [[metrics[seed][name] for seed in seeds] for metrics in (ours, theirs)]
+                    row = {"data": data, "arm": arm.name, "metric": name, "baseline": other, "seeds": seeds}
+                    yield {**row, **compare(*pairs)}
 
 
-def differences_from(other: str, arm: str, data: str, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    by_seed, other_by_seed = of_arm(results, data, arm), of_arm(results, data, other)
-    seeds = [seed for seed in by_seed if seed in other_by_seed]
-    for name in metric_names(by_seed) if seeds else []:
-        pairs = [[runs[seed]["evaluations"][name] for seed in seeds] for runs in (by_seed, other_by_seed)]
-        yield {"data": data, "arm": arm, "metric": name, "baseline": other, "seeds": seeds, **compare(*pairs)}
-
-
-def of_arm(results: list[dict[str, Any]], data: str, arm: str) -> dict[int, dict[str, Any]]:
-    """An arm's results on a data set, by seed."""
-    return {result["seed"]: result for result in results if (result["data"], result["arm"]) == (data, arm)}
-
-
-def metric_names(by_seed: dict[int, dict[str, Any]]) -> list[str]:
-    return list(next(iter(by_seed.values()))["evaluations"]) if by_seed else []
+def metrics_by_seed(results: list[dict[str, Any]], data: str, arm: str) -> dict[int, dict[str, Any]]:
+    """The metrics of an arm's runs on a data set, by seed."""
+    return {run["seed"]: run["evaluations"] for run in results if (run["data"], run["arm"]) == (data, arm)}

@@ -1,14 +1,17 @@
 """Training what is missing of a study, each run in a process of its own, several at once."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from subprocess import Popen
 
 from tqdm.auto import tqdm
 
-from .files import RUN_FILE, TRAINING_FILE, write_json
+from .files import LOG_FILE, RUN_FILE, TRAINING_FILE, write_json
 from .plan import Run, description
-from .process import last_lines, start_process
 
 
 def do_missing_runs(
@@ -17,19 +20,19 @@ def do_missing_runs(
     """
     Train and evaluate the runs that are not finished, as many at once as there are devices.
 
-    A run begins when those it needs are trained; one that fails stops no other that does not need it. However this
-    process ends, its runs end with it.
+    A run starts once the runs it needs are trained. One that fails stops only those that need it. However this process
+    ends, its runs end with it.
 
     Args:
         runs (`list[Run]`):
             All runs of a study.
         devices (`list[str | None]`):
-            For each of the runs at once, the one GPU it sees, or `None`.
+            The GPU that each of the runs at once sees, or `None` for all.
         on_change (`Callable`):
             Called with the failures so far whenever a run has ended.
 
     Returns:
-        `dict[Run, str]`: Why a run failed.
+        `dict[Run, str]`: Why runs failed.
     """
     waiting = [run for run in runs if not run.is_finished]
     failures: dict[Run, str] = {}
@@ -71,3 +74,24 @@ def _start(run: Run, device: str | None) -> Popen:
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / RUN_FILE, description(run))
     return start_process(run.folder, device)
+
+
+def start_process(folder: Path, device: str | None) -> Popen:
+    """
+    Start the run of a folder with its output in the folder's log. The process sees one of the GPUs that are visible
+    here, or all if `device` is `None`. It ends with this one: it notices when its stdin closes.
+    """
+    environment = os.environ
+    if device is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment = {**environment, "CUDA_VISIBLE_DEVICES": visible.split(",")[int(device)] if visible else device}
+    command = [sys.executable, "-m", "hf_sft_variants.comparison.run", str(folder)]
+    with open(folder / LOG_FILE, "w", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def last_lines(folder: Path, number: int = 12) -> str:
+    """The end of a run's log, indented."""
+    text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    lines = [line for line in text.split("\n") if line.strip()]
+    return "\n".join(f"    {line}" for line in lines[-number:])

@@ -1,4 +1,4 @@
-"""Means over seeds, and differences from the baseline with intervals that hold for a few seeds."""
+"""Means over seeds, and differences from the baseline with intervals that hold for few seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,14 +16,11 @@ NOT_SHOWN, TOO_FEW_SEEDS = "no difference shown", f"no verdict below {MIN_SEEDS}
 
 def summarize(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    Mean of a metric over seeds, and its standard deviation.
+    Mean of a metric over seeds, and its standard deviation as `spread`, which is `None` for one seed.
 
     Args:
         metrics (`Sequence[dict[str, Any]]`):
-            The metric of each seed's run, as [`~hf_sft_variants.comparison.evaluations.metric`] has it.
-
-    Returns:
-        `dict[str, Any]`: `mean`, and `spread`, which is `None` for one seed.
+            The metric of each seed's run, as [`~hf_sft_variants.comparison.evaluations.metric`] returns it.
     """
     means = [metric["mean"] for metric in metrics]
     return {"mean": statistics.fmean(means), "spread": statistics.stdev(means) if len(means) > 1 else None}
@@ -31,13 +28,13 @@ def summarize(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(arm: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    Difference of an arm from the baseline, seed by seed, with a 95 % interval for other seeds and other test rows.
+    Difference of an arm from the baseline, paired by seed, with a 95 % interval over new seeds and new test rows.
 
     Args:
         arm (`Sequence[dict[str, Any]]`):
             The metric of each seed's run.
         baseline (`Sequence[dict[str, Any]]`):
-            The baseline's, of the same seeds and rows.
+            The baseline's metrics, of the same seeds and rows.
 
     Returns:
         `dict[str, Any]`: `difference`, `low`, `high` (both `None` for one seed), `per_seed`, `verdict`.
@@ -61,16 +58,13 @@ def half_width(differences: np.ndarray) -> np.ndarray:
     """
     Half the width of the 95 % interval of a mean over seeds and test rows that are both drawn at random.
 
-    The squares of two half-widths are added (Howe, 1974): that of Student's interval over the seeds' means, and that
-    over the rows' means less the noise of single cells, which the seeds' means contain already. The sum is never less
-    than the rows' own, however alike the seeds happen to be.
+    The squares of two half-widths are added (Howe, 1974): Student's over the means of the seeds, and Student's over
+    the means of the rows without the noise of single cells, which the seeds' means already contain. The sum is never
+    less than the rows' own half-width, however alike the seeds happen to be.
 
     Args:
         differences (`np.ndarray` of shape `(..., seeds, rows)`):
-            Paired differences, of two seeds or more. With one row there are the seeds alone.
-
-    Returns:
-        `np.ndarray` of shape `(...)`: The half-widths.
+            Paired differences of at least two seeds. With one row, only the seeds count.
     """
     seeds, rows = differences.shape[-2:]
     of_seeds, of_rows = differences.mean(-1, keepdims=True), differences.mean(-2, keepdims=True)
@@ -89,14 +83,14 @@ def _quantile(degrees_of_freedom: int) -> float:
 
 
 def _paired_differences(arm: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Of each seed (row of the matrix) on each test row, or on all of them together where rows are not known."""
+    """Differences by seed and test row; one column with the means if the rows of a metric are unknown."""
     if any(metric["rows"] is None for metric in (*arm, *baseline)):
         return np.array([[ours["mean"] - theirs["mean"]] for ours, theirs in zip(arm, baseline, strict=True)])
     return np.array([_linearized(ours) - _linearized(theirs) for ours, theirs in zip(arm, baseline, strict=True)])
 
 
 def _linearized(metric: dict[str, Any]) -> np.ndarray:
-    """Values of the rows whose plain mean is the metric and varies as it does: a ratio of sums by the delta method."""
+    """Row values whose plain mean is the metric and varies as it does: the delta method for a ratio of sums."""
     rows, counts = np.array(metric["rows"], dtype=float), metric["counts"]
     if counts is None:
         return rows

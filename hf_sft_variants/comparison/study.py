@@ -1,4 +1,4 @@
-"""A study: arms, data sets and seeds, as its YAML file says."""
+"""A study: arms, data sets and seeds, read strictly from a YAML file."""
 
 import math
 import re
@@ -8,49 +8,70 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..launch.recipe_checks import nearest, read_mapping
+from ..launch.recipe_checks import check_type, nearest, read_mapping
 
 
-STUDY_KEYS = ("output_dir", "seeds", "baseline", "overrides", "data", "arms", "budget", "evaluations")
+# Keys of the file and of its parts, with their types
+STUDY_KEYS = {
+    "output_dir": str,
+    "seeds": list[int],
+    "baseline": str,
+    "data": dict,
+    "arms": dict,
+    "overrides": dict | None,
+    "budget": dict | None,
+    "evaluations": dict | None,
+}
 REQUIRED_KEYS = ("output_dir", "seeds", "baseline", "data", "arms")
-ARM_KEYS = ("recipe", "overrides", "budget", "controls")
+ARM_KEYS = {"recipe": str, "overrides": dict | None, "budget": dict | None, "controls": list[str]}
+EVALUATION_KEYS = {
+    "dataset_name": str | None,
+    "dataset_config": str | None,
+    "dataset_split": str,
+    "tagged": bool,
+    "max_new_tokens": int | None,
+    "batch_size": int,
+    "lm_eval": dict | None,
+}
+LM_EVAL_KEYS = {
+    "tasks": list[str],
+    "limit": int | float | None,
+    "num_fewshot": int | None,
+    "include_path": str | None,
+}
 EVALUATION_DEFAULTS = {
-    "dataset_name": None,
-    "dataset_config": None,
+    **dict.fromkeys(EVALUATION_KEYS),
     "dataset_split": "test",
     "tagged": False,
     "max_new_tokens": 128,
     "batch_size": 25,
-    "lm_eval": None,
 }
-LM_EVAL_DEFAULTS = {"tasks": None, "limit": None, "num_fewshot": None, "include_path": None}
-
-# What a run may spend: a number, or as much as another arm did
-AMOUNTS = ("steps", "tokens", "seconds")
-BUDGET_KEYS = (*AMOUNTS, *(f"{amount}_of" for amount in AMOUNTS))
+# An amount, or for an arm as much as another arm's run
+BUDGET_KEYS = {"steps": int, "tokens": int | float}
+ARM_BUDGET_KEYS = {**BUDGET_KEYS, "steps_of": str, "tokens_of": str}
 
 # Names become folders
 NAME = re.compile(r"[\w][\w.-]*")
-# The run of another arm, of the same data and seed
+# The run of another arm on the same data with the same seed
 OTHER_RUN = re.compile(r"\{runs\}/([^/{}]+)/seed_\{seed\}")
 
 
 @dataclass(frozen=True)
 class Arm:
     """
-    What is trained.
+    One way of training that the study compares.
 
     Attributes:
         name (`str`):
             Its name in the study.
         recipe (`str`):
-            Path of a recipe of `trl sft`.
+            Path of a `trl sft` recipe.
         overrides (`dict[str, Any]`):
             Keys of the recipe with other values.
         budget (`dict[str, Any]`):
-            One of [`BUDGET_KEYS`] with its amount, or nothing: then the recipe says how long it trains.
+            One of `ARM_BUDGET_KEYS` with its value. If empty, the recipe says how long it trains.
         controls (`list[str]`):
-            Other arms that differences are taken from, beside the baseline.
+            Other arms to report differences from, in addition to the baseline.
     """
 
     name: str
@@ -60,33 +81,33 @@ class Arm:
     controls: list[str] = field(default_factory=list)
 
     def others(self) -> set[str]:
-        """Arms whose runs this one needs."""
-        values = [value for key, value in self.budget.items() if key.endswith("_of")]
-        return {*values, *(name for text in texts_in(self.overrides) for name in OTHER_RUN.findall(text))}
+        """Arms that must be trained before this one."""
+        budget_of = [value for key, value in self.budget.items() if key.endswith("_of")]
+        return {*budget_of, *(name for text in texts_in(self.overrides) for name in OTHER_RUN.findall(text))}
 
 
 @dataclass(frozen=True)
 class Study:
     """
-    What is compared.
+    A study file with its defaults filled in.
 
     Attributes:
         path (`str`):
-            The file it was read from.
+            The file.
         output_dir (`Path`):
-            Where runs and results are.
+            Folder of runs and results.
         seeds (`list[int]`):
-            Each arm is trained with each of them.
+            Seeds that each arm is trained with.
         baseline (`str`):
             Arm that differences are taken from.
         overrides (`dict[str, Any]`):
-            Keys of recipes, for every arm.
+            Recipe keys for every arm.
         data (`dict[str, dict[str, Any]]`):
-            Name of each data set, and the keys of recipes that choose it.
+            Recipe keys that choose each data set, by its name.
         arms (`dict[str, Arm]`):
-            By name, in the order of the file.
+            Arms by name, in the order of the file.
         evaluations (`dict[str, Any]`):
-            Keys of [`EVALUATION_DEFAULTS`].
+            `EVALUATION_KEYS` with their values.
         content (`dict[str, Any]`):
             The file as it was read.
     """
@@ -104,14 +125,7 @@ class Study:
 
 def read_study(path: str) -> Study:
     """
-    Read a study strictly: nothing unknown is passed over.
-
-    Args:
-        path (`str`):
-            YAML file.
-
-    Returns:
-        [`Study`]: What it says, with the defaults of what it leaves out.
+    Read and check a study file.
 
     Raises:
         `InputError`: If the file can't be read, or a key or value is unknown, missing or wrong.
@@ -120,138 +134,113 @@ def read_study(path: str) -> Study:
         raise InputError(f"the study {path} can't be read: there is no such file.")
     content = read_mapping(path)
     try:
-        return study_of(content, path)
+        return parse_study(content, path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def study_of(content: dict[str, Any], path: str) -> Study:
-    refuse_unknown(content, STUDY_KEYS, "the study")
+def parse_study(content: dict[str, Any], path: str) -> Study:
+    check_mapping(content, STUDY_KEYS, "the study")
     for key in REQUIRED_KEYS:
         if key not in content:
             raise InputError(f"`{key}` is missing.")
-    require_type("output_dir", content["output_dir"], str, "a folder")
-    require_type("baseline", content["baseline"], str, "the name of an arm")
-    budget = checked_budget("`budget`", content.get("budget"), AMOUNTS)
-    arms = named_mappings(content, "arms")
+    check_seeds(content["seeds"])
+    budget = content.get("budget") or {}
+    check_budget(budget, BUDGET_KEYS, "`budget`")
+    for key in ("arms", "data"):
+        check_names(content[key], key)
     study = Study(
         path=path,
         output_dir=Path(content["output_dir"]),
-        seeds=checked_seeds(content["seeds"]),
+        seeds=content["seeds"],
         baseline=content["baseline"],
-        overrides=mapping("overrides", content.get("overrides")),
-        data=named_mappings(content, "data"),
-        arms={name: make_arm(name, values, budget) for name, values in arms.items()},
-        evaluations=checked_evaluations(content.get("evaluations")),
+        overrides=content.get("overrides") or {},
+        data=content["data"],
+        arms={name: make_arm(name, values, budget) for name, values in content["arms"].items()},
+        evaluations=read_evaluations(content.get("evaluations") or {}),
         content=content,
     )
+    for name, values in study.data.items():
+        if not isinstance(values.get("dataset_name"), str):
+            raise InputError(f"data set `{name}` needs `dataset_name`, a folder or an id on the Hub; got {values}.")
+    check_arm_names(study)
+    return study
+
+
+def make_arm(name: str, values: dict[str, Any], study_budget: dict[str, Any]) -> Arm:
+    where = f"arm `{name}`"
+    check_mapping(values, ARM_KEYS, where)
+    if "recipe" not in values:
+        raise InputError(f"{where} needs `recipe`, the path of a recipe; got {values}.")
+    budget = study_budget if "budget" not in values else values["budget"] or {}
+    check_budget(budget, ARM_BUDGET_KEYS, f"`budget` of {where}")
+    return Arm(name, values["recipe"], values.get("overrides") or {}, budget, values.get("controls", []))
+
+
+def check_seeds(seeds: list[int]) -> None:
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise InputError(f"`seeds` must be one or more different integers from 0, such as [0, 1], got {seeds!r}.")
+
+
+def check_budget(budget: dict[str, Any], types: dict[str, Any], where: str) -> None:
+    check_mapping(budget, types, where)
+    if len(budget) > 1:
+        raise InputError(f"{where} must be one of {', '.join(types)}, such as `{{steps: 100}}`, got {budget}.")
+    for key, amount in budget.items():
+        if not isinstance(amount, str) and not 0 < amount < math.inf:
+            raise InputError(f"{where}: `{key}` must be a positive number, got {amount!r}.")
+
+
+def read_evaluations(given: dict[str, Any]) -> dict[str, Any]:
+    where = "`evaluations`"
+    check_mapping(given, EVALUATION_KEYS, where)
+    evaluations = {**EVALUATION_DEFAULTS, **given}
+    for key in ("max_new_tokens", "batch_size"):
+        if evaluations[key] is not None and evaluations[key] < 1:
+            raise InputError(f"{where}: `{key}` must be a positive integer, got {evaluations[key]!r}.")
+    if evaluations["lm_eval"] is not None:
+        evaluations["lm_eval"] = read_lm_eval(evaluations["lm_eval"])
+    return evaluations
+
+
+def read_lm_eval(given: dict[str, Any]) -> dict[str, Any]:
+    where = "`lm_eval`"
+    check_mapping(given, LM_EVAL_KEYS, where)
+    if not given.get("tasks"):
+        raise InputError(f"{where}: `tasks` must be a list of names, such as [arc_easy], got {given.get('tasks')!r}.")
+    settings = {**dict.fromkeys(LM_EVAL_KEYS), **given}
+    for key in ("limit", "num_fewshot"):
+        if settings[key] is not None and not settings[key] >= 0:
+            raise InputError(f"{where}: `{key}` must be a number from 0, got {settings[key]!r}.")
+    if settings["include_path"] is not None and not Path(settings["include_path"]).is_dir():
+        raise InputError(f"{where}: `include_path` must be a folder, got {settings['include_path']!r}.")
+    return settings
+
+
+def check_arm_names(study: Study) -> None:
+    """Every arm that is named exists, and no arm waits for itself."""
     if study.baseline not in study.arms:
-        raise InputError(
-            f"`baseline` is {study.baseline!r}, which is no arm" + nearest_name(study.baseline, study.arms)
-        )
+        raise InputError(f"`baseline` is {study.baseline!r}, which is not an arm" + known(study.baseline, study.arms))
     for arm in study.arms.values():
         others = [name for name in study.arms if name != arm.name]
         for control in arm.controls:
             if control not in others:
                 raise InputError(
-                    f"`controls` of arm `{arm.name}` has {control!r}, which is no other arm"
-                    + nearest_name(control, others)
+                    f"`controls` of arm `{arm.name}` has {control!r}, which is not another arm"
+                    + known(control, others)
                 )
-    for name, values in study.data.items():
-        if not isinstance(values.get("dataset_name"), str):
-            raise InputError(f"data set `{name}` needs `dataset_name`, a folder or an id on the Hub; got {values}.")
-    refuse_cycles(study)
-    return study
-
-
-def make_arm(name: str, values: dict[str, Any], study_budget: dict[str, Any]) -> Arm:
-    refuse_unknown(values, ARM_KEYS, f"arm `{name}`")
-    if not isinstance(values.get("recipe"), str):
-        raise InputError(f"arm `{name}` needs `recipe`, the path of a recipe; got {values}.")
-    overrides = mapping(f"overrides` of arm `{name}", values.get("overrides"))
-    budget = checked_budget(f"`budget` of arm `{name}`", values["budget"], BUDGET_KEYS) if "budget" in values else None
-    controls = values.get("controls", [])
-    require_type(f"controls` of arm `{name}", controls, list, "a list of other arms")
-    return Arm(name, values["recipe"], overrides, study_budget if budget is None else budget, controls)
-
-
-def checked_seeds(seeds: Any) -> list[int]:
-    is_list = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not is_list or len(set(seeds)) < len(seeds):
-        raise InputError(
-            f"`seeds` is {seeds!r}: give a list of one or more different integers from 0, such as [0, 1]."
-        )
-    return seeds
-
-
-def checked_budget(where: str, budget: Any, known: tuple[str, ...]) -> dict[str, Any]:
-    if budget is None:
-        return {}
-    if not isinstance(budget, dict) or len(budget) != 1:
-        raise InputError(f"{where} is {budget!r}: give one of {', '.join(known)}, such as `{{steps: 100}}`.")
-    refuse_unknown(budget, known, where)
-    ((key, amount),) = budget.items()
-    number = int if key == "steps" else int | float
-    if key.endswith("_of"):
-        require_type(f"{key}` of {where.removesuffix('`')}", amount, str, "the name of another arm")
-    elif isinstance(amount, bool) or not isinstance(amount, number) or not 0 < amount < math.inf:
-        raise InputError(f"{where}: `{key}` is {amount!r}, but must be a positive number.")
-    return budget
-
-
-def checked_evaluations(given: Any) -> dict[str, Any]:
-    given = mapping("evaluations", given)
-    refuse_unknown(given, EVALUATION_DEFAULTS, "`evaluations`")
-    evaluations = {**EVALUATION_DEFAULTS, **given}
-    for name in ("dataset_name", "dataset_config"):
-        if evaluations[name] is not None:
-            require_type(name, evaluations[name], str, "a text")
-    require_type("dataset_split", evaluations["dataset_split"], str, "the name of a split")
-    require_type("tagged", evaluations["tagged"], bool, "true or false")
-    for name in ("max_new_tokens", "batch_size"):
-        value = evaluations[name]
-        if (type(value) is not int or value < 1) and not (name == "max_new_tokens" and value is None):
-            raise InputError(f"`evaluations`: `{name}` is {value!r}, but must be a positive integer.")
-    if evaluations["lm_eval"] is not None:
-        evaluations["lm_eval"] = checked_lm_eval(evaluations["lm_eval"])
-    return evaluations
-
-
-def checked_lm_eval(given: Any) -> dict[str, Any]:
-    settings = {**LM_EVAL_DEFAULTS, **mapping("lm_eval", given)}
-    refuse_unknown(settings, LM_EVAL_DEFAULTS, "`lm_eval`")
-    tasks = settings["tasks"]
-    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
-        raise InputError(f"`lm_eval`: `tasks` is {tasks!r}: give a list of names, such as [arc_easy].")
-    for name, types in (("limit", (int, float)), ("num_fewshot", (int,))):
-        value = settings[name]
-        if value is not None and (type(value) not in types or not value >= 0):
-            raise InputError(f"`lm_eval`: `{name}` is {value!r}, but must be a number from 0.")
-    folder = settings["include_path"]
-    if folder is not None and not (isinstance(folder, str) and Path(folder).is_dir()):
-        raise InputError(f"`lm_eval`: `include_path` is {folder!r}, which is no folder.")
-    return settings
-
-
-def refuse_cycles(study: Study) -> None:
-    """
-    Raises:
-        `InputError`: If an arm needs one that isn't there, or needs itself in the end.
-    """
-    for arm in study.arms.values():
         for other in arm.others() - set(study.arms):
-            raise InputError(f"arm `{arm.name}` needs `{other}`, which is no arm" + nearest_name(other, study.arms))
-    in_order = []
-    while len(in_order) < len(study.arms):
-        ready = [arm.name for arm in study.arms.values() if arm.name not in in_order and arm.others() <= set(in_order)]
-        if not ready:
-            circle = ", ".join(f"`{name}`" for name in study.arms if name not in in_order)
+            raise InputError(f"arm `{arm.name}` needs `{other}`, which is not an arm" + known(other, study.arms))
+    ready: set[str] = set()
+    while len(ready) < len(study.arms):
+        next_arms = {arm.name for arm in study.arms.values() if arm.others() <= ready}
+        if next_arms == ready:
+            circle = ", ".join(f"`{name}`" for name in study.arms if name not in ready)
             raise InputError(f"the arms {circle} wait for each other: none of them can be the first.")
-        in_order += ready
+        ready = next_arms
 
 
-def named_mappings(content: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
-    entries = mapping(key, content[key])
+def check_names(entries: dict[str, Any], key: str) -> None:
     if not entries:
         raise InputError(f"`{key}` is empty: give at least one.")
     for name, values in entries.items():
@@ -260,33 +249,26 @@ def named_mappings(content: dict[str, Any], key: str) -> dict[str, dict[str, Any
                 f"`{key}` has the name {name!r}, which can't be a folder's: use letters, digits and `_.-`, and quotes "
                 "around a number."
             )
-        require_type(f"{key}` entry `{name}", values, dict, "lines of `key: value`")
-    return entries
+        check_mapping(values, None, f"`{key}` entry `{name}`")
 
 
-def mapping(name: str, value: Any) -> dict[str, Any]:
-    value = {} if value is None else value
-    require_type(name, value, dict, "lines of `key: value`")
-    return value
+def check_mapping(values: Any, types: dict[str, Any] | None, where: str) -> None:
+    """Check a part of the file: it is a mapping, and has known keys with values of their types."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be lines of `key: value`, got {values!r}.")
+    for key, value in values.items() if types is not None else ():
+        if key not in types:
+            raise InputError(f"{where}: unknown key `{key}`" + known(key, types))
+        check_type(f"{where}: `{key}`", value, types[key])
 
 
-def require_type(name: str, value: Any, wanted: type, words: str) -> None:
-    if not isinstance(value, wanted):
-        raise InputError(f"`{name}` must be {words}, got {value!r}.")
-
-
-def refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise InputError(f"{where}: unknown key `{key}`" + nearest_name(key, known))
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    return nearest(name, known, otherwise=f"known are {', '.join(f'`{key}`' for key in known)}")
+def known(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name."""
+    return nearest(name, names, otherwise=f"known are {', '.join(f'`{key}`' for key in names)}")
 
 
 def texts_in(value: Any) -> list[str]:
-    """All texts in a value of YAML, however deep."""
+    """All strings in a YAML value, however deeply nested."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):

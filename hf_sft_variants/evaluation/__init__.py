@@ -1,4 +1,4 @@
-"""Evaluation of a model on held-out rows: likelihood of the completions, and accuracy of the generated answers."""
+"""Evaluation on held-out rows: likelihood of completions and accuracy of generated answers."""
 
 from .generation import generate_answers
 from .held_out import check_dataset, check_tagged_dataset, held_out_nll, held_out_nll_of_rows

@@ -1,4 +1,4 @@
-"""Reading the final answer of a chain of thought: a number behind `####` as in GSM8K, or what `\\boxed{}` holds."""
+"""The final answer of a chain of thought: a number after `####` as in GSM8K, or the content of `\\boxed{}`."""
 
 import re
 
@@ -13,17 +13,10 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 def normalize_number(text: str) -> str:
     """
-    Writes a number in its shortest form, so that equal numbers are equal strings.
-
-    Args:
-        text (`str`):
-            A number with optional sign, dollar sign, thousands separators and decimals, e.g. `" -$1,036.0"`.
-
-    Returns:
-        `str`: The number without superfluous characters, e.g. `"-1036"`.
+    Write a number such as `" -$1,036.0"` in its shortest form (`"-1036"`), so that equal numbers are equal strings.
 
     Raises:
-        InputError: If `text` is not a number.
+        `InputError`: If `text` is not a number.
     """
     match = NUMBER.fullmatch(text.strip())
     if match is None:
@@ -33,16 +26,9 @@ def normalize_number(text: str) -> str:
 
 def extract_answer(text: str) -> str | None:
     """
-    Finds the first number behind the last `####`, on the same line.
+    The first number after the last `####`, on the same line, as [`normalize_number`] writes it.
 
-    The last mark counts, because a model may write several, and only what it settles on is its answer.
-
-    Args:
-        text (`str`):
-            A generated text.
-
-    Returns:
-        `str` or `None`: The number as [`normalize_number`] writes it, `None` where there is no such number.
+    The last mark counts, because a model may write several before it settles on an answer.
     """
     _, mark, tail = text.rpartition(ANSWER_MARK)
     match = NUMBER.search(tail.split("\n", 1)[0]) if mark else None
@@ -50,31 +36,13 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_last_number(text: str) -> str | None:
-    """
-    Finds the last number of a text, for models that were never taught to mark their answer.
-
-    Args:
-        text (`str`):
-            A generated text.
-
-    Returns:
-        `str` or `None`: The number as [`normalize_number`] writes it, `None` where there is no number.
-    """
+    """The last number of a text, for models that never learned to mark their answer."""
     matches = list(NUMBER.finditer(text))
     return _shortest(matches[-1]) if matches else None
 
 
 def extract_boxed(text: str) -> str | None:
-    """
-    Finds what the last `\\boxed{}` that is not empty holds; braces within it are matched.
-
-    Args:
-        text (`str`):
-            A generated text. A box that is never closed reaches to the end of its line.
-
-    Returns:
-        `str` or `None`: The content without white space around it, `None` where there is no box.
-    """
+    """Content of the last non-empty `\\boxed{}`, with matched braces. An unclosed box ends with its line."""
     for match in reversed(list(BOX.finditer(text))):
         content = _braced(text, match.end()).strip()
         if content:

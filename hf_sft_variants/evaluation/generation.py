@@ -1,4 +1,4 @@
-"""What a model answers by itself: greedy decoding of many prompts at once."""
+"""Greedy decoding of many prompts at once."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def generate_answers(
     show_progress: bool = True,
 ) -> list[str]:
     """
-    Lets a model answer prompts by greedy decoding. No random number is drawn, and the model is left as it was.
+    Generate answers to prompts by greedy decoding. Draws no random numbers, and leaves the model as it was.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -31,18 +31,18 @@ def generate_answers(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Its tokenizer, or a trainer's `processing_class`. Its `padding_side` makes no difference.
         prompts (`Sequence[list[dict] | str]`):
-            Conversations, to which the chat template is applied, or texts, which are taken as they are.
+            Conversations, to which the chat template is applied, or texts, which are used as they are.
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Where a generation is cut.
+            Maximum length of a generation.
         batch_size (`int`, *optional*, defaults to `25`):
-            Prompts that are answered at once.
+            Number of prompts generated at once.
         device (`torch.device` or `str`, *optional*):
-            Where the inputs go, by default where the model's embeddings are.
+            Device of the inputs, by default that of the model's embeddings.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar on a terminal.
 
     Returns:
-        `list[str]`: What the model wrote for each prompt, without special tokens.
+        `list[str]`: Generated text for each prompt, without special tokens.
     """
     device = device or input_device(model)
     rows = [prompt_token_ids(tokenizer, prompt) for prompt in prompts]
@@ -50,7 +50,7 @@ def generate_answers(
     generations = [""] * len(rows)
     with evaluation_mode(model):
         for batch in batches([len(ids) for ids in rows], batch_size, "Greedy answers", show_progress):
-            # Virtual tokens must not be parted from the prompt by padding
+            # Padding must not separate virtual tokens from the prompt
             by_length = groupby(batch, key=lambda i: len(rows[i]) if has_virtual_tokens(model) else None)
             for group in (list(group) for _, group in by_length):
                 texts = _generate(model, tokenizer, [rows[i] for i in group], max_new_tokens, device)
@@ -60,11 +60,11 @@ def generate_answers(
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: list[dict] | str) -> list[int]:
-    """Token ids of a prompt, those of a conversation with the generation prompt."""
+    """Token ids of a prompt; a conversation gets the generation prompt."""
     text_tokenizer = _text_tokenizer(tokenizer)
     if isinstance(prompt, str):
         return text_tokenizer(prompt)["input_ids"]
-    # The template of a processor may not stand in its tokenizer
+    # A processor's template may be missing from its tokenizer
     template = {} if text_tokenizer is tokenizer else {"chat_template": tokenizer.chat_template}
     return text_tokenizer.apply_chat_template(
         prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **template
@@ -72,9 +72,9 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt
 
 
 def batches(lengths: list[int], batch_size: int, description: str, show_progress: bool = True) -> Iterator[list[int]]:
-    """Row numbers, longest rows first: little padding, and memory that does not suffice is noticed at once."""
+    """Row numbers, longest rows first: little padding, and a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    # disable=None: no bar where the output is not a terminal; leave=None: it goes when it is inside another bar
+    # disable=None: no bar unless the output is a terminal; leave=None: cleared if inside another bar
     disable = None if show_progress else True
     with tqdm(total=len(order), desc=description, unit="row", disable=disable, leave=None) as progress:
         for start in range(0, len(order), batch_size):
@@ -85,11 +85,11 @@ def batches(lengths: list[int], batch_size: int, description: str, show_progress
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Every module without dropout, and in the mode it was in afterwards; activation checkpointing rests, too."""
+    """Evaluation mode without gradients; every module is in its former mode afterwards."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        # Not `inference_mode`: what a model keeps of it, e.g. rotary frequencies, could not be trained with
+        # Not `inference_mode`: tensors that a model keeps, e.g. rotary frequencies, could not be used in training
         with torch.no_grad():
             yield
     finally:
@@ -111,7 +111,7 @@ def _generate(
     ids = [torch.tensor(prompt, device=device) for prompt in prompts]
     input_ids = pad_sequence(ids, batch_first=True, padding_side="left", padding_value=tokenizer.eos_token_id)
     attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-    # What is not set here comes from the model's own generation config, where sampling and penalties may stand
+    # Whatever is not set here comes from the model's own generation config, which may have sampling and penalties
     generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -127,7 +127,7 @@ def _generate(
 
 
 def _end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A chat model may end its turn with another token than the tokenizer's end of text: either stops it."""
+    """A chat model may end its turn with another token than the tokenizer's end of text; either one stops it."""
     from_model = model.generation_config.eos_token_id
     from_model = from_model if isinstance(from_model, list) else [from_model]
     return sorted({tokenizer.eos_token_id, *from_model} - {None})

@@ -26,10 +26,10 @@ def held_out_nll(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> float:
     """
-    Negative log-likelihood of the completions, in nats per token, as a mean over all their tokens.
+    Negative log-likelihood of the completions in nats per token, averaged over all their tokens.
 
-    The tokens are those that [`~trl.SFTTrainer`] supervises: everything behind the prompt and the generation prompt,
-    with the end of the turn.
+    The tokens are those that [`~trl.SFTTrainer`] supervises: everything after the prompt and the generation prompt,
+    including the end of the turn.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -39,20 +39,17 @@ def held_out_nll(
         dataset (`Dataset`):
             Rows with the conversations `prompt` and `completion`.
         batch_size (`int`, *optional*, defaults to `25`):
-            Rows per forward pass. It changes speed and memory only.
+            Rows per forward pass. Only affects speed and memory.
         tagged (`bool`, *optional*, defaults to `False`):
-            Whether the completions are tagged responses, made of the columns `reasoning` and `answer`. A data set
-            without `reasoning` must have them ready as `completion`.
+            Whether the completions are tagged responses made from the columns `reasoning` and `answer`. Without
+            `reasoning`, `completion` must hold them.
         thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning, for `tagged`.
+            Opening and closing tag of the reasoning, if `tagged`.
         answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer, for `tagged`.
-
-    Returns:
-        `float`: The mean negative log-likelihood.
+            Opening and closing tag of the answer, if `tagged`.
 
     Raises:
-        InputError: If the data set is empty, lacks a column, has no conversations or only empty completions.
+        `InputError`: If the data set is empty, lacks a column, has no conversations or only empty completions.
     """
     rows = held_out_nll_of_rows(model, tokenizer, dataset, batch_size, tagged, thinking_tags, answer_tags)
     return sum(nll for nll, _ in rows) / sum(count for _, count in rows)
@@ -68,7 +65,7 @@ def held_out_nll_of_rows(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> list[tuple[float, int]]:
     """
-    Of each row the negative log-likelihood of its completion, in nats, and the number of its tokens.
+    Negative log-likelihood of each row's completion in nats, and its number of tokens.
 
     Arguments and errors are those of [`held_out_nll`], which is the ratio of the two sums.
     """
@@ -91,23 +88,12 @@ def held_out_nll_of_rows(
 
 def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
     """
-    Checks that a data set can be evaluated.
-
-    Args:
-        dataset (`Dataset`):
-            The data set.
-        columns (`Sequence[str]`):
-            Columns it must have; `prompt` and `completion` must be conversations.
+    Check that a data set has rows and the given columns, of which `prompt` and `completion` must be conversations.
 
     Raises:
-        InputError: If the data set is empty, lacks a column or has no conversations.
+        `InputError`: If it does not.
     """
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        raise InputError(
-            f"`dataset` has no column {', '.join(map(repr, missing))}, only "
-            f"{', '.join(map(repr, dataset.column_names))}: rename or add what is missing."
-        )
+    _check_columns(dataset, columns, "rename or add what is missing")
     if len(dataset) == 0:
         raise InputError("`dataset` is empty: pass at least one row.")
     for column in (column for column in columns if column != "answer"):
@@ -122,25 +108,26 @@ def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
 
 def check_tagged_dataset(dataset: Dataset) -> None:
     """
-    Checks that tagged responses can be evaluated on a data set.
-
-    Args:
-        dataset (`Dataset`):
-            Rows with the conversation `prompt`, the string `answer`, and `reasoning` or the conversation `completion`.
+    Check that a data set has the conversation `prompt`, the string `answer`, and `reasoning` or the conversation
+    `completion`.
 
     Raises:
-        InputError: If the data set is empty, lacks a column or has no conversations.
+        `InputError`: If it does not.
     """
-    if "reasoning" in dataset.column_names or "completion" not in dataset.column_names:
-        missing = [column for column in TAGGED_COLUMNS if column not in dataset.column_names]
-        if missing:
-            raise InputError(
-                f"`dataset` has no column {', '.join(map(repr, missing))}, only "
-                f"{', '.join(map(repr, dataset.column_names))}: tagged responses are made of 'reasoning' and 'answer'."
-            )
-        check_dataset(dataset, ("prompt", "answer"))
-    else:
+    if "completion" in dataset.column_names and "reasoning" not in dataset.column_names:
         check_dataset(dataset, ("prompt", "completion", "answer"))
+    else:
+        _check_columns(dataset, TAGGED_COLUMNS, "tagged responses are made of 'reasoning' and 'answer'")
+        check_dataset(dataset, ("prompt", "answer"))
+
+
+def _check_columns(dataset: Dataset, columns: Sequence[str], fix: str) -> None:
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise InputError(
+            f"`dataset` has no column {', '.join(map(repr, missing))}, only "
+            f"{', '.join(map(repr, dataset.column_names))}: {fix}."
+        )
 
 
 def _completion(row: dict, i: int, tags: tuple[Sequence[str], Sequence[str]] | None) -> list[dict]:
@@ -154,10 +141,10 @@ def _completion(row: dict, i: int, tags: tuple[Sequence[str], Sequence[str]] | N
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> dict[str, list[int]]:
-    """`input_ids` of a row, and `labels` on its completion; both as SFTTrainer finds them."""
+    """`input_ids` of a row, with `labels` on its completion, both as SFTTrainer makes them."""
     prompt_ids = prompt_token_ids(tokenizer, prompt)
     ids = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
-    # Some templates render the prompt alone differently: the completion starts where the two part
+    # Some templates render the prompt alone differently: the completion starts where the two differ
     same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False))
     prompt_length = len(list(same))
     return {"input_ids": ids, "labels": [-100] * prompt_length + ids[prompt_length:]}

@@ -1,4 +1,4 @@
-"""Whether two answers are the same one, written differently perhaps."""
+"""Whether two answers are the same, however they are written."""
 
 import re
 import threading
@@ -9,33 +9,24 @@ from .answers import NUMBER, extract_boxed, normalize_number
 
 
 QUOTES = (('"', '"'), ("'", "'"), ("`", "`"), ("“", "”"), ("‘", "’"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-# What makes a number a part of something else: "x2", "\sqrt{2}", "3 * x", "x^2"; "42 apples" and "x = 42" are fine
+# A number in "x2", "\sqrt{2}", "3 * x" or "x^2" is part of something else; in "42 apples" and "x = 42" it is not
 PART_OF_FORMULA_BEFORE = re.compile(r"(?:\w|[\\^_{*+/√]\s*)\Z")
-PART_OF_FORMULA_BEHIND = re.compile(r"\w|\s*[\^_}*+×√π]|\s*\\(?![%$,]|text|mathrm|mbox)")
-# Behind a formula's numbers and signs: sympy takes minutes for a text that a model could not end
+PART_OF_FORMULA_AFTER = re.compile(r"\w|\s*[\^_}*+×√π]|\s*\\(?![%$,]|text|mathrm|mbox)")
+# sympy takes minutes for the text of a model that did not stop
 MAX_FORMULA_LENGTH = 500
 
 
 def same_answer(predicted: str | None, gold: str) -> bool:
     """
-    Whether an answer is the expected one. The first of these that applies decides:
+    Whether a predicted answer, `None` if there is none, is the expected one. The first rule that applies decides:
 
-    * They are the same text up to white space, case, a full stop at the end, and quotes, dollar signs or `\\boxed{}`
-      around it.
-    * `gold` is a number: `predicted` is that number or holds it and no other, as in "42 apples". Signs, thousands
+    * The texts are equal up to white space, case, a final full stop, and quotes, dollar signs or `\\boxed{}` around
+      them.
+    * `gold` is a number: `predicted` contains that number and no other, as in "42 apples". Signs, thousands
       separators, decimals and dollar signs may be written in any way; per cent and other units are not converted. A
       number that is part of a formula, as in `\\sqrt{2}`, does not count.
     * `gold` is a formula and the optional package math-verify is installed (`pip install 'hf_sft_variants[math]'`):
-      `predicted` is mathematically equal. Only in the main thread, because math-verify can only stop itself there.
-
-    Args:
-        predicted (`str` or `None`):
-            The answer to judge, `None` for no answer.
-        gold (`str`):
-            The expected answer.
-
-    Returns:
-        `bool`: Whether they are the same.
+      `predicted` is mathematically equal. Main thread only, because math-verify's timeout works only there.
     """
     if predicted is None:
         return False
@@ -68,19 +59,19 @@ def _number(text: str) -> str | None:
 
 
 def _only_number(text: str) -> str | None:
-    """The number that a text holds once, and beside it no other number or formula."""
+    """The number in a text that has exactly one, if it is not part of a formula."""
     text = text.replace("**", "")  # Markdown's bold
     matches = list(NUMBER.finditer(text))
     if len(matches) != 1:
         return None
     start, end = matches[0].span()
-    if PART_OF_FORMULA_BEFORE.search(text[:start]) or PART_OF_FORMULA_BEHIND.match(text, end):
+    if PART_OF_FORMULA_BEFORE.search(text[:start]) or PART_OF_FORMULA_AFTER.match(text, end):
         return None
     return _number(matches[0].group())
 
 
 def _is_formula(text: str) -> bool:
-    """Whether there is something to calculate with. To sympy a word is a product, and "Pairs" equals "Paris"."""
+    """Whether there is anything to compute. To sympy a word is a product, so "Pairs" would equal "Paris"."""
     rest = re.sub(r"\\(?!text|mathrm|mbox)[A-Za-z]+", r"\\", text)
     return re.search(r"[\d\\+\-*/^=<>]", rest) is not None and re.search(r"[^\W\d_]{2}", rest) is None
 
@@ -92,13 +83,13 @@ def _equal_formulas(gold: str, predicted: str) -> bool:
     except ImportError:
         return False
     if threading.current_thread() is not threading.main_thread():
-        warnings.warn("Outside the main thread math-verify cannot run: formulas are compared as texts.", stacklevel=2)
+        warnings.warn("Outside the main thread math-verify can't run: formulas are compared as text.", stacklevel=2)
         return False
     if max(len(gold), len(predicted)) > MAX_FORMULA_LENGTH:
         return False
     try:
         return bool(verify(parse(_in_dollars(gold)), parse(_in_dollars(predicted))))
-    # A model's text can make sympy raise anything, and is then no right answer; a timeout is no Exception
+    # A model's text can make sympy raise anything; the timeout is not an Exception
     except (Exception, TimeoutException):
         return False
 

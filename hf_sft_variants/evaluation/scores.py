@@ -26,11 +26,10 @@ def exact_match(
     batch_size: int = 25,
 ) -> tuple[float, list[str]]:
     """
-    Share of the prompts that the model answers right by itself, decoding greedily.
+    Share of prompts that the model answers correctly with greedy decoding.
 
-    An answer is the number behind the last `####` ([`~hf_sft_variants.evaluation.answers.extract_answer`]). It is
-    right if it equals the row's `answer` exactly; only the way a number is written (`36.0`, `1,036`) makes no
-    difference.
+    The answer is the number after the last `####`. It must equal the row's `answer`; only its notation (`36.0`,
+    `1,036`) may differ.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -40,39 +39,35 @@ def exact_match(
         dataset (`Dataset`):
             Rows with the conversation `prompt` and the string `answer`.
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Where a generation is cut. An answer that comes later does not count.
+            Maximum length of a generation. An answer that comes later does not count.
         batch_size (`int`, *optional*, defaults to `25`):
-            Prompts that are answered at once.
+            Number of prompts generated at once.
 
     Returns:
-        `tuple[float, list[str]]`: The share, and what the model wrote for each row.
+        `tuple[float, list[str]]`: The share, and the generated text of each row.
 
     Raises:
-        InputError: If the data set is empty, lacks a column, has no conversations or has an answer that is no number.
+        `InputError`: If the data set is empty, lacks a column, has no conversations, or an answer is not a number.
     """
     check_dataset(dataset, ("prompt", "answer"))
-    numeric_answers(dataset)  # what is wrong with them shows before the long step
+    numeric_answers(dataset)  # fails before the long step
     generations = generate_answers(model, tokenizer, dataset["prompt"], max_new_tokens, batch_size)
     return _share_right(generations, dataset, extract_answer), generations
 
 
 def last_number_match(generations: list[str], dataset: Dataset) -> float:
     """
-    Share of generated texts whose last number is the answer, marked with `####` or not.
-
-    A model that was never taught the mark has no exact match at all. This is the fairer figure for it.
+    Share of generated texts whose last number is the row's `answer`, whether it is marked with `####` or not. For a
+    model that never learned the mark, this is fairer than [`exact_match`].
 
     Args:
         generations (`list[str]`):
-            What a model wrote for each row, as [`exact_match`] returns it.
+            Generated text of each row, as returned by [`exact_match`].
         dataset (`Dataset`):
-            The rows, with the string `answer`.
-
-    Returns:
-        `float`: The share.
+            Rows with the string `answer`.
 
     Raises:
-        InputError: If an answer is no number.
+        `InputError`: If an answer is not a number.
     """
     return _share_right(generations, dataset, extract_last_number)
 
@@ -84,28 +79,27 @@ def tagged_scores(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> dict[str, float]:
     """
-    Scores generated texts as tagged responses.
+    Score generated texts as tagged responses, accuracy and format independently.
 
-    Accuracy does not depend on the format: an answer is read from malformed tags, and from texts without tags, too
-    ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]). The format rate says nothing about texts
-    without tags.
+    Answers are also read from malformed tags and from texts without tags
+    ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]).
 
     Args:
         generations (`Sequence[str]`):
-            What a model wrote for each row, as [`generate_answers`] returns it.
+            Generated text of each row, as returned by [`generate_answers`].
         answers (`Sequence[str]`):
-            The expected answers, compared by [`~hf_sft_variants.evaluation.matching.same_answer`].
+            Expected answers, compared with [`~hf_sft_variants.evaluation.matching.same_answer`].
         thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
             Opening and closing tag of the reasoning.
         answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
             Opening and closing tag of the answer.
 
     Returns:
-        `dict[str, float]`: `accuracy` and `format_rate`, both shares of the rows, and `score`, which is
-        0.7 · accuracy + 0.3 · format rate as in the paper of SFTKey.
+        `dict[str, float]`: `accuracy` and `format_rate`, both shares of the rows, and `score`, the SFTKey paper's
+        0.7 · accuracy + 0.3 · format rate.
 
     Raises:
-        InputError: If there are no rows, not as many answers as generations, an answer is `None`, or the tags are no
+        `InputError`: If there are no rows, a different number of answers, an answer is `None`, or the tags are not
             pairs of strings.
     """
     if not generations or len(generations) != len(answers):
@@ -128,10 +122,10 @@ def tagged_scores(
 
 def numeric_answers(dataset: Dataset) -> list[str]:
     """
-    The column `answer`, every number written the same way.
+    The column `answer` with every number in its shortest form.
 
     Raises:
-        InputError: If an answer is no number.
+        `InputError`: If an answer is not a number.
     """
     answers = []
     for i, answer in enumerate(dataset["answer"]):

@@ -1,4 +1,4 @@
-"""Responses that are tagged `<Thinking>reasoning</Thinking>`, `<Answer>answer</Answer>`, and reading their answers."""
+"""Writing and reading tagged responses: `<Thinking>reasoning</Thinking>`, then `<Answer>answer</Answer>`."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from .answers import ANSWER_MARK, NUMBER, extract_answer, extract_boxed
-from .matching import PART_OF_FORMULA_BEHIND
+from .matching import PART_OF_FORMULA_AFTER
 
 
 THINKING_TAGS = ("<Thinking>", "</Thinking>")
 ANSWER_TAGS = ("<Answer>", "</Answer>")
 
-# A tag that is none of the four, e.g. misspelt: the text behind a malformed answer ends at the first that closes
+# A tag other than the four, e.g. misspelt: the text of a malformed answer ends at the first one that closes
 FOREIGN_CLOSING = re.compile(r"<\s*(?:/|\Z)")
 FOREIGN_OPENING = re.compile(r"<\s*[A-Za-z]\w*\s*>")
-# Markdown's bold is left out; the sentence ends at a full stop with white space behind it, so "$3.50" goes on
+# Without Markdown's bold; the sentence ends at a full stop followed by white space, so "$3.50" does not end it
 SENTENCE = re.compile(r"\banswer\s*(?:is\b\s*:?|:|=)[\s*]*(\S.*?)\**(?:\.?\s*$|\.\s)", re.IGNORECASE | re.MULTILINE)
 
 
@@ -34,23 +34,11 @@ def tagged_response(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> str:
     """
-    Writes a reasoning and an answer as one tagged response: one newline between the blocks, no other white space.
-
-    Args:
-        reasoning (`str`):
-            The reasoning, taken as it is.
-        answer (`str`):
-            The answer, taken as it is.
-        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning.
-        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer.
-
-    Returns:
-        `str`: The response, e.g. `"<Thinking>1 + 1 = 2</Thinking>\\n<Answer>2</Answer>"`.
+    Write a tagged response, e.g. `"<Thinking>1 + 1 = 2</Thinking>\\n<Answer>2</Answer>"`: one newline between the
+    blocks, no other white space.
 
     Raises:
-        InputError: If `thinking_tags` or `answer_tags` is no pair of strings, or a tag is in another.
+        `InputError`: If `thinking_tags` or `answer_tags` is not a pair of strings, or a tag contains another.
     """
     check_tags(thinking_tags, answer_tags)
     return f"{thinking_tags[0]}{reasoning}{thinking_tags[1]}\n{answer_tags[0]}{answer}{answer_tags[1]}"
@@ -60,22 +48,8 @@ def follows_format(
     text: str, thinking_tags: Sequence[str] = THINKING_TAGS, answer_tags: Sequence[str] = ANSWER_TAGS
 ) -> bool:
     """
-    Whether a text is a tagged response and nothing else: reasoning block, answer block, neither empty, white space
-    around them at most, and each of the four tags exactly once, in the case it was asked for.
-
-    Args:
-        text (`str`):
-            A generated text.
-        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning.
-        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer.
-
-    Returns:
-        `bool`: Whether the text has the format.
-
-    Raises:
-        InputError: If `thinking_tags` or `answer_tags` is no pair of strings, or a tag is in another.
+    Whether a text is a tagged response and nothing else: a non-empty reasoning block, a non-empty answer block, only
+    white space around them, and each of the four tags exactly once with its exact case.
     """
     check_tags(thinking_tags, answer_tags)
     tags = (*thinking_tags, *answer_tags)
@@ -90,41 +64,30 @@ def extract_tagged_answer(
     text: str, thinking_tags: Sequence[str] = THINKING_TAGS, answer_tags: Sequence[str] = ANSWER_TAGS
 ) -> str | None:
     """
-    Finds the answer of a response whose tags may be malformed or missing.
+    Find the answer of a response whose tags may be malformed or missing.
 
-    A model can answer right and format wrong, and the two are measured apart. Tags count in any case and with white
-    space in them (`< answer >`). The first of these that is not blank is the answer:
+    A model can give the right answer in the wrong format, so the two are measured independently. Tags match in any
+    case and with white space inside (`< answer >`). The first of these that is not blank is the answer:
 
-    1. The last complete answer block. Of several the last counts, because it is what the model settled on; a block
-       that is complete goes before one that is not, because a generation may be cut anywhere.
-    2. What follows the last opening answer tag, up to the next tag or closing tag of any name: the closing tag is
+    1. The last complete answer block. The last counts, because a model may correct itself; complete blocks come
+       before incomplete ones, because a generation may be cut off anywhere.
+    2. The text after the last opening answer tag, up to the next tag or closing tag of any name: the closing tag is
        missing, misspelt or another opening one.
-    3. What follows the last closing thinking tag, up to the same: the answer stands there without its tags.
+    3. The text after the last closing thinking tag, up to the same: the answer has no tags.
     4. The last line before a closing answer tag: the opening one is missing.
-    5. Without any of these, what the text marks itself: the number right behind the last `####`, else the last
-       `\\boxed{}`, else what stands behind the last "answer is" (or "answer:"), else the line behind the last `####`.
+    5. Without any of these, an answer that the text itself marks: the number right after the last `####`, else the
+       last `\\boxed{}`, else the text after the last "answer is" (or "answer:"), else the line after the last `####`.
 
-    A line or a remainder that 3. and 4. find is searched for the marks of 5., too. Text in the tags is not: it is the
-    answer as the model wrote it.
-
-    Args:
-        text (`str`):
-            A generated text.
-        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning.
-        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer.
+    The text found by 3. and 4. is also searched for the marks of 5. Text inside answer tags is not: it is the answer
+    as the model wrote it.
 
     Returns:
-        `str` or `None`: The answer without white space around it, `None` where none is to be found.
-
-    Raises:
-        InputError: If `thinking_tags` or `answer_tags` is no pair of strings, or a tag is in another.
+        `str` or `None`: The answer without surrounding white space, `None` if there is none.
     """
     check_tags(thinking_tags, answer_tags)
     pattern = _any_tag(*thinking_tags, *answer_tags)
     tags = [_Tag(match.lastgroup, *match.span()) for match in pattern.finditer(text)]
-    for find in (_complete_blocks, _behind_openings, _behind_thinking, _before_closings):
+    for find in (_complete_blocks, _after_openings, _after_thinking, _before_closings):
         for found in find(text, tags):
             if found.strip():
                 return found.strip()
@@ -132,7 +95,7 @@ def extract_tagged_answer(
 
 
 def _complete_blocks(text: str, tags: list[_Tag]) -> Iterator[str]:
-    """From the last to the first; of a block with other tags in it the parts between them, again the last first."""
+    """Last block first; a block that contains other tags is split into the parts between them, last part first."""
     blocks, start = [], None
     for i, tag in enumerate(tags):
         if tag.kind == "answer":
@@ -144,12 +107,12 @@ def _complete_blocks(text: str, tags: list[_Tag]) -> Iterator[str]:
         yield from reversed([text[before.end : after.start] for before, after in pairwise(block)])
 
 
-def _behind_openings(text: str, tags: list[_Tag]) -> Iterator[str]:
-    return (_without_foreign_tags(part) for part in _parts_behind(text, tags, "answer"))
+def _after_openings(text: str, tags: list[_Tag]) -> Iterator[str]:
+    return (_without_foreign_tags(part) for part in _parts_after(text, tags, "answer"))
 
 
-def _behind_thinking(text: str, tags: list[_Tag]) -> Iterator[str]:
-    for part in _parts_behind(text, tags, "end_thinking"):
+def _after_thinking(text: str, tags: list[_Tag]) -> Iterator[str]:
+    for part in _parts_after(text, tags, "end_thinking"):
         yield _marked_answer(part) or _without_foreign_tags(part)
 
 
@@ -161,8 +124,8 @@ def _before_closings(text: str, tags: list[_Tag]) -> Iterator[str]:
             yield _marked_answer(line) or FOREIGN_OPENING.split(line)[-1]
 
 
-def _parts_behind(text: str, tags: list[_Tag], kind: str) -> Iterator[str]:
-    """What follows each tag of a kind, up to the next tag; from the last to the first."""
+def _parts_after(text: str, tags: list[_Tag], kind: str) -> Iterator[str]:
+    """The text between each tag of a kind and the next tag, last first."""
     ends = [*(tag.start for tag in tags[1:]), len(text)]
     return (text[tag.end : end] for tag, end in reversed(list(zip(tags, ends, strict=False))) if tag.kind == kind)
 
@@ -176,10 +139,10 @@ def _without_foreign_tags(part: str) -> str:
 def _marked_answer(text: str) -> str | None:
     _, mark, tail = text.rpartition(ANSWER_MARK)
     line = _without_foreign_tags(tail.split("\n", 1)[0]) if mark else ""
-    # Models that write Markdown have headings such as "#### Step 2": a number must come at once to go first
+    # Markdown has headings such as "#### Step 2": only a number right after the mark takes precedence
     number = NUMBER.match(line)
-    behind = line[number.end() :].lstrip() if number else ""
-    if number and not behind.startswith("/") and not PART_OF_FORMULA_BEHIND.match(line, number.end()):
+    after = line[number.end() :].lstrip() if number else ""
+    if number and not after.startswith("/") and not PART_OF_FORMULA_AFTER.match(line, number.end()):
         return extract_answer(mark + line)
     sentences = SENTENCE.findall(text)
     sentence = _without_foreign_tags(sentences[-1]) if sentences else ""
@@ -203,5 +166,5 @@ def check_tags(thinking_tags: Sequence[str], answer_tags: Sequence[str]) -> None
         if tag in other:
             raise InputError(
                 f"`thinking_tags` is {thinking_tags!r} and `answer_tags` {answer_tags!r}, where {tag!r} is in "
-                f"{other!r}: pass four tags of which none holds another."
+                f"{other!r}: pass four tags of which none contains another."
             )

@@ -65,7 +65,7 @@ def render_page(view: View, recipe: Recipe, settings: dict[str, object]) -> str:
 def page_settings(recipe: Recipe) -> dict[str, object]:
     """The recipe's own values of the method's settings and of those that choose the tokens in the loss."""
     common = {field.name for field in fields(SFTConfig)}
-    names = [field.name for field in fields(recipe.config_class) if field.init and field.name not in common]
+    names = [field.name for field in fields(recipe.training_args) if field.init and field.name not in common]
     return {name: getattr(recipe.training_args, name) for name in [*names, *_DATA_SETTINGS]}
 
 

@@ -1,4 +1,4 @@
-"""Loading what is to be evaluated, with an error that says the fix where that is not possible."""
+"""Loading models and data sets for evaluation, with errors that name the fix."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def load_model_and_tokenizer(
     options: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """
-    Loads a causal language model, with a PEFT adapter if there is one.
+    Load a causal language model, with a PEFT adapter if there is one, and its tokenizer.
 
     Args:
         model (`str`):
@@ -27,17 +27,13 @@ def load_model_and_tokenizer(
         adapter (`str`, *optional*):
             Folder or Hub id of a PEFT adapter to load on `model`.
         device (`str`, *optional*):
-            Where to put the model, e.g. `"cpu"` or `"cuda:1"`. By default the accelerator if there is one, else
-            the CPU.
+            Device of the model, e.g. `"cpu"` or `"cuda:1"`. By default the accelerator if there is one, else the CPU.
         options (`dict[str, Any]`, *optional*):
             Keyword arguments of `from_pretrained`, such as `dtype` or `quantization_config`. `revision` is that of
-            `model`; of a folder with an adapter, its base model's, by default the one the adapter was saved with.
-
-    Returns:
-        `tuple`: The model in evaluation mode, and its tokenizer.
+            `model`; for a folder with an adapter, its base model's, by default the one the adapter was saved with.
 
     Raises:
-        InputError: If the model or the adapter can't be loaded or lacks weights, the tokenizer has no chat template
+        `InputError`: If the model or the adapter can't be loaded or lacks weights, the tokenizer has no chat template
             or the device can't be used.
     """
     target = _usable_device(device)
@@ -49,21 +45,10 @@ def load_model_and_tokenizer(
 
 def load_split(dataset: str, split: str = "test", config: str | None = None) -> Dataset:
     """
-    Loads one split of a data set.
-
-    Args:
-        dataset (`str`):
-            Folder with data files, or Hub id.
-        split (`str`, *optional*, defaults to `"test"`):
-            Name of the split.
-        config (`str`, *optional*):
-            Name of the configuration, for data sets that have several.
-
-    Returns:
-        `Dataset`: The rows.
+    Load one split of a data set, which is a folder with data files or an id on the Hub.
 
     Raises:
-        InputError: If there is no such data set or split, or it is empty.
+        `InputError`: If there is no such data set or split, or it is empty.
     """
     try:
         rows = load_dataset(dataset, config, split=split)

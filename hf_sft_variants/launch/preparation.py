@@ -1,4 +1,4 @@
-"""A recipe's training data as its trainer prepares it, without the model's weights."""
+"""Preparing a recipe's training data as its trainer does, without the model's weights."""
 
 import tempfile
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, S
 
 from ..base.prepared_sets import is_prepared_and_packed
 from ..errors import InputError, first_line
-from .recipe import load_splits, parse, pick_split, trainer_and_parser
+from .recipe import load_data, parse, trainer_and_parser
 from .recipe_checks import read_mapping
 
 
-# What a recipe trains with on a GPU and a machine without one refuses; nothing of it changes the data
+# For machines without a GPU, which refuse a GPU recipe's settings; none of them changes the data
 _WITHOUT_ACCELERATOR = ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"]
 
 # Nothing is trained, reported or uploaded
@@ -39,18 +39,15 @@ class Recipe:
 
     Attributes:
         path (`str`):
-            Where it was read from.
+            The file.
         trainer_class (`type[SFTTrainer]`):
-            The trainer of the package that the recipe's `module` names, or [`~trl.SFTTrainer`].
-        config_class (`type[SFTConfig]`):
-            The trainer's configuration class.
+            Trainer of the package named by `module`, or [`~trl.SFTTrainer`].
         script_args ([`~trl.ScriptArguments`]), training_args ([`~trl.SFTConfig`]), model_args ([`~trl.ModelConfig`]),
-            dataset_args ([`~trl.DatasetMixtureConfig`]): What the recipe and the flags say.
+            dataset_args ([`~trl.DatasetMixtureConfig`]): Values of the recipe and the flags.
     """
 
     path: str
     trainer_class: type[SFTTrainer]
-    config_class: type[SFTConfig]
     script_args: ScriptArguments
     training_args: SFTConfig
     model_args: ModelConfig
@@ -59,7 +56,7 @@ class Recipe:
 
 def load_recipe(path: str, flags: list[str]) -> Recipe:
     """
-    Read a recipe strictly, as training does.
+    Read a recipe as strictly as training does.
 
     Args:
         path (`str`):
@@ -73,19 +70,16 @@ def load_recipe(path: str, flags: list[str]) -> Recipe:
     trainer_class, parser = trainer_and_parser(read_mapping(path).get("module"))
     on_this_machine = [] if torch.accelerator.is_available() else _WITHOUT_ACCELERATOR
     parsed = parse(parser, ["--config", path, *flags, *on_this_machine])
-    return Recipe(path, trainer_class, getattr(trainer_class, "config_class", SFTConfig), *parsed)
+    return Recipe(path, trainer_class, *parsed)
 
 
 def prepare_view(recipe: Recipe) -> SFTTrainer:
     """
-    As [`prepare`], for the `train_dataset` alone, whose examples stay in the data set's order, and whole unless they
-    come packed.
+    Like [`prepare`], but for showing `train_dataset`: examples stay in order, and whole unless they come packed.
     """
     args = recipe.training_args
     _set(args, _VIEW)
-    train_dataset = pick_split(
-        load_splits(recipe.script_args, recipe.dataset_args), "dataset_train_split", recipe.script_args
-    )
+    train_dataset, _ = load_data(recipe.script_args, recipe.dataset_args)
     if is_prepared_and_packed(train_dataset):
         return prepare(recipe)
     if args.packing and args.packing_strategy == "bfd":
@@ -98,23 +92,22 @@ def prepare_view(recipe: Recipe) -> SFTTrainer:
 
 def prepare(recipe: Recipe) -> SFTTrainer:
     """
-    Build the recipe's trainer with its data sets prepared as they are for training.
-
-    Nothing is trained, and of the model only the configuration and the tokenizer are loaded.
+    Build the recipe's trainer with its data sets prepared for training. Of the model, only the configuration and the
+    tokenizer are loaded.
 
     Raises:
         `InputError`: If the model or the data can't be loaded, or the trainer refuses them.
     """
     script_args, args = recipe.script_args, recipe.training_args
-    splits, evaluates = load_splits(script_args, recipe.dataset_args), args.eval_strategy != "no"
-    with tempfile.TemporaryDirectory() as output_dir:  # the trainer makes the folder that it would save to
+    train_dataset, eval_dataset = load_data(script_args, recipe.dataset_args, evaluates=args.eval_strategy != "no")
+    with tempfile.TemporaryDirectory() as output_dir:  # the trainer creates the folder that it would save to
         model, processing_class = load_without_weights(recipe)
         _set(args, {**_UNTRAINED, "output_dir": output_dir})
         return recipe.trainer_class(
             model=model,
             args=args,
-            train_dataset=pick_split(splits, "dataset_train_split", script_args),
-            eval_dataset=pick_split(splits, "dataset_test_split", script_args) if evaluates else None,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
 
@@ -128,8 +121,7 @@ def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:
     """
     The recipe's model on the `meta` device, and its tokenizer or processor.
 
-    Preparing data asks a model for its configuration, its name and the size of its embeddings, which a model without
-    weights has, too: no download, no memory, and the real architecture rather than a stand-in of another one.
+    Preparing data only needs the model's configuration, name and embedding size, which a model without weights has.
 
     Raises:
         `InputError`: If there is no such model.
@@ -150,7 +142,7 @@ def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
         else:
             model = architecture(config)
-    model.hf_device_map = {"": "meta"}  # says that the model has its place, so that `Trainer` does not move it
-    # `chat_template_path` may add tokens, and their mean embedding can't be computed without values
+    model.hf_device_map = {"": "meta"}  # so that `Trainer` does not move the model
+    # `chat_template_path` may add tokens, whose mean embedding can't be computed without weights
     model.resize_token_embeddings = partial(model.resize_token_embeddings, mean_resizing=False)
     return model, processing_class

@@ -1,23 +1,21 @@
-"""Strict reading of a recipe: each key is known, stands where it has an effect, and has a value of the right type."""
+"""Strict reading of a recipe: every key is known, in a place where it has an effect, and has a value of its type."""
 
 import difflib
-import inspect
 import sys
 from argparse import Action, ArgumentTypeError
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from inspect import formatannotation
+from typing import Any, TypedDict, get_type_hints
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from trl import TrlParser
 
-from ..base.field_checks import has_type
 from ..errors import InputError
-
-
-# `trl sft` takes `resume_from_checkpoint: true` and `dataset_config: 2024`
-_TEXT_TYPES = (str, bool, int, float)
 
 
 def read_mapping(path: str) -> dict:
@@ -34,7 +32,7 @@ def read_mapping(path: str) -> dict:
 
 
 def check_keys(parser: TrlParser, recipe: dict) -> None:
-    """Options of `accelerate launch` stand above `module`: below it, `trl sft` does not hand them to accelerate."""
+    """Options of `accelerate launch` must be above `module`: below it, `trl sft` does not pass them to accelerate."""
     known, options = key_types(parser), launch_options()
     below_module = False
     for key in recipe:
@@ -47,7 +45,7 @@ def check_keys(parser: TrlParser, recipe: dict) -> None:
 
 
 def check_module(recipe: dict, package: str) -> None:
-    """`package` is the trainer's; a program of one's own may run the same trainer under another name."""
+    """`module` must be the trainer's package, or the program that was started, which may train that trainer too."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     started = {package, spec.name.removesuffix(".__main__") if spec else package}
     if recipe.get("module", package) not in started:
@@ -59,8 +57,8 @@ def check_flags(parser: TrlParser, flags: list[str]) -> None:
     names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     if names and names[0] in launch_options():
         raise InputError(
-            f"command line: `{names[0]}` is an option of `accelerate launch`. Give it in front of `-m`, or in the "
-            "recipe above `module`."
+            f"command line: `{names[0]}` is an option of `accelerate launch`. Give it before `-m`, or in the recipe "
+            "above `module`."
         )
     if names:
         raise InputError(f"command line: unknown flag `{names[0]}`" + nearest(names[0], parser._option_string_actions))
@@ -73,7 +71,7 @@ def launch_options() -> set[str]:
     return {"--accelerate_config", *launch_command_parser()._option_string_actions}
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str = "`--help` lists what is known") -> str:
+def nearest(name: str, known: Iterable[str], otherwise: str = "`--help` lists the known ones") -> str:
     matches = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean `{matches[0]}`?" if matches else f"; {otherwise}."
 
@@ -87,7 +85,7 @@ def key_types(parser: TrlParser) -> dict[str, Any]:
 
 
 def typed_values(parser: TrlParser, recipe: dict) -> dict:
-    """The recipe's values as the command line would give them: `1e-3`, which is text in YAML, becomes a number."""
+    """The recipe's values as the command line would give them: `1e-3`, a string in YAML, becomes a number."""
     types = key_types(parser)
     return {
         key: typed_value(key, value, types[key], parser._option_string_actions[f"--{key}"])
@@ -97,26 +95,37 @@ def typed_values(parser: TrlParser, recipe: dict) -> dict:
 
 
 def typed_value(key: str, value: Any, wanted: Any, flag: Action) -> Any:
-    choices = list(flag.choices or [])
-    try:
+    choices, typed = list(flag.choices or []), value
+    with suppress(ValueError, ArgumentTypeError):
         typed = converted(value, flag)
-        fits = typed in choices if choices and typed is not None else has_type(typed, wanted, _TEXT_TYPES)
-    except (ValueError, ArgumentTypeError):
-        fits = False
-    if not fits:
-        wanted = f"one of {', '.join(map(str, choices))}" if choices else inspect.formatannotation(wanted)
-        hint = ' (YAML reads an unquoted no as false: write "no")' if value is False and "no" in choices else ""
-        raise InputError(f"`{key}` must be {wanted}, got {value!r}{hint}.")
     if is_dataclass(flag.type):
         check_entries(key, typed, flag.type)
+    elif choices and typed not in choices and typed is not None:
+        hint = ' (YAML reads an unquoted no as false: write "no")' if value is False and "no" in choices else ""
+        raise InputError(f"`{key}` must be one of {', '.join(map(str, choices))}, got {value!r}{hint}.")
+    # `trl sft` takes `resume_from_checkpoint: true` and `dataset_config: 2024`
+    elif flag.type is not str or not isinstance(typed, bool | int | float):
+        check_type(f"`{key}`", typed, wanted)
     return typed
 
 
 def converted(value: Any, flag: Action) -> Any:
     if flag.nargs == "+" and value is not None:  # a list; a single value is a list of one, as on the command line
-        items = value if isinstance(value, list) else [value]
-        return [flag.type(item) if isinstance(item, str) else item for item in items]
-    return flag.type(value) if isinstance(value, str) else value
+        return [_converted(item, flag.type) for item in (value if isinstance(value, list) else [value])]
+    return _converted(value, flag.type)
+
+
+def _converted(value: Any, flag_type: Any) -> Any:
+    is_whole_number = flag_type is float and type(value) is int
+    return flag_type(value) if isinstance(value, str) or is_whole_number else value
+
+
+def check_type(name: str, value: Any, wanted: Any) -> None:
+    """Check a value against an annotation."""
+    try:
+        validate_typed_dict(TypedDict("Value", {"value": wanted}), {"value": value})
+    except StrictDataclassFieldValidationError as error:
+        raise InputError(f"{name} must be {formatannotation(wanted)}, got {value!r}.") from error
 
 
 def check_entries(key: str, entries: list, entry_type: type) -> None:

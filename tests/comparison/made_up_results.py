@@ -4,12 +4,11 @@ import random
 
 from hf_sft_variants.comparison.evaluations import metric
 from hf_sft_variants.comparison.results import differences, summaries
-from hf_sft_variants.comparison.study import study_of
+from hf_sft_variants.comparison.study import parse_study
 
 
 ARMS = ("sft", "sft_go", "sft_go_random", "poft", "sft_longer", "sftmix", "sftkey")
 CONTROLS = {"sft_go": ["sft_go_random", "sft"], "sftmix": ["sft"]}
-EXTRA = {"poft": "2 models read the data once", "sftmix": "a reference is trained as long"}
 
 
 def make_results(arms=ARMS, seeds=(0, 1, 2), data=("clean", "corrupted"), rows=40, without=()):
@@ -26,7 +25,7 @@ def make_results(arms=ARMS, seeds=(0, 1, 2), data=("clean", "corrupted"), rows=4
     for arm, controls in CONTROLS.items():
         if arm in arms:
             content["arms"][arm]["controls"] = controls
-    study = study_of(content, "recipes/studies/small.yaml")
+    study = parse_study(content, "recipes/studies/small.yaml")
     names = [(arm, name, seed) for name in data for arm in arms for seed in seeds]
     runs = [
         make_run(arms.index(arm), arm, name, seed, rows)
@@ -58,12 +57,10 @@ def make_run(number, arm, data, seed, rows):
         "seed": seed,
         "steps": 75,
         "seconds": 100.0 + 20 * number,
-        "seconds_preparing": 2.0 * number,
         "seconds_before_training": 3.0 * number,
         "tokens": 61234.0,
         "peak_memory_bytes": 2**31,
         "memory_kind": "resident on the CPU",
-        "extra_passes": EXTRA.get(arm, "none"),
         "machine": {"cpu": "Some CPU", "cores": 8, "memory_bytes": 2**35, "gpus": [], "os": "Linux"},
         "versions": {"hf_sft_variants": "0.1.0", "torch": "2.13.0"},
         "log_history": [*curve, {"train_loss": 0.5, "step": 75}],

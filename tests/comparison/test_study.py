@@ -25,10 +25,10 @@ def arms(**more):
 
 
 def test_values_and_defaults(write_study):
-    longer = {**SFT, "budget": {"seconds_of": "sft_go"}}
+    longer = {**SFT, "budget": {"tokens_of": "sft_go"}}
     study = read_study(write_study(**arms(sft_go=SFT_GO, longer=longer), evaluations=None))
     assert (study.seeds, study.baseline, study.output_dir) == ([0, 1], "sft", Path("study"))
-    assert study.arms["sft"].budget == {"steps": 2} and study.arms["longer"].budget == {"seconds_of": "sft_go"}
+    assert study.arms["sft"].budget == {"steps": 2} and study.arms["longer"].budget == {"tokens_of": "sft_go"}
     assert study.arms["longer"].others() == {"sft_go"} and study.arms["sft"].others() == set()
     assert study.evaluations["dataset_split"] == "test" and study.evaluations["batch_size"] == 25
     assert study.overrides == {}
@@ -40,13 +40,14 @@ def test_values_and_defaults(write_study):
         ({"seed": [1]}, "unknown key `seed`; did you mean `seeds`?"),
         ({"zzz": 1}, "unknown key `zzz`; known are `output_dir`, `seeds`"),
         ({"baseline": None}, "`baseline` is missing"),
-        ({"baseline": "sft_og"}, "`baseline` is 'sft_og', which is no arm; did you mean `sft_go`?"),
-        ({"baseline": ["sft"]}, "`baseline` must be the name of an arm, got ['sft']"),
-        ({"output_dir": 3}, "`output_dir` must be a folder, got 3"),
-        ({"seeds": [0, 0]}, "`seeds` is [0, 0]: give a list of one or more different integers"),
-        ({"seeds": 3}, "`seeds` is 3"),
-        ({"seeds": []}, "`seeds` is []"),
-        ({"seeds": [True]}, "`seeds` is [True]"),
+        ({"baseline": "sft_og"}, "`baseline` is 'sft_og', which is not an arm; did you mean `sft_go`?"),
+        ({"baseline": ["sft"]}, "`baseline` must be str, got ['sft']"),
+        ({"output_dir": 3}, "`output_dir` must be str, got 3"),
+        ({"seeds": [0, 0]}, "`seeds` must be one or more different integers from 0, such as [0, 1], got [0, 0]"),
+        ({"seeds": 3}, "`seeds` must be list[int], got 3"),
+        ({"seeds": []}, "`seeds` must be one or more"),
+        ({"seeds": [-1]}, "integers from 0, such as [0, 1], got [-1]"),
+        ({"seeds": [True]}, "`seeds` must be list[int], got [True]"),
         ({"data": {}}, "`data` is empty"),
         ({"data": {"sums": {"max_length": 3}}}, "data set `sums` needs `dataset_name`"),
         ({"data": {"a/b": {"dataset_name": "data"}}}, "`data` has the name 'a/b', which can't be a folder's"),
@@ -55,18 +56,24 @@ def test_values_and_defaults(write_study):
         ({"arms": {"sft": "sft.yaml"}}, "must be lines of `key: value`, got 'sft.yaml'"),
         (arms(x={"overrides": {}}), "arm `x` needs `recipe`"),
         (arms(x={**SFT, "override": {}}), "arm `x`: unknown key `override`; did you mean `overrides`?"),
-        ({"budget": {"epochs": 1}}, "`budget`: unknown key `epochs`; known are `steps`, `tokens`, `seconds`"),
-        ({"budget": {"steps": 1, "tokens": 2}}, "`budget` is {'steps': 1, 'tokens': 2}: give one of"),
-        ({"budget": {"steps": 0}}, "`steps` is 0, but must be a positive number"),
-        ({"budget": {"steps": 1.5}}, "`steps` is 1.5"),
-        ({"budget": {"seconds": float("nan")}}, "`seconds` is nan, but must be a positive number"),
+        ({"budget": {"epochs": 1}}, "`budget`: unknown key `epochs`; known are `steps`, `tokens`."),
+        (
+            {"budget": {"steps": 1, "tokens": 2}},
+            "`budget` must be one of steps, tokens, such as `{steps: 100}`, got {'steps': 1, 'tokens': 2}",
+        ),
+        ({"budget": {"steps": 0}}, "`steps` must be a positive number, got 0"),
+        ({"budget": {"steps": 1.5}}, "`steps` must be int, got 1.5"),
+        ({"budget": {"tokens": float("nan")}}, "`tokens` must be a positive number, got nan"),
         (
             arms(x={**SFT, "budget": {"steps_of": 3}}),
-            "`steps_of` of `budget` of arm `x` must be the name of another arm",
+            "`budget` of arm `x`: `steps_of` must be str, got 3",
         ),
         ({"budget": {"steps_of": "sft"}}, "`budget`: unknown key `steps_of`; did you mean `steps`?"),
-        (arms(x={**SFT, "budget": {"tokens": True}}), "`budget` of arm `x`: `tokens` is True"),
-        (arms(x={**SFT, "budget": {"steps_of": "stf"}}), "arm `x` needs `stf`, which is no arm; did you mean `sft`?"),
+        (arms(x={**SFT, "budget": {"tokens": True}}), "`budget` of arm `x`: `tokens` must be int | float, got True"),
+        (
+            arms(x={**SFT, "budget": {"steps_of": "stf"}}),
+            "arm `x` needs `stf`, which is not an arm; did you mean `sft`?",
+        ),
         (arms(x={**SFT, "budget": {"steps_of": "x"}}), "the arms `x` wait for each other"),
         (
             arms(x={**SFT, "budget": {"steps_of": "y"}}, y={**SFT, "overrides": {"run_name": "{runs}/x/seed_{seed}"}}),
@@ -74,19 +81,28 @@ def test_values_and_defaults(write_study):
         ),
         (
             arms(x={**SFT, "controls": ["sft", "stf"]}),
-            "`controls` of arm `x` has 'stf', which is no other arm; did you",
+            "`controls` of arm `x` has 'stf', which is not another arm; did you",
         ),
-        (arms(x={**SFT, "controls": ["x"]}), "`controls` of arm `x` has 'x', which is no other arm"),
-        (arms(x={**SFT, "controls": "sft"}), "`controls` of arm `x` must be a list of other arms, got 'sft'"),
-        (arms(x=poft(reference_models=["{runs}/z/seed_{seed}"])), "arm `x` needs `z`, which is no arm"),
+        (arms(x={**SFT, "controls": ["x"]}), "`controls` of arm `x` has 'x', which is not another arm"),
+        (arms(x={**SFT, "controls": "sft"}), "arm `x`: `controls` must be list[str], got 'sft'"),
+        (arms(x=poft(reference_models=["{runs}/z/seed_{seed}"])), "arm `x` needs `z`, which is not an arm"),
         ({"evaluations": {"batch": 1}}, "`evaluations`: unknown key `batch`; did you mean `batch_size`?"),
-        ({"evaluations": {"batch_size": 0}}, "`batch_size` is 0, but must be a positive integer"),
-        ({"evaluations": {"max_new_tokens": "many"}}, "`max_new_tokens` is 'many'"),
-        ({"evaluations": {"tagged": "yes"}}, "`tagged` must be true or false, got 'yes'"),
-        ({"evaluations": {"lm_eval": {"limit": 3}}}, "`tasks` is None: give a list of names"),
-        ({"evaluations": {"lm_eval": {"tasks": ["a"], "limit": "ten"}}}, "`lm_eval`: `limit` is 'ten'"),
-        ({"evaluations": {"lm_eval": {"tasks": ["a"], "num_fewshot": 1.5}}}, "`lm_eval`: `num_fewshot` is 1.5"),
-        ({"evaluations": {"lm_eval": {"tasks": ["a"], "include_path": "x"}}}, "`include_path` is 'x', which is no"),
+        ({"evaluations": {"batch_size": 0}}, "`batch_size` must be a positive integer, got 0"),
+        ({"evaluations": {"max_new_tokens": "many"}}, "`max_new_tokens` must be int | None, got 'many'"),
+        ({"evaluations": {"tagged": "yes"}}, "`tagged` must be bool, got 'yes'"),
+        ({"evaluations": {"lm_eval": {"limit": 3}}}, "`tasks` must be a list of names, such as [arc_easy], got None"),
+        (
+            {"evaluations": {"lm_eval": {"tasks": ["a"], "limit": "ten"}}},
+            "`lm_eval`: `limit` must be int | float | None, got 'ten'",
+        ),
+        (
+            {"evaluations": {"lm_eval": {"tasks": ["a"], "num_fewshot": 1.5}}},
+            "`lm_eval`: `num_fewshot` must be int | None, got 1.5",
+        ),
+        (
+            {"evaluations": {"lm_eval": {"tasks": ["a"], "include_path": "x"}}},
+            "`include_path` must be a folder, got 'x'",
+        ),
         ({"evaluations": {"lm_eval": {"task": ["a"]}}}, "`lm_eval`: unknown key `task`; did you mean `tasks`?"),
     ],
 )
@@ -111,9 +127,9 @@ def test_what_is_wrong_with_the_study(write_study, changes, message):
             arms(x={**SFT_GO, "overrides": {"important_fraction": 2.0}}),
             "`important_fraction` must be a number between",
         ),
-        (arms(x={**SFT, "overrides": {"seed": 3}}), "`seed` is the study's own to set"),
-        (arms(x={**SFT, "overrides": {"module": "hf_sft_variants.poft"}}), "`module` is the study's own"),
-        ({"overrides": {"output_dir": "x"}}, "`output_dir` is the study's own"),
+        (arms(x={**SFT, "overrides": {"seed": 3}}), "`seed` is set by the study itself"),
+        (arms(x={**SFT, "overrides": {"module": "hf_sft_variants.poft"}}), "`module` is set by the study itself"),
+        ({"overrides": {"output_dir": "x"}}, "`output_dir` is set by the study itself"),
         (
             arms(x=poft(reference_models=["{runs}/sft/seed_0"])),
             "must name another arm's run as `{runs}/ARM/seed_{seed}`",
@@ -236,7 +252,7 @@ def test_a_study_that_is_not_there():
 
 @pytest.mark.parametrize(
     "devices, message",
-    [(["0"], "0 visible GPUs: there is none"), (["0", "0"], "different ones"), (["0,1"], "--devices is 0,1")],
+    [(["0"], r"out of the 0 visible ones \(none\), got 0"), (["0", "0"], "different GPUs"), (["0,1"], "got 0,1")],
 )
 def test_devices_that_are_not_there(write_study, devices, message):
     with pytest.raises(InputError, match=message):
@@ -258,5 +274,5 @@ def test_a_run_on_the_cpu_takes_no_device(write_study, monkeypatch):
 def test_a_folder_of_another_study(write_study):
     Path("study").mkdir()
     Path("study/results.json").write_text('{"study_file": "studies/other.yaml"}')
-    with pytest.raises(InputError, match="`output_dir` study has the results of studies/other.yaml"):
+    with pytest.raises(InputError, match="`output_dir` study holds the results of studies/other.yaml"):
         compare_study(write_study())

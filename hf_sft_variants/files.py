@@ -1,0 +1,29 @@
+"""Writing files so that a process that is killed leaves the old file or the new one, never a part."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """
+    Yields a temporary path next to `path`, which becomes `path` once the block has succeeded.
+
+    Several processes may write the same file at once: the last one wins.
+
+    Example:
+
+    ```python
+    with atomic_write("results.json") as partial:
+        partial.write_text("{}", encoding="utf-8")
+    ```
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
