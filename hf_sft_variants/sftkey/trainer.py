@@ -10,17 +10,9 @@ from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
 from .answer_accuracy import AnswerAccuracyCallback
 from .config import FULL, KEY, SFTKeyConfig
-from .key_spans import (
-    KEY as ON_KEY,
-)
-from .key_spans import (
-    NO_LABEL,
-    NOT_KEY,
-    KeyFinder,
-    add_key_mask,
-    add_tagged_response,
-    has_whole_key,
-)
+from .key_finder import KeyFinder
+from .key_mask import KEY as ON_KEY
+from .key_mask import NO_LABEL, NOT_KEY, add_key_mask, add_tagged_response, has_whole_key
 from .stages import StageSwitchCallback, stage_at, staged_scheduler
 
 
@@ -114,7 +106,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             dataset,
             steps=args.answer_eval_steps,
             max_new_tokens=args.answer_eval_max_new_tokens,
-            batch_size=args.answer_eval_batch_size,
+            batch_size=args.per_device_eval_batch_size,
             num_samples=args.answer_eval_samples,
             thinking_tags=args.thinking_tags,
             answer_tags=args.answer_tags,
