@@ -47,12 +47,13 @@ class TokenTfidf:
         """
         document_frequency, num_documents = np.zeros(len(tokenizer)), 0
         columns = {"labels", "seq_lengths"} & set(get_dataset_column_names(dataset))
-        for row in dataset.select_columns(sorted(columns)):
-            ends = np.cumsum(row.get("seq_lengths", []), dtype=int)
-            for document in np.split(np.asarray(row["labels"]), ends[:-1]):
-                _, terms, _, _ = _distinct_terms(document, len(tokenizer))
-                document_frequency[terms] += 1
-                num_documents += 1
+        for batch in dataset.select_columns(sorted(columns)).iter(batch_size=1000):
+            lengths = batch.get("seq_lengths", [[]] * len(batch["labels"]))
+            for labels, ends in zip(batch["labels"], map(np.cumsum, lengths), strict=True):
+                for sample in np.split(np.asarray(labels), ends[:-1]):
+                    _, token_ids = _document(sample, len(tokenizer))
+                    document_frequency[np.unique(token_ids)] += 1
+                    num_documents += 1
         return cls(np.log((1 + num_documents) / (1 + document_frequency)) + 1, vocabulary_hash(tokenizer))
 
     @classmethod
@@ -139,21 +140,22 @@ def add_tfidf_scores(examples: dict[str, list], idf: np.ndarray) -> dict[str, li
     """
     rows = []
     for labels in map(np.asarray, examples["labels"]):
-        positions, terms, term_of_position, counts = _distinct_terms(labels, len(idf))
+        positions, token_ids = _document(labels, len(idf))
+        terms, term_of_token, counts = np.unique(token_ids, return_inverse=True, return_counts=True)
         weights = counts * idf[terms]
         scores = np.zeros(len(labels), dtype=np.float32)
-        scores[positions] = (weights / np.linalg.norm(weights))[term_of_position] if len(positions) else 0
+        scores[positions] = (weights / np.linalg.norm(weights))[term_of_token] if len(positions) else 0
         rows.append(scores)
     return {"importance_scores": rows}
 
 
-def _distinct_terms(labels: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Positions of the supervised tokens, their distinct ids, which of these each position has, and their counts."""
+def _document(labels: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and ids of the supervised tokens."""
     positions = supervised_positions(labels)
-    terms, term_of_position, counts = np.unique(labels[positions], return_inverse=True, return_counts=True)
-    if len(terms) and terms[-1] >= vocab_size:
+    token_ids = labels[positions]
+    if len(token_ids) and token_ids.max() >= vocab_size:
         raise InputError(
-            f"The data set has the token id {terms[-1]}, but the tokenizer has {vocab_size} tokens. Pass the "
+            f"The data set has the token id {token_ids.max()}, but the tokenizer has {vocab_size} tokens. Pass the "
             "tokenizer that made `input_ids` as `processing_class`."
         )
-    return positions, terms, term_of_position, counts
+    return positions, token_ids

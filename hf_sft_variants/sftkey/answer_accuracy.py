@@ -1,4 +1,4 @@
-"""Answers that a model in training generates for held-out prompts, scored every few steps."""
+"""Accuracy of the answers that a model generates for held-out prompts during training."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS, check_tags
 
 class AnswerAccuracyCallback(TrainerCallback):
     r"""
-    A [`~transformers.TrainerCallback`] that lets the model answer held-out prompts every few steps and after the last
+    A [`~transformers.TrainerCallback`] that generates answers to held-out prompts every few steps and after the last
     one, and logs `sftkey/accuracy`, `sftkey/format_rate` and `sftkey/score` (0.7 · accuracy + 0.3 · format rate).
 
-    It decodes greedily, on all processes, each its share of the prompts. The run goes on as if it had not been there:
-    no random number is drawn, and weights, modes and other logged metrics are those of a run without it.
+    Decoding is greedy, and the processes share the prompts. The callback does not affect the run: it draws no random
+    numbers, and leaves weights, modes and other logged metrics unchanged.
 
     Usage:
     ```python
@@ -33,26 +33,26 @@ class AnswerAccuracyCallback(TrainerCallback):
         trainer ([`~transformers.Trainer`]):
             Trainer to which the callback will be attached, an [`~trl.SFTTrainer`] or subclass.
         dataset (`Dataset` or `dict[str, Dataset]`):
-            Raw rows with `prompt`, a conversation or a text, and the string `answer`. Of several named sets each is
-            logged under its own name, as `<name>_sftkey/accuracy` and so on.
+            Raw rows with `prompt`, a conversation or a text, and the string `answer`. Several data sets are logged
+            under their names, as `<name>_sftkey/accuracy` and so on.
         steps (`int`):
-            Number of optimizer steps between two measurements.
+            Number of optimizer steps between two reports.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Where a generation is cut. An answer that comes later does not count.
+            Maximum length of a generated answer in tokens.
         batch_size (`int`, *optional*, defaults to `16`):
-            Prompts that a process answers at once.
+            Number of prompts that a process answers at once.
         num_samples (`int`, *optional*):
-            Number of rows to use of each set, from the start. By default all.
+            Number of rows to use of each data set, from the start. By default all.
         thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
             Opening and closing tag of the reasoning.
         answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer. Without tags an answer is found behind `####`, in `\boxed{}` or
-            behind "the answer is" ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]); the format
-            rate, and with it the score, say nothing then.
+            Opening and closing tag of the answer. Without tags an answer is found after `####`, in `\boxed{}` or after
+            "the answer is" ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]), but the format
+            rate and the score are then meaningless.
 
     Raises:
         InputError: If a data set is empty, a stream or lacks a column or an answer, a number is below 1, or the tags
-            are not pairs of strings. When training starts, for tensor parallelism.
+            are not pairs of strings. When training starts, with tensor parallelism.
     """
 
     def __init__(
@@ -66,20 +66,18 @@ class AnswerAccuracyCallback(TrainerCallback):
         thinking_tags: Sequence[str] = THINKING_TAGS,
         answer_tags: Sequence[str] = ANSWER_TAGS,
     ):
-        # By what precedes the metrics' names, as with the trainer's evaluation sets
-        if isinstance(dataset, dict):
-            columns = {
-                f"{name}_": _prompts_and_answers(rows, f"`dataset[{name!r}]`") for name, rows in dataset.items()
-            }
-        else:
-            columns = {"": _prompts_and_answers(dataset, "`dataset`")}
         numbers = {"steps": steps, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         for name, number in {**numbers, "num_samples": num_samples}.items():
             if number is not None and number < 1:
-                raise InputError(f"`{name}` is {number}: pass an integer of at least 1.")
+                raise InputError(f"`{name}` must be an integer of 1 or more, got {number}.")
         check_tags(thinking_tags, answer_tags)
         self.trainer = trainer
-        self.rows = {prefix: [column[:num_samples] for column in pair] for prefix, pair in columns.items()}
+        # By the prefix of the metrics' names, as for the trainer's evaluation sets
+        if isinstance(dataset, dict):
+            sets = {f"{name}_": (rows, f"`dataset[{name!r}]`") for name, rows in dataset.items()}
+        else:
+            sets = {"": (dataset, "`dataset`")}
+        self.rows = {prefix: _prompts_and_answers(*rows, num_samples) for prefix, rows in sets.items()}
         self.steps = steps
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -90,12 +88,12 @@ class AnswerAccuracyCallback(TrainerCallback):
         self._last_step = None
         if (self.trainer.get_tp_size() or 1) > 1:
             raise InputError(
-                "AnswerAccuracyCallback gives each process prompts of its own, which tensor parallelism does not "
-                "allow: leave it out (`answer_eval_steps`), and run `hf-sft-variants evaluate` afterwards."
+                "AnswerAccuracyCallback gives each process other prompts, which tensor parallelism does not allow. "
+                "Leave it out (`answer_eval_steps`), and run `hf-sft-variants evaluate` afterwards."
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        # The last step here and not in `on_train_end`, where TensorBoard and others have closed their logs already
+        # The last step is reported here, because trackers have closed their logs in `on_train_end`
         if state.global_step % self.steps == 0 or control.should_training_stop:
             self._measure(state, control)
 
@@ -111,15 +109,15 @@ class AnswerAccuracyCallback(TrainerCallback):
             scores = tagged_scores(self._generate(prompts), answers, *self.tags)
             logs |= {f"{prefix}sftkey/{name}": value for name, value in scores.items()}
         should_log = control.should_log
-        # In training mode `SFTTrainer.log` would put the training metrics since the last log into this entry
+        # In training mode `SFTTrainer.log` would add the training metrics since the last log to this entry
         with evaluation_mode(self.trainer.model):
             self.trainer.log(logs)
-        control.should_log = should_log  # logging resets it, and the training loss of this step would not be logged
+        control.should_log = should_log  # reset by `log`, which would suppress the training loss of this step
 
     def _generate(self, prompts: list) -> list[str]:
-        """What the model writes for every prompt, on each process the same list."""
+        """Answers to all prompts, the same list on every process."""
         accelerator = self.trainer.accelerator
-        # Padding: where the model is sharded, all processes have to generate as many batches
+        # Padded, because all processes of a sharded model have to generate the same number of batches
         with (
             accelerator.split_between_processes(list(range(len(prompts))), apply_padding=True) as rows,
             self._whole_model() as model,
@@ -139,11 +137,11 @@ class AnswerAccuracyCallback(TrainerCallback):
     @contextmanager
     def _whole_model(self) -> Iterator[torch.nn.Module]:
         """
-        The model without its wrappers, ready to generate, as in `Seq2SeqTrainer`: FSDP's first version leaves the
-        root's weights flat; its second version and ZeRO-3 gather weights layer by layer whoever calls the layer.
+        The unwrapped model, ready to generate, as in `Seq2SeqTrainer`: FSDP1 leaves the root's weights flat, while
+        FSDP2 and ZeRO-3 gather the weights of each layer when it is called.
 
-        Not TRL's `unwrap_model_for_generation`, which turns activation checkpointing off and on again with other
-        settings than the run's; in evaluation mode it is off in any case.
+        TRL's `unwrap_model_for_generation` would turn activation checkpointing off, and on again with other settings
+        than the run's; in evaluation mode it is off anyway.
         """
         wrapped = self.trainer.model_wrapped
         model = self.trainer.accelerator.unwrap_model(wrapped, keep_torch_compile=False)
@@ -154,9 +152,9 @@ class AnswerAccuracyCallback(TrainerCallback):
             yield model
 
 
-def _prompts_and_answers(dataset: Dataset, name: str) -> tuple[list, list]:
+def _prompts_and_answers(dataset: Dataset, name: str, num_samples: int | None) -> tuple[list, list]:
     if not isinstance(dataset, Dataset):
-        raise InputError(f"{name} must be a `datasets.Dataset`, which is not a stream, got {type(dataset).__name__}.")
+        raise InputError(f"{name} must be a `datasets.Dataset` and not a stream, got {type(dataset).__name__}.")
     missing = [column for column in ("prompt", "answer") if column not in dataset.column_names]
     if missing:
         raise InputError(
@@ -165,7 +163,7 @@ def _prompts_and_answers(dataset: Dataset, name: str) -> tuple[list, list]:
         )
     if len(dataset) == 0:
         raise InputError(f"{name} is empty: pass at least one row.")
-    prompts, answers = list(dataset["prompt"]), list(dataset["answer"])
+    prompts, answers = dataset["prompt"][:num_samples], dataset["answer"][:]
     if None in answers:
         raise InputError(f"{name}: `answer` of row {answers.index(None)} is None. Fill it in or drop the row.")
-    return prompts, answers
+    return prompts, answers[:num_samples]

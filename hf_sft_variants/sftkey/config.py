@@ -23,79 +23,73 @@ class SFTKeyConfig(SFTConfig):
 
     Parameters that define the stages:
         stages (`list[str]`, *optional*, defaults to `["full", "key"]`):
-            What is in the loss of each stage: `"full"`, the whole response, or `"key"`, the answer alone. The paper's
-            arms: `["full"]` is SFT-Tag (or plain SFT), `["key"]` Key-Tag, `["full", "key"]` SFTKey-Tag. Controls:
+            Loss of each stage: `"full"`, on the whole response, or `"key"`, on the answer alone. In the paper,
+            `["full"]` is SFT-Tag (or plain SFT), `["key"]` Key-Tag, and `["full", "key"]` SFTKey-Tag. Controls:
             `["full", "full"]` is SFT-Tag with the same compute and schedules, `["key", "full"]` the reversed order.
         stage_fractions (`list[float]`, *optional*, defaults to `[0.5, 0.5]`):
-            Share of the run's optimizer steps that each stage has; they sum to 1. `num_train_epochs` (or `max_steps`)
-            is the total of all stages. A single stage has all steps, whatever stands here by default.
+            Share of the run's optimizer steps in each stage; they sum to 1. `num_train_epochs` (or `max_steps`) is the
+            total of all stages. For a single stage the default is all steps.
         stage_learning_rates (`list[float]`, *optional*):
-            Peak learning rate of each stage. Defaults to `learning_rate` in each. Every stage has its own warm-up
-            (`warmup_steps`) and its own schedule of `lr_scheduler_type`.
+            Peak learning rate of each stage, by default `learning_rate`. Every stage has its own warm-up
+            (`warmup_steps`) and schedule (`lr_scheduler_type`).
         reset_optimizer (`bool`, *optional*, defaults to `True`):
-            Whether a new stage begins with a fresh optimizer state. The paper does not say.
+            Whether a new stage starts with a fresh optimizer state. The paper does not say.
         full_loss_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the full loss that is added to the key loss in a `"key"` stage, against forgetting the format:
-            `key_loss + full_loss_weight * full_loss`, each a mean over its tokens. 0 is the paper's.
+            Weight of the full loss that is added to the key loss in a `"key"` stage, so that the format is not
+            forgotten: `key_loss + full_loss_weight * full_loss`, each a mean over its tokens. The paper uses 0.
         key_loss_weight (`float`, *optional*):
-            Weight of the key tokens in a `"full"` stage, where all other tokens weigh 1; the loss is the weighted
-            mean. With `stages=["full"]` this is the one-stage control. By default all tokens weigh the same.
+            Weight of the key tokens in a `"full"` stage, where other tokens have the weight 1; the loss is the
+            weighted mean. With `stages=["full"]` this is the one-stage control. By default all weights are equal.
 
-    Parameters that say where the key is; without any of them responses are tagged:
+    Parameters that define where the key is; without any of them responses are tagged:
         thinking_tags (`list[str]`, *optional*, defaults to `["<Thinking>", "</Thinking>"]`):
-            Opening and closing tag of the reasoning, which comes first, then white space, then the answer in its tags.
-            Plain text, no new tokens.
+            Opening and closing tag of the reasoning, which is followed by white space and the answer in its tags. The
+            tags are plain text, not new tokens.
         answer_tags (`list[str]`, *optional*, defaults to `["<Answer>", "</Answer>"]`):
             Opening and closing tag of the answer.
         key_delimiter (`str`, *optional*):
-            The key is what follows this text, such as `"####"`, which must stand in a response once.
+            The key is what follows this text, such as `"####"`, which must be in a response once.
         key_pattern (`str`, *optional*):
             Regular expression with a group `key`, which must match a response once, for example
             `r"The answer is (?P<key>.+?)\."`, `r"</think>(?P<key>(?s:.*))"`, or, with nested braces,
-            `r"\\boxed\{(?P<key>(?:[^{}]|(?P<braces>\{(?:[^{}]|(?&braces))*\}))*)\}"`. Syntax of the module `regex`.
+            `r"\\boxed\{(?P<key>(?:[^{}]|(?P<braces>\{(?:[^{}]|(?&braces))*\}))*)\}"`. The syntax is that of `regex`.
         reasoning_column (`str`, *optional*):
-            Column with the reasoning, given together with `answer_column`: the trainer makes the tagged response of
-            the two, behind `prompt` or behind `messages`. A response that is there already is replaced.
+            Column with the reasoning, given together with `answer_column`: the trainer makes a tagged response of
+            the two and adds it to `prompt` or `messages`, where it replaces an existing response.
         answer_column (`str`, *optional*):
             Column with the answer.
         key_turns (`str`, *optional*, defaults to `"last"`):
-            Of several assistant turns, whether the `"last"` one has the key, or `"all"` may have one (at least one
-            must). Among tokens (`input_ids`) a turn is the assistant's if it begins as the chat template has it. Where
-            none does, `"last"` takes the last turn with labels, and `"all"` needs labels that are -100 on the others.
+            Whether the `"last"` assistant turn has the key, or `"all"` can have one (at least one must). In tokenized
+            rows (`input_ids`) the assistant's turns are those that begin with the header of the chat template. If none
+            does, `"last"` takes the last turn with labels, and `"all"` needs labels that are -100 on the other turns.
         key_tags_in_loss (`bool`, *optional*, defaults to `True`):
-            Whether a `"key"` stage learns the text around the answer too: the white space and the answer tags, or the
-            delimiter. What follows the answer, up to and with the end-of-turn token, is always learned.
+            Whether a `"key"` stage also learns the text around the answer: the white space and the answer tags, or
+            the delimiter. What follows the answer is always learned, up to and including the end-of-turn token.
         missing_key (`str`, *optional*, defaults to `"error"`):
-            What happens to an example without a key, or with two: `"error"`, or `"drop"`, which says how many.
-            Examples whose key is cut by `max_length` are dropped and counted either way.
+            Whether an example without a key, or with two, is an `"error"`, or is dropped and counted (`"drop"`).
+            Examples whose key is cut by `max_length` are always dropped and counted.
 
     Parameters that report the accuracy of generated answers during training, off by default:
         answer_eval_steps (`int`, *optional*):
-            Number of optimizer steps between two reports; one is made at the end, too. Needs an evaluation data set
-            with the columns `prompt` and `answer_column` (or `answer`); of several, each has reports of its own. By
-            default there are none.
+            Number of optimizer steps between two reports; the last one is at the end. Needs an evaluation data set
+            with the columns `prompt` and `answer_column` (or `answer`). Several data sets are reported separately. By
+            default there are no reports.
         answer_eval_samples (`int`, *optional*):
-            Number of evaluation samples that are answered, of each set. By default all.
+            Number of samples of each evaluation set that are answered, `per_device_eval_batch_size` at once. By
+            default all.
         answer_eval_max_new_tokens (`int`, *optional*, defaults to `256`):
-            Where a generated answer is cut.
-        answer_eval_batch_size (`int`, *optional*, defaults to `16`):
-            Prompts that a process answers at once.
+            Maximum length of a generated answer in tokens.
     """
 
-    _MAY_CHANGE_ON_RESUME = [
-        "answer_eval_steps",
-        "answer_eval_samples",
-        "answer_eval_max_new_tokens",
-        "answer_eval_batch_size",
-    ]
+    _MAY_CHANGE_ON_RESUME = ["answer_eval_steps", "answer_eval_samples", "answer_eval_max_new_tokens"]
 
     stages: list[str] = field(
         default_factory=lambda: [FULL, KEY],
-        metadata={"help": "What is in the loss of each stage: 'full' or 'key'."},
+        metadata={"help": "Loss of each stage: 'full' or 'key'."},
     )
     stage_fractions: list[float] = field(
         default_factory=lambda: [0.5, 0.5],
-        metadata={"help": "Share of the run's optimizer steps that each stage has."},
+        metadata={"help": "Share of the run's optimizer steps in each stage."},
     )
     stage_learning_rates: list[float] | None = field(
         default=None,
@@ -103,7 +97,7 @@ class SFTKeyConfig(SFTConfig):
     )
     reset_optimizer: bool = field(
         default=True,
-        metadata={"help": "Whether a new stage begins with a fresh optimizer state."},
+        metadata={"help": "Whether a new stage starts with a fresh optimizer state."},
     )
     full_loss_weight: float = field(
         default=0.0,
@@ -111,7 +105,7 @@ class SFTKeyConfig(SFTConfig):
     )
     key_loss_weight: float | None = field(
         default=None,
-        metadata={"help": "Weight of the key tokens in a 'full' stage, where other tokens weigh 1."},
+        metadata={"help": "Weight of the key tokens in a 'full' stage, where other tokens have the weight 1."},
     )
     thinking_tags: list[str] = field(
         default_factory=lambda: ["<Thinking>", "</Thinking>"],
@@ -131,23 +125,23 @@ class SFTKeyConfig(SFTConfig):
     )
     reasoning_column: str | None = field(
         default=None,
-        metadata={"help": "Column with the reasoning, of which the trainer makes a tagged response."},
+        metadata={"help": "Column with the reasoning, from which the trainer makes a tagged response."},
     )
     answer_column: str | None = field(
         default=None,
-        metadata={"help": "Column with the answer, of which the trainer makes a tagged response."},
+        metadata={"help": "Column with the answer, from which the trainer makes a tagged response."},
     )
     key_turns: str = field(
         default="last",
-        metadata={"help": "Which of several assistant turns have a key.", "choices": ["last", "all"]},
+        metadata={"help": "Which assistant turns have a key.", "choices": ["last", "all"]},
     )
     key_tags_in_loss: bool = field(
         default=True,
-        metadata={"help": "Whether a 'key' stage learns the answer's tags, or the delimiter, too."},
+        metadata={"help": "Whether a 'key' stage also learns the answer's tags, or the delimiter."},
     )
     missing_key: str = field(
         default="error",
-        metadata={"help": "What happens to an example without a key, or with two.", "choices": ["error", "drop"]},
+        metadata={"help": "What to do with examples without a key, or with two.", "choices": ["error", "drop"]},
     )
     answer_eval_steps: int | None = field(
         default=None,
@@ -155,15 +149,11 @@ class SFTKeyConfig(SFTConfig):
     )
     answer_eval_samples: int | None = field(
         default=None,
-        metadata={"help": "Number of evaluation samples that are answered, of each set; all by default."},
+        metadata={"help": "Number of samples of each evaluation set that are answered; all by default."},
     )
     answer_eval_max_new_tokens: int = field(
         default=256,
-        metadata={"help": "Where a generated answer is cut."},
-    )
-    answer_eval_batch_size: int = field(
-        default=16,
-        metadata={"help": "Prompts that a process answers at once."},
+        metadata={"help": "Maximum length of a generated answer in tokens."},
     )
 
     @property
@@ -183,12 +173,7 @@ class SFTKeyConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"`{name}` must be a number of 0 or more, got {value!r}.")
-        for name in (
-            "answer_eval_steps",
-            "answer_eval_samples",
-            "answer_eval_max_new_tokens",
-            "answer_eval_batch_size",
-        ):
+        for name in ("answer_eval_steps", "answer_eval_samples", "answer_eval_max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`{name}` must be 1 or more, got {value}.")
@@ -216,16 +201,13 @@ class SFTKeyConfig(SFTConfig):
                 f"`learning_rate={self.learning_rate}` must be positive with `stage_learning_rates`, which are set in "
                 "relation to it."
             )
-        if self.full_loss_weight > 0 and KEY not in self.stages:
-            raise InputError(
-                f"`full_loss_weight={self.full_loss_weight}` has an effect in a 'key' stage only, but `stages` is "
-                f"{self.stages}. Remove it, or add a 'key' stage."
-            )
-        if self.key_loss_weight is not None and FULL not in self.stages:
-            raise InputError(
-                f"`key_loss_weight={self.key_loss_weight}` has an effect in a 'full' stage only, but `stages` is "
-                f"{self.stages}. Remove it, or add a 'full' stage."
-            )
+        for name, unused, stage in (("full_loss_weight", 0, KEY), ("key_loss_weight", None, FULL)):
+            weight = getattr(self, name)
+            if weight != unused and stage not in self.stages:
+                raise InputError(
+                    f"`{name}={weight}` has an effect in a {stage!r} stage only, but `stages` is {self.stages}. "
+                    f"Remove it, or add a {stage!r} stage."
+                )
 
     def _check_key_source(self) -> None:
         check_tags(self.thinking_tags, self.answer_tags)
@@ -246,7 +228,7 @@ class SFTKeyConfig(SFTConfig):
         try:
             groups = regex.compile(self.key_pattern).groupindex
         except regex.error as error:
-            raise InputError(f"`key_pattern={self.key_pattern!r}` is no regular expression: {error}.") from error
+            raise InputError(f"`key_pattern={self.key_pattern!r}` is not a regular expression: {error}.") from error
         if "key" not in groups:
             raise InputError(
                 f"`key_pattern={self.key_pattern!r}` has no group named `key`: write (?P<key>...) around the answer."
@@ -254,7 +236,7 @@ class SFTKeyConfig(SFTConfig):
 
 
 def _number(value: Any) -> Any:
-    """A text as a number, if it is one: YAML reads 5e-6 as text."""
+    """A string as a number, if it is one: YAML reads 5e-6 as a string."""
     try:
         return float(value)
     except (TypeError, ValueError):

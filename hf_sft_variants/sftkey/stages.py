@@ -1,6 +1,7 @@
-"""Stages of one training run: when each begins, and its learning rates."""
+"""Stages of a training run: when each begins, and its learning rates."""
 
 import math
+from bisect import bisect_right
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -16,15 +17,15 @@ from .config import SFTKeyConfig
 
 logger = get_logger(__name__)
 
-# Their learning rate follows the evaluation loss, not the step
+# Schedules by the evaluation loss, not by the step
 _SCHEDULES_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
-# They keep state where a reset of the optimizer does not reach it
+# Optimizers with state that a reset does not reach
 _STATE_ELSEWHERE = ("schedule_free", "layerwise", "lomo")
 
 
 def stage_starts(fractions: list[float], max_steps: int) -> list[int]:
     """
-    Number of the optimizer step each stage begins with, and after them the number of all steps.
+    Optimizer step that each stage begins with, followed by the total number of steps.
 
     Raises:
         `InputError`: If a stage would have no step.
@@ -41,15 +42,14 @@ def stage_starts(fractions: list[float], max_steps: int) -> list[int]:
 
 def stage_at(step: int, fractions: list[float], max_steps: int) -> int:
     """Number, from 0, of the stage that an optimizer step belongs to."""
-    starts = stage_starts(fractions, max_steps)[:-1]
-    return sum(start <= step for start in starts) - 1
+    return bisect_right(stage_starts(fractions, max_steps)[:-1], step) - 1
 
 
 def staged_scheduler(optimizer: torch.optim.Optimizer, args: SFTKeyConfig, max_steps: int) -> LambdaLR:
     """
-    Schedule of a run in stages: each begins anew, with its warm-up, and has its own peak learning rate.
+    Learning-rate schedule of a run in stages, each with its own warm-up and peak learning rate.
 
-    The rate depends on the step alone, so a resumed run has that of the unbroken one.
+    The rate depends only on the step, so a resumed run continues with the same rates.
 
     Raises:
         `InputError`: If the schedule does not depend on the step, or a stage would have no step.
@@ -63,7 +63,7 @@ def staged_scheduler(optimizer: torch.optim.Optimizer, args: SFTKeyConfig, max_s
     peaks = args.stage_learning_rates or [args.learning_rate] * len(args.stages)
     factors = []
     for peak, start, end in zip(peaks, starts[:-1], starts[1:], strict=True):
-        # Only the schedule's function is used; some of them read the peak from their optimizer
+        # Only the schedule's function is used, but some of them read the peak from their optimizer
         stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
         schedule = get_scheduler(
             args.lr_scheduler_type,
@@ -77,18 +77,19 @@ def staged_scheduler(optimizer: torch.optim.Optimizer, args: SFTKeyConfig, max_s
 
 
 def _staged_factor(step: int, starts: list[int], factors: list) -> float:
-    stage = sum(start <= step for start in starts) - 1
+    stage = bisect_right(starts, step) - 1
     scale, schedule = factors[stage]
     return scale * schedule(step - starts[stage])
 
 
 class StageSwitchCallback(TrainerCallback, ExportableState):
     """
-    Begins the stages of a run: resets the optimizer at a boundary and keeps the logged metrics of two stages apart.
+    A [`~transformers.TrainerCallback`] that starts the stages of a run: it resets the optimizer at a boundary and logs
+    before it, so that the metrics of two stages are not mixed.
 
-    [`SFTKeyTrainer`] adds it by itself. What is in the loss and the learning rate follow from the number of the step,
-    so nothing has to be restored when a run is resumed; a checkpoint tells when its stages begin, because a run that
-    has others can't go on from it.
+    [`SFTKeyTrainer`] adds it by itself. The loss and the learning rate follow from the step, so nothing has to be
+    restored when a run is resumed. The checkpoint has the steps at which its stages begin, because a run with other
+    stages can't resume from it.
     """
 
     def __init__(self):
@@ -147,7 +148,7 @@ class StageSwitchCallback(TrainerCallback, ExportableState):
 
 
 def reset_state(optimizer: torch.optim.Optimizer) -> None:
-    """Forget moments and step counts, also under the wrappers of accelerate and DeepSpeed."""
+    """Forget moments and step counts, including those of an optimizer wrapped by accelerate or DeepSpeed."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     optimizer.state.clear()

@@ -13,7 +13,8 @@ from ..base.validation import resolve_args
 from ..errors import InputError
 from .answer_accuracy import AnswerAccuracyCallback
 from .config import FULL, KEY, SFTKeyConfig
-from .key_spans import KeyFinder, KeyMask, add_key_mask, has_whole_key, tag_responses
+from .key_finder import KeyFinder
+from .key_mask import KeyMask, add_key_mask, has_whole_key, tag_responses
 from .stages import StageSwitchCallback, stage_at, staged_scheduler
 
 
@@ -115,7 +116,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             dataset,
             steps=args.answer_eval_steps,
             max_new_tokens=args.answer_eval_max_new_tokens,
-            batch_size=args.answer_eval_batch_size,
+            batch_size=args.per_device_eval_batch_size,
             num_samples=args.answer_eval_samples,
             thinking_tags=args.thinking_tags,
             answer_tags=args.answer_tags,

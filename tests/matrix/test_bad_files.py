@@ -348,7 +348,7 @@ RECIPES = [
     ("sft_go", RECIPE + "module: hf_sft_variants.poft", "`module` is hf_sft_variants.poft, but .*sft_go"),
     ("sftkey", RECIPE + "stages: [full, {a: 1}]", "`stages` must be list"),
     ("sftkey", RECIPE + "stage_fractions: [half, half]", "`stage_fractions` must be list"),
-    ("sftkey", RECIPE + "key_pattern: '('", "`key_pattern='\\('` is no regular expression"),
+    ("sftkey", RECIPE + "key_pattern: '('", "`key_pattern='\\('` is not a regular expression"),
     ("poft", RECIPE + "beta: [1]", r"`beta` must be float, got \[1\]"),
     ("poft", RECIPE + "reference_models: {a: b}", "`reference_models` must be list"),
     ("poft", RECIPE + "beta: -1", "`beta` must be a positive number, got -1"),

@@ -60,7 +60,6 @@ RANGES = [
     configuration("sftkey", "`answer_eval_steps` must be 1 or more, got 0", answer_eval_steps=0),
     configuration("sftkey", "`answer_eval_samples` must be 1 or more, got -2", answer_eval_samples=-2),
     configuration("sftkey", "`answer_eval_max_new_tokens` must be 1 or more", answer_eval_max_new_tokens=0),
-    configuration("sftkey", "`answer_eval_batch_size` must be 1 or more", answer_eval_batch_size=0),
     # PoFT
     configuration("poft", "`beta` must be a positive number, got 0.0", beta=0.0),
     configuration("poft", "`beta` must be a positive number, got inf", beta=math.inf),
@@ -115,7 +114,7 @@ CONFLICTS = [
     configuration("sftkey", "`key_loss_weight=2.0` has an effect in a 'full' stage only", key_loss_weight=2.0,
                   stages=["key"]),
     configuration("sftkey", r"`key_pattern='\\\\d\+'` has no group named `key`", key_pattern=r"\d+"),
-    configuration("sftkey", "is no regular expression", key_pattern=r"(?P<key>\d+"),
+    configuration("sftkey", "is not a regular expression", key_pattern=r"(?P<key>\d+"),
     configuration("sftkey", "`key_delimiter=' '` is blank", key_delimiter=" "),
     configuration("sftkey", "`key_delimiter` and `key_pattern` both say", key_delimiter="#", key_pattern="(?P<key>.)"),
     configuration("sftkey", "`answer_column='a'` belong together", answer_column="a"),

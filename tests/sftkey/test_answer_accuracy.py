@@ -206,9 +206,9 @@ def test_tensor_parallelism_is_refused(monkeypatch, tiny_model, tokenizer, chat_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "`steps` is 0"),
-        ({"num_samples": 0}, "`num_samples` is 0"),
-        ({"batch_size": -1}, "`batch_size` is -1"),
+        ({"steps": 0}, "`steps` must be .* got 0"),
+        ({"num_samples": 0}, "`num_samples` must be .* got 0"),
+        ({"batch_size": -1}, "`batch_size` must be .* got -1"),
         ({"answer_tags": "<Answer>"}, "`answer_tags` is '<Answer>'"),
         ({"dataset": [{"prompt": "a", "answer": "b"}]}, "`dataset` must be .* got list"),
         ({"dataset": {"sums": [{"prompt": "a", "answer": "b"}]}}, r"`dataset\['sums'\]` must be .* got list"),

@@ -13,7 +13,8 @@ from tokenizers_by_hand import BY_HAND, TAGS, merged_tags, sentence_piece, sente
 from tokenizers_on_the_spot import characters_of_tokens
 
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.sftkey.key_spans import KeyFinder, NoKeyError, add_key_mask, has_whole_key
+from hf_sft_variants.sftkey.key_finder import KeyFinder, NoKeyError
+from hf_sft_variants.sftkey.key_mask import add_key_mask, has_whole_key
 
 
 BOXED = r"\\boxed\{(?P<key>(?:[^{}]|(?P<braces>\{(?:[^{}]|(?&braces))*\}))*)\}"

@@ -1,12 +1,10 @@
-"""Which tokens of an example are its key: the answer, apart from the reasoning."""
+"""Which tokens of an example are on its key."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from typing import Any
 
-import regex
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -19,7 +17,8 @@ from ..evaluation.tagged_answers import tagged_response
 from ..text.assistant_turns import RenderedExample, Turn, render_example, require_same_tokens
 from ..text.decoded_turns import assistant_header, decode_example
 from ..text.special_tokens import special_token_ids
-from ..text.token_offsets import Span, TokenOffsets
+from ..text.token_offsets import TokenOffsets
+from .key_finder import KeyFinder, NoKeyError
 
 
 class KeyMask(IntEnum):
@@ -33,92 +32,14 @@ class KeyMask(IntEnum):
 NO_LABEL, NOT_KEY, KEY = map(int, KeyMask)
 
 
-class NoKeyError(InputError):
-    """An example has no key, or more than one. The message says what was looked for."""
-
-
-@dataclass(frozen=True)
-class KeyFinder:
-    """
-    Finds the key in the words of an assistant's turn. The fields are those of [`SFTKeyConfig`].
-    """
-
-    thinking_tags: tuple[str, str]
-    answer_tags: tuple[str, str]
-    key_delimiter: str | None
-    key_pattern: str | None
-    key_tags_in_loss: bool
-    key_turns: str
-
-    def __call__(self, words: str) -> list[Span]:
-        """
-        Characters [start, end) of `words` that a `"key"` stage learns; the last span ends where `words` end.
-
-        Raises:
-            `NoKeyError`: If there is no key, or more than one.
-        """
-        if self.key_pattern is not None:
-            return self._by_pattern(words)
-        if self.key_delimiter is not None:
-            return self._by_delimiter(words)
-        return self._by_tags(words)
-
-    def looks_for(self, token: str) -> bool:
-        """Whether a token is in the text that shows where the key is, and so does not end a turn though special."""
-        texts = (*self.thinking_tags, *self.answer_tags, self.key_delimiter or "", self.key_pattern or "")
-        return any(token in text for text in texts)
-
-    def _by_pattern(self, words: str) -> list[Span]:
-        matches = list(regex.finditer(self.key_pattern, words))
-        _require_one(len(matches), f"`key_pattern={self.key_pattern!r}`")
-        start, end = matches[0].span("key")
-        _require_text(words[max(start, 0) : max(end, 0)], "the group `key` of `key_pattern`")
-        return [(start, len(words))]
-
-    def _by_delimiter(self, words: str) -> list[Span]:
-        _require_one(words.count(self.key_delimiter), f"`key_delimiter={self.key_delimiter!r}`")
-        start = words.index(self.key_delimiter)
-        end = start + len(self.key_delimiter)
-        _require_text(words[end:], f"the text after {self.key_delimiter!r}")
-        return [(start if self.key_tags_in_loss else end, len(words))]
-
-    def _by_tags(self, words: str) -> list[Span]:
-        tags = (*self.thinking_tags, *self.answer_tags)
-        for tag in tags:
-            _require_one(words.count(tag), f"the tag {tag!r}")
-        opened_thinking, closed_thinking, opened_answer, closed_answer = map(words.index, tags)
-        if not opened_thinking < closed_thinking < opened_answer < closed_answer:
-            raise NoKeyError(f"the tags {', '.join(map(repr, tags))} are not in this order")
-        end_of_thinking = closed_thinking + len(tags[1])
-        if words[end_of_thinking:opened_answer].strip():
-            raise NoKeyError(f"there is text between {tags[1]!r} and {tags[2]!r}, where only white space may be")
-        answer = words[opened_answer + len(tags[2]) : closed_answer]
-        _require_text(answer, f"the text between {tags[2]!r} and {tags[3]!r}")
-        if self.key_tags_in_loss:
-            return [(end_of_thinking, len(words))]
-        start = opened_answer + len(tags[2]) + len(answer) - len(answer.lstrip())
-        return [(start, start + len(answer.strip())), (closed_answer + len(tags[3]), len(words))]
-
-
-def _require_one(count: int, what: str) -> None:
-    if count != 1:
-        raise NoKeyError(f"{what} is not there" if count == 0 else f"{what} is there {count} times, not once")
-
-
-def _require_text(key: str, what: str) -> None:
-    if not key.strip():
-        raise NoKeyError(f"{what} is empty")
-
-
 def key_mask(example: RenderedExample, labels: list[int], find_key: KeyFinder) -> list[int]:
     """
     Mark the tokens of an example: 1 on the key, 0 on other tokens of the loss, -1 on tokens without a label.
 
-    A token belongs to the key if any of its characters does: a `>` that ends `</Thinking>` may be one token with what
-    follows it.
+    A token is on the key if any of its characters is: the `>` of `</Thinking>` may be one token with what follows.
 
     Raises:
-        `NoKeyError`: If there is no key, or more than one in a turn; or if none of its tokens has a label.
+        `NoKeyError`: If there is no key, more than one in a turn, or none of its tokens has a label.
     """
     mask = [NOT_KEY if label != -100 else NO_LABEL for label in labels]
     turns = example.turns[-1:] if find_key.key_turns == "last" else example.turns
@@ -141,7 +62,7 @@ def key_mask(example: RenderedExample, labels: list[int], find_key: KeyFinder) -
 
 
 def _key_tokens(example: RenderedExample, turn: Turn, find_key: KeyFinder) -> list[int]:
-    """Tokens of the key, and from its end to the end of the turn."""
+    """Tokens of the key, and those from its end to the end of the turn."""
     start, end = turn.content
     spans = [(start + first, start + last) for first, last in find_key(example.text[start:end])]
     tokens = [i for span in spans for i in example.tokens_in(span)]
@@ -161,19 +82,15 @@ def add_key_mask(
     dataset_name: str,
 ) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: add the column `key_mask` ([`key_mask`]), unless it is there, and `num_key_tokens`, the
-    number of its ones.
+    For `Dataset.map`, batched: add `num_key_tokens` and, unless the rows have it already, the column `key_mask`.
 
-    Args:
-        has_text (`bool`):
-            Whether the columns of text or messages are there; otherwise the tokens are read back.
-        on_missing (`str`):
-            For an example without a key, or with two: `"error"`; `"drop"`, which gives it -1 key tokens; `"ignore"`,
-            which marks none.
+    The rows are rendered if they have texts or messages (`has_text`), otherwise their tokens are decoded. For an
+    example without a key, or with two, `on_missing="error"` raises, `"drop"` gives it -1 key tokens, and `"ignore"`
+    marks none.
 
     Raises:
         `InputError`: If an example has no key or two, naming the row; if the chat template hides the answer; if a
-            column `key_mask` has something else than 1, 0 and -1.
+            column `key_mask` has values other than 1, 0 and -1.
     """
     special = {i for i in special_token_ids(tokenizer) if not find_key.looks_for(tokenizer.convert_ids_to_tokens(i))}
     if not has_text:
@@ -218,7 +135,7 @@ def _own_mask(mask: list[int], labels: list[int]) -> list[int]:
 def _key_mask_of_tokens(
     example: dict[str, Any], read_tokens: Callable[..., RenderedExample], find_key: KeyFinder
 ) -> list[int]:
-    """Each document of a row that is packed already has its own key."""
+    """Each document of a packed row has its own key."""
     mask = []
     for length in example.get("seq_lengths") or [len(example["input_ids"])]:
         token_ids, labels = (example[column][len(mask) : len(mask) + length] for column in ("input_ids", "labels"))
@@ -237,7 +154,7 @@ def _missing_key_message(row: int, dataset_name: str, problem: InputError) -> st
 
 
 def has_whole_key(example: dict[str, Any]) -> bool:
-    """Whether truncation left all tokens of the key, and there is one that is predicted."""
+    """Whether truncation has left all tokens of the key, at least one of them predicted."""
     mask = example["key_mask"]
     return KEY in mask[1:] and mask.count(KEY) == example["num_key_tokens"]
 
