@@ -36,7 +36,7 @@ REFUSED = {
     ("poft", "packing, bfd_split"): "`packing_strategy='bfd_split'` cuts examples",
     ("poft", "packing, wrapped"): "`packing_strategy='wrapped'` cuts examples",
     ("poft", "truncation_mode='keep_end'"): "`truncation_mode='keep_end'` cuts prompts",
-    ("sftmix", "train_sampling_strategy='group_by_length'"): "`pair_similar_lengths=True` groups by length",
+    ("sftmix", "train_sampling_strategy='group_by_length'"): "which draws pairs in an order of its own",
 }
 # Without whole examples nothing is known of their confidence; as used here, pairs are random
 REFUSED_BY_CONFIDENCE = ["packing, bfd_split", "packing, wrapped"]
