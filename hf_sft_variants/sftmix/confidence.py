@@ -1,4 +1,4 @@
-"""How well a model in training predicts each example of its data, at several checkpoints of the run."""
+"""Measures how well a model in training predicts each training example, at several checkpoints of the run."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 
 from ..base.example_keys import EXAMPLE_KEY, add_content_keys, keys_are_of
@@ -26,34 +27,34 @@ from .confidence_file import confidence_table, require_unique_keys
 
 logger = get_logger(__name__)
 
-# Of a run with fewer than three epochs; each costs a forward pass over the data
+# For fewer than three epochs; each costs a forward pass over the data
 NUM_CHECKPOINTS = 3
 
 
 class ConfidenceTrackingCallback(TrainerCallback):
     """
-    A [`~transformers.TrainerCallback`] that evaluates the training data at checkpoints of a run, and at its end ranks
-    the examples by the model's confidence: the negative mean of their perplexities, as
-    [SFTMix](https://huggingface.co/papers/2410.05248) defines it. For [`~trl.SFTTrainer`] and its subclasses.
+    A [`~transformers.TrainerCallback`] that evaluates the training data at checkpoints of a run and then ranks the
+    examples by the model's confidence: the negative mean of their perplexities, as defined by
+    [SFTMix](https://huggingface.co/papers/2410.05248). For [`~trl.SFTTrainer`] and its subclasses.
 
     The perplexity of an example is exp of the mean negative log-likelihood (NLL) of its labels, in float32, with the
-    NLL cut off at 20. The data is evaluated without dropout, by all processes, each its share. The run goes on as if
-    the callback had not been there: no random number is drawn, weights and modes are those of a run without it. (But
-    on some CPUs bitsandbytes rounds the scales of a 4-bit model whenever it is evaluated.) Each checkpoint is on disk
-    as soon as it is evaluated, in `<output_file>.checkpoints`, so a resumed run finds it.
+    NLL clamped to 20. Evaluation is without dropout, and shared by all processes. It leaves the run as it was: no
+    random number is drawn, weights and modes stay the same. (On some CPUs, however, bitsandbytes rounds the scales of
+    a 4-bit model whenever it is evaluated.) Each checkpoint is written to `<output_file>.checkpoints` as soon as it is
+    evaluated, so a resumed run finds it.
 
     The file has a row for each example, in the order of the training data:
 
-    - **example_key** (string): names the example by its content, so equal ones have the same key (and values), or is
-      the data set's own column of this name, where each has its own.
-    - **num_labels** (int64): its labels. One without a label has null in all that follows.
+    - **example_key** (string): a hash of the example's content, or the data set's own column of this name, which must
+      be unique. Equal examples have the same hash and values.
+    - **num_labels** (int64): number of its labels. Without labels all other columns are null.
     - **nll_<step>**, **perplexity_<step>** (double) for each checkpoint: after that optimizer step; NLL in nats.
     - **mean_nll**, **mean_perplexity** (double): over the checkpoints.
     - **rank** (int64): from 0, the most confident one.
     - **half** (string): `"confident"`, `"unconfident"`, or null for the middle one of an odd number.
 
-    Its schema metadata hold, as JSON under the key `hf_sft_variants`: `version` of the format, `measure`, `steps`, and
-    `keys`, what the keys are made of (`"text"`, `"tokens"` or `"column"`, one of the data set's own).
+    Its schema metadata hold JSON under the key `hf_sft_variants`: the format's `version`, `measure`, `steps`, and
+    `keys`, the source of the keys (`"text"`, `"tokens"` or `"column"`).
 
     Example:
 
@@ -71,24 +72,21 @@ class ConfidenceTrackingCallback(TrainerCallback):
         trainer ([`~trl.SFTTrainer`]):
             Trainer to which the callback will be attached.
         output_file (`str` or `Path`):
-            Parquet file that the main process writes.
+            Parquet file, written by the main process.
         checkpoints (`Sequence[int]`, *optional*):
-            Optimizer steps after which to evaluate. By default the end of each epoch of three or more, otherwise three
-            evenly spaced steps, the last one included. The paper does not say.
+            Optimizer steps after which to evaluate. Defaults to the end of each epoch if there are three or more,
+            otherwise to three evenly spaced steps, including the last one. The paper is silent on this.
         measure (`str`, *optional*, defaults to `"perplexity"`):
             What to rank by: the mean `"perplexity"` or `"mean_nll"`. Ties go by mean NLL, then by position.
         dataset ([`~datasets.Dataset`], *optional*):
-            Prepared examples to evaluate, with `input_ids` and `labels`. By default those that are trained on: of
-            packed rows their documents, whose keys are made of tokens then.
+            Prepared examples to evaluate, with `input_ids` and `labels`. Defaults to the training data; packed rows
+            are cut into their documents, whose keys are made of tokens.
 
     Raises:
-        InputError: When training starts, for streams, for packing that cuts examples, for tensor parallelism, for
-            checkpoints behind the last step, and if the run is resumed behind a checkpoint that was not evaluated.
-            While training, if an example's NLL is NaN.
+        `InputError`: When training starts, for streams, for packing that cuts examples, for tensor parallelism, for
+            checkpoints after the last step, and if the resumed run has passed a checkpoint that was not evaluated.
+            During training, if an example's NLL is NaN.
     """
-
-    # Equal rows share a key where it was made of their content
-    own_keys_are_unique = True
 
     def __init__(
         self,
@@ -110,40 +108,36 @@ class ConfidenceTrackingCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if (self.trainer.get_tp_size() or 1) > 1:
             raise InputError(
-                "ConfidenceTrackingCallback gives each process examples of its own, which tensor parallelism does not "
+                "ConfidenceTrackingCallback gives each process different examples, which tensor parallelism does not "
                 "allow. Run it without, or use `confidence_source='file'`."
             )
         self._steps = checkpoint_steps(self.checkpoints, state.max_steps, _steps_per_epoch(train_dataloader, args))
-        self._forget_what_comes_later(state.global_step)
-        on_main_process(partial(self._require_parts, state.global_step))
+        self._remove_later_parts(state.global_step)
         with global_then_local_main_first():
-            examples = trained_examples(self.trainer) if self.dataset is None else self.dataset
-            examples = self._keyed(examples.with_format(None), args)  # lists, whatever the user looks at them with
-            tokens = add_content_keys(examples.select_columns(["input_ids", "labels"]), args.dataset_num_proc)
-        self._examples = examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"])
-        on_main_process(partial(self._require_same_examples, state.global_step))
+            self._examples = self._keyed_examples(args)
+            token_keys = add_content_keys(self._examples.remove_columns(EXAMPLE_KEY), args.dataset_num_proc)
+        on_main_process(partial(self._check_parts, state.global_step))
         self._num_labels = np.array([sum(label != -100 for label in row[1:]) for row in self._examples["labels"]])
-        self._plan_batches(tokens[EXAMPLE_KEY][:], args.per_device_eval_batch_size)
+        # The first of equal examples is evaluated for all, since the values of two batches differ by rounding
+        _, first, number = np.unique(token_keys[EXAMPLE_KEY][:], return_index=True, return_inverse=True)
+        self._evaluated_row = first[number]
+        rows, lengths = np.sort(first).tolist(), [len(ids) for ids in self._examples["input_ids"]]
+        shards = plan_shards([lengths[row] for row in rows], args.per_device_eval_batch_size * max(lengths))
+        self._batches = [[rows[number] for number in batch] for shard in shards for batch in shard]
 
-    def _keyed(self, examples: Dataset, args) -> Dataset:
+    def _keyed_examples(self, args) -> Dataset:
+        examples = trained_examples(self.trainer) if self.dataset is None else self.dataset
+        examples = examples.with_format(None)  # the user's may be another
         if EXAMPLE_KEY in examples.column_names:
             self._keys_of = "column"
-            if self.own_keys_are_unique:
+            if self.dataset is None:
                 require_unique_keys(examples)
-            return examples
-        self._keys_of = keys_are_of(examples.column_names, args.dataset_text_field, is_prepared=True)
-        tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
-        options = {"text_field": args.dataset_text_field, "eos_token": tokenizer.eos_token, "is_prepared": True}
-        return add_content_keys(examples, args.dataset_num_proc, **options)
-
-    def _plan_batches(self, token_keys: list[str], batch_size: int) -> None:
-        """Of equal examples the first is evaluated, for all: in two batches their values would differ by rounding."""
-        _, first, number = np.unique(token_keys, return_index=True, return_inverse=True)
-        self._evaluated_row = first[number]
-        rows = np.sort(first).tolist()
-        lengths = [len(ids) for ids in self._examples["input_ids"]]
-        shards = plan_shards([lengths[row] for row in rows], batch_size * max(lengths))
-        self._batches = [[rows[number] for number in batch] for shard in shards for batch in shard]
+        else:
+            self._keys_of = keys_are_of(examples.column_names, args.dataset_text_field, is_prepared=True)
+            tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+            options = {"text_field": args.dataset_text_field, "eos_token": tokenizer.eos_token, "is_prepared": True}
+            examples = add_content_keys(examples, args.dataset_num_proc, **options)
+        return examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"])
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self._steps:
@@ -165,27 +159,21 @@ class ConfidenceTrackingCallback(TrainerCallback):
     def _part(self, step: int) -> Path:
         return self.output_file.with_name(f"{self.output_file.name}.checkpoints") / f"step-{step}.parquet"
 
-    def _parts_until(self, global_step: int) -> list[Path]:
-        return [self._part(step) for step in self._steps if step <= global_step]
-
-    def _require_parts(self, global_step: int) -> None:
-        for part in self._parts_until(global_step):
+    def _check_parts(self, global_step: int) -> None:
+        for part in (self._part(step) for step in self._steps if step <= global_step):
             if not part.is_file():
                 raise InputError(
                     f"The run is resumed at step {global_step}, but {part} is missing: the data was not evaluated "
                     "then. Start from the beginning, or from a checkpoint before that step."
                 )
-
-    def _require_same_examples(self, global_step: int) -> None:
-        for part in self._parts_until(global_step):
             if pq.read_table(part)[EXAMPLE_KEY].to_pylist() != self._examples[EXAMPLE_KEY][:]:
                 raise InputError(
                     f"{part} was written for other examples than those of the run that is resumed, or in another "
                     "order. Resume with the same data set, or start from the beginning."
                 )
 
-    def _forget_what_comes_later(self, global_step: int) -> None:
-        """Of an earlier run in this folder, or of the steps that a killed one lost."""
+    def _remove_later_parts(self, global_step: int) -> None:
+        """Remove the parts of an earlier run, or of steps lost in a crash."""
         if self.trainer.is_world_process_zero():
             for part in self._part(0).parent.glob("step-*.parquet"):
                 if int(part.stem.removeprefix("step-")) > global_step:
@@ -193,10 +181,10 @@ class ConfidenceTrackingCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
 
     def _evaluate(self, step: int) -> np.ndarray:
-        """Mean NLL of each example's labels, NaN without a label; on each process the same."""
+        """Mean NLL of each example's labels, NaN without a label; the same on all processes."""
         accelerator, model = self.trainer.accelerator, self.trainer.model_wrapped
         num_processes, found = accelerator.num_processes, []
-        # Where the model is sharded, all processes have to call it equally often
+        # All processes must call a sharded model equally often
         num_rounds = math.ceil(len(self._batches) / num_processes)
         show_progress = accelerator.is_main_process and not self.trainer.args.disable_tqdm
         with evaluation_mode(model):
@@ -221,26 +209,17 @@ class ConfidenceTrackingCallback(TrainerCallback):
 
 def _mean_nll(model, examples: list[dict], accelerator) -> list[float]:
     """Mean NLL of each example's labels, NaN without a label."""
-    # The padding token is not looked at: it is masked
-    batch = DataCollatorForLanguageModeling(pad_token_id=0)(
-        [{"input_ids": example["input_ids"], "labels": example["labels"]} for example in examples]
-    )
+    collator = DataCollatorForLanguageModeling(pad_token_id=0)  # padding is masked
+    batch = collator([{"input_ids": example["input_ids"], "labels": example["labels"]} for example in examples])
     outputs = model(**send_to_device(batch, accelerator.device), fused_lm_head=True)
-    # Counted here, since behind the virtual tokens of prompt learning the first token is predicted, too
+    # Counted here, since after the virtual tokens of prompt learning the first token is predicted, too
     return (-outputs.log_probs.float().cpu().double().sum(1) / outputs.label_mask.cpu().sum(1)).tolist()
 
 
 def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epoch: int | None) -> list[int]:
     """
-    Optimizer steps of a run after which its data is evaluated.
-
-    Args:
-        wanted (`Sequence[int]`, *optional*):
-            What the user wants.
-        max_steps (`int`):
-            Steps of the run.
-        steps_per_epoch (`int`, *optional*):
-            Steps of an epoch, where the data has a length.
+    Optimizer steps after which a run evaluates its data: those `wanted` or, by default, the ends of three or more
+    epochs, or else three evenly spaced steps.
 
     Raises:
         `InputError`: If the run has no such step.
@@ -256,22 +235,18 @@ def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epo
 
 
 def _steps_per_epoch(train_dataloader, args) -> int | None:
-    try:
-        return max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
-    except TypeError:  # a stream has no length
+    if not has_length(train_dataloader):  # a stream
         return None
+    return max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
 
 
 def trained_examples(trainer: SFTTrainer) -> Dataset:
     """
-    The examples that a trainer trains on, one a row.
+    The examples that a trainer trains on, one in each row.
 
     Raises:
         `InputError`: For streams, and for packing that cuts examples.
     """
-    dataset = getattr(trainer, "train_examples", None)  # `SFTMixTrainer` keeps them when it packs
-    if dataset is not None:
-        return dataset
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset):
         raise InputError("`train_dataset` is a stream, whose examples can't be ranked. Load it without streaming.")
@@ -293,8 +268,6 @@ def trained_examples(trainer: SFTTrainer) -> Dataset:
 def _cut_into_documents(rows: dict[str, list]) -> dict[str, list]:
     documents = {"input_ids": [], "labels": []}
     for number, lengths in enumerate(rows["seq_lengths"]):
-        ends = np.cumsum(lengths).tolist()
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            for name, values in documents.items():
-                values.append(rows[name][number][start:end])
+        for name, values in documents.items():
+            values += np.split(rows[name][number], np.cumsum(lengths)[:-1])
     return documents

@@ -1,4 +1,4 @@
-"""Confidence of examples as a table: keys, perplexities at checkpoints, ranks, halves; written, read and joined."""
+"""The confidence of examples as a table: ranked, written, read and joined to the examples by key."""
 
 import json
 from pathlib import Path
@@ -13,24 +13,28 @@ from datasets import Dataset
 
 from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..errors import InputError
+from ..scoring.joins import find_conflict, rows_of_keys
 from .pairing import CONFIDENT, NEITHER, UNCONFIDENT, halves_of_order
 
 
 logger = get_logger(__name__)
 
-# To be raised when the same run would give other values
+# Increase it when the same run would give other values
 FORMAT_VERSION = 2
 
-# exp of more overflows float32 soon; such an example is among the least confident ones anyway
+# exp of a larger NLL soon overflows float32; such an example is among the least confident ones anyway
 MAX_NLL = 20.0
 
 _METADATA_KEY = b"hf_sft_variants"
 _HALF_NAMES = {CONFIDENT: "confident", UNCONFIDENT: "unconfident", NEITHER: None}
 
+# The columns that are read
+_SCHEMA = pa.schema({EXAMPLE_KEY: pa.string(), "mean_nll": pa.float64(), "mean_perplexity": pa.float64()})
+
 
 def require_unique_keys(dataset: Dataset) -> None:
     """
-    Check the keys of a data set that has brought its own.
+    Check the user's own keys.
 
     Raises:
         `InputError`: If two examples have the same key.
@@ -40,17 +44,17 @@ def require_unique_keys(dataset: Dataset) -> None:
 
 
 def perplexity(nll: np.ndarray) -> np.ndarray:
-    """exp of a mean negative log-likelihood in nats, which is cut off at `MAX_NLL` first."""
+    """exp of a mean negative log-likelihood in nats, which is clamped to `MAX_NLL`."""
     return np.exp(np.minimum(nll, MAX_NLL))
 
 
 def order_by_confidence(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> np.ndarray:
     """
-    Numbers of the examples, the most confident one first. Ties go by mean NLL, then by number; an example without a
-    value (NaN) is left out.
+    Numbers of the examples, the most confident one first. Ties go by mean NLL, then by number. Examples without a
+    value (NaN) are left out.
     """
     by = (mean_nll, mean_perplexity) if measure == "perplexity" else (mean_nll,)
-    order = np.lexsort(by)  # the last one counts first; stable
+    order = np.lexsort(by)  # stable; the last key counts first
     return order[~np.isnan(mean_nll[order])]
 
 
@@ -58,22 +62,22 @@ def confidence_table(
     keys: list[str], num_labels: np.ndarray, nll: dict[int, np.ndarray], measure: str, keys_of: str
 ) -> pa.Table:
     """
-    Rank examples by what checkpoints say of them.
+    Rank examples by their NLL at checkpoints.
 
     Args:
         keys (`list[str]`):
-            Their keys.
+            Keys of the examples.
         num_labels (`np.ndarray`):
-            Number of labels of each.
+            Number of labels of each example.
         nll (`dict[int, np.ndarray]`):
-            Step of each checkpoint to the mean NLL of each example's labels, in nats; NaN without a label.
+            For each checkpoint's step the mean NLL of each example's labels, in nats; NaN without a label.
         measure (`str`):
             `"perplexity"` or `"mean_nll"`.
         keys_of (`str`):
-            What the keys are made of.
+            What the keys are made of: `"text"`, `"tokens"` or `"column"`.
 
     Returns:
-        `pa.Table`: The columns that [`ConfidenceTrackingCallback`] documents.
+        `pa.Table`: The columns documented in [`ConfidenceTrackingCallback`].
     """
     columns = {EXAMPLE_KEY: keys, "num_labels": num_labels}
     for step, values in nll.items():
@@ -101,54 +105,52 @@ def halves_from_file(
     eos_token: str | None = None,
 ) -> torch.Tensor:
     """
-    Split the examples of a data set by a confidence file, which may stand in another order and have more examples.
+    Split the examples of a data set by a confidence file, which may be in another order and have more examples.
 
     Args:
         path (`str` or `Path`):
-            What [`ConfidenceTrackingCallback`] wrote. Needed are the columns `example_key`, `mean_nll` and
+            File written by [`ConfidenceTrackingCallback`], or any with its columns `example_key`, `mean_nll` and
             `mean_perplexity`.
         examples ([`~datasets.Dataset`]):
             Prepared examples with `example_key`, `input_ids`, `labels` and `num_labels`.
         measure (`str`):
             `"perplexity"` or `"mean_nll"`.
         skip_missing (`bool`, *optional*, defaults to `False`):
-            Whether an example that is not in the file is in neither half, rather than an error.
-        text_field (`str`, *optional*, defaults to `"text"`):
-            Column of a plain text.
-        eos_token (`str`, *optional*):
-            The tokenizer's end of sequence, which `SFTTrainer` has appended to plain texts.
+            Whether an example that is not in the file belongs to neither half; otherwise it is an error.
+        text_field (`str`, *optional*, defaults to `"text"`), eos_token (`str`, *optional*):
+            As in [`~hf_sft_variants.base.example_keys.add_content_keys`].
 
     Returns:
-        `torch.Tensor` of shape `(len(examples),)`: The half of each example.
+        `torch.Tensor` of shape `(len(examples),)`: Half of each example.
 
     Raises:
-        `InputError`: If the file can't be read or has no such columns, lacks an example, or has no number for it.
+        `InputError`: If the file can't be read, or lacks a column, an example or a value.
     """
     table, keys_of = _read(path)
-    if keys_of == "column":
-        keys = examples[EXAMPLE_KEY]
-    else:
+    if keys_of != "column":
         content = examples.select_columns(["input_ids", "labels"]) if keys_of == "tokens" else examples
-        keys = add_content_keys(content, None, text_field, eos_token, is_prepared=True)[EXAMPLE_KEY]
-    values = np.full((2, len(examples)), np.nan)
-    row_of_key = {key: row for row, key in enumerate(table[EXAMPLE_KEY].to_pylist())}
-    has_labels = np.array(examples["num_labels"]) > 0
-    rows = np.array([row_of_key.get(key, -1) for key in keys])
-    missing = np.flatnonzero((rows < 0) & has_labels)
+        examples = examples.select_columns(["num_labels"]).add_column(
+            EXAMPLE_KEY, add_content_keys(content, None, text_field, eos_token, is_prepared=True)[EXAMPLE_KEY][:]
+        )
+    keys, has_labels = examples[EXAMPLE_KEY][:], np.array(examples["num_labels"]) > 0
+    rows = rows_of_keys(keys, table)
+    is_found = rows.is_valid().to_numpy(zero_copy_only=False)
+    missing = np.flatnonzero(has_labels & ~is_found)
     if len(missing) and (not skip_missing or len(missing) == has_labels.sum()):
-        _refuse_missing(path, missing[0], keys[int(missing[0])], len(missing), has_labels.sum())
+        _refuse_missing(path, missing[0], keys[missing[0]], len(missing), has_labels.sum())
     if len(missing):
         logger.warning(f"{len(missing)} of {len(examples)} examples are not in {path}; they have no partner.")
-    found = np.flatnonzero((rows >= 0) & has_labels)
-    for part, name in zip(values, ("mean_perplexity", "mean_nll"), strict=True):
-        part[found] = table[name].to_numpy()[rows[found]]
-    without_number = found[np.isnan(values[:, found]).any(0)]
-    if len(without_number):
+    found = table.take(rows)
+    mean_perplexity, mean_nll = (
+        np.where(has_labels, found[name].to_numpy(), np.nan) for name in ("mean_perplexity", "mean_nll")
+    )
+    without_value = np.flatnonzero(has_labels & is_found & np.isnan(mean_perplexity + mean_nll))
+    if len(without_value):
         raise InputError(
-            f"Row {without_number[0]} of the train dataset (key {keys[int(without_number[0])]}) has no perplexity in "
-            f"{path}: it is NaN or null there. Write the file again, or remove the row."
+            f"Row {without_value[0]} of the train dataset (key {keys[without_value[0]]}) has no perplexity in {path}: "
+            "it is NaN or null there. Write the file again, or remove the row."
         )
-    return split_in_halves(*values, measure)
+    return split_in_halves(mean_perplexity, mean_nll, measure)
 
 
 def _read(path: str | Path) -> tuple[pa.Table, str]:
@@ -160,18 +162,25 @@ def _read(path: str | Path) -> tuple[pa.Table, str]:
         description = dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}")))
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         raise InputError(f"{where} can't be read: {error} {fix}") from error
-    for name, (wanted, is_wanted) in _COLUMNS.items():
-        if name not in table.column_names:
-            raise InputError(f"{where} has no column `{name}`, only {table.column_names}. {fix}")
-        found = table.schema.field(name).type
-        if not is_wanted(found):
-            raise InputError(f"{where} has no {wanted} in the column `{name}`, but {found}. {fix}")
+    missing = [name for name in _SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise InputError(f"{where} has no column `{missing[0]}`, only {table.column_names}. {fix}")
+    try:
+        table = table.select(_SCHEMA.names).cast(_SCHEMA)
+    except pa.ArrowException as error:
+        raise InputError(f"{where} has a value of the wrong type: {error} {fix}") from error
     if description.get("version", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(
             f"{where} has the format {description['version']!r}, but this version of hf_sft_variants reads "
             f"{FORMAT_VERSION}. Write the file again."
         )
-    _require_equal_repeats(table, where)
+    conflict = find_conflict(table, ["mean_nll", "mean_perplexity"])
+    if conflict is not None:
+        first, other = ([row["mean_nll"], row["mean_perplexity"]] for row in conflict)
+        raise InputError(
+            f"{where} has two different confidences of the example with the key {conflict[0][EXAMPLE_KEY]}: {first} "
+            f"and {other} (`mean_nll`, `mean_perplexity`). Remove one of the rows."
+        )
     negative = pc.index(pc.less(table["mean_nll"], -1e-3), True).as_py()
     if negative >= 0:
         raise InputError(
@@ -179,38 +188,6 @@ def _read(path: str | Path) -> tuple[pa.Table, str]:
             f"log-probability has the other sign. {fix}"
         )
     return table, description.get("keys", "column")
-
-
-def _require_equal_repeats(table: pa.Table, where: str) -> None:
-    """Examples of equal content share a key; their values may differ by rounding, as those of two batches do."""
-    columns = (table[name].to_pylist() for name in _COLUMNS)
-    first = {}
-    for key, *values in zip(*columns, strict=True):
-        expected = first.setdefault(key, values)
-        is_same = expected is values or np.allclose(
-            np.array(values, float), np.array(expected, float), rtol=1e-4, equal_nan=True
-        )
-        if not is_same:
-            raise InputError(
-                f"{where} has two different confidences of the example with the key {key}: {expected} and {values} "
-                "(`mean_nll`, `mean_perplexity`). Remove one of the rows."
-            )
-
-
-def _are_numbers(values: pa.DataType) -> bool:
-    return pa.types.is_floating(values) or pa.types.is_integer(values)
-
-
-def _are_texts(values: pa.DataType) -> bool:
-    return pa.types.is_string(values) or pa.types.is_large_string(values)
-
-
-# Those that are read, of those that `ConfidenceTrackingCallback` writes
-_COLUMNS = {
-    EXAMPLE_KEY: ("texts", _are_texts),
-    "mean_nll": ("numbers", _are_numbers),
-    "mean_perplexity": ("numbers", _are_numbers),
-}
 
 
 def _refuse_missing(path, row: int, key: str, num_missing: int, num_examples: int):

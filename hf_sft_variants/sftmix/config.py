@@ -12,56 +12,54 @@ class SFTMixConfig(SFTConfig):
     r"""
     Configuration class for the [`SFTMixTrainer`].
 
-    Only the parameters that [`~trl.SFTConfig`] does not have are listed. Method: [SFTMix: mixup between confident and
+    Lists only the parameters that [`~trl.SFTConfig`] does not have. Method: [SFTMix: mixup between confident and
     unconfident examples](https://huggingface.co/papers/2410.05248).
 
     Parameters of the loss, ntp_weight · L_NTP + μ · L_Mixup:
         mixup_weight (`float`, *optional*, defaults to `0.2`):
-            Weight μ of the mixup loss. 0 is the control without mixup but with the same batches.
+            Weight μ of the mixup loss. 0 is the control with the same batches but without mixup.
         mixup_alpha (`float`, *optional*, defaults to `0.5`):
             Each pair is mixed with λ ~ Beta(α, α).
         ntp_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the next-token loss of all examples. 0 is the control with the mixup loss only.
+            Weight of the next-token loss of all examples. 0 is the control with only the mixup loss.
 
     Parameters of the pairs:
         confidence_split (`str`, *optional*, defaults to `"confidence"`):
-            Which examples are partners: of the `"confidence"` halves one each, or of `"random"` halves, the control.
-            A random split needs no confidence. With `packing_strategy="wrapped"` or `"bfd_split"` and with streams,
-            only a random split is possible, and its pairs are drawn inside the micro-batch.
+            `"confidence"` pairs one confident example with one unconfident example; `"random"`, the control, pairs
+            examples of two random halves and needs no confidence. Streams, `packing_strategy="wrapped"` and
+            `"bfd_split"` support only `"random"`, and their pairs are drawn within the micro-batch.
         pair_sampling (`bool`, *optional*, defaults to `True`):
-            Whether every micro-batch holds whole pairs, drawn anew each epoch; of packed data, whether pairs are drawn
-            in the micro-batch. `False`, with `mixup_weight=0` only, is `SFTTrainer`'s own sampling.
-        pair_similar_lengths (`bool`, *optional*, defaults to `False`):
-            Whether partners, and pairs of one micro-batch, have similar numbers of labels: only the common length is
-            mixed. For data that is not packed; as `train_sampling_strategy="group_by_length"` otherwise.
+            Whether every micro-batch holds whole pairs, drawn anew each epoch; for packed data, whether pairs are
+            drawn within the micro-batch. `False`, which needs `mixup_weight=0`, is `SFTTrainer`'s own sampling.
 
     Parameters of the confidence, the negative mean perplexity of an example's labels over the checkpoints of a run:
         confidence_source (`str`, *optional*, defaults to `"reference"`):
             - `"reference"`: `train()` first trains a reference model by ordinary supervised fine-tuning on the same
-              data and with the same arguments, kept in `<output_dir>/reference`, and begins again from the start. A
-              reference that is there is used if it was trained in the same way, and refused otherwise.
-            - `"file"`: a file that [`ConfidenceTrackingCallback`] wrote, `confidence_file`: of a run of your own, or
+              data and with the same arguments, keeps it in `<output_dir>/reference`, and starts anew. An existing
+              reference is used if it was trained in the same way, and refused otherwise.
+            - `"file"`: `confidence_file`, written by [`ConfidenceTrackingCallback`] in a run of your own, or
               `reference/confidence.parquet` of another run on the same data.
-            - `"online"`: what training itself sees of each example, at no cost. Nothing is mixed in the first epoch.
-              An approximation: no two examples are seen by the same weights, and dropout is on. Its rank correlation
-              to the confidence that is tracked in the same run was 0.58 after one epoch, 0.68 after two and 0.71 after
-              three, with 73 %, 83 % and 84 % of the examples in the same half (160 rows of the quickstart data, LoRA).
+            - `"online"`: what training itself computes for each example, at no cost. Nothing is mixed in the first
+              epoch. An approximation: every example is seen by different weights, and with dropout. Its rank
+              correlation with the confidence tracked in the same run was 0.58 after one epoch, 0.68 after two and 0.71
+              after three, with 73 %, 83 % and 84 % of the examples in the same half (160 rows of the quickstart data,
+              LoRA).
         confidence_file (`str`, *optional*):
             For `confidence_source="file"`: the Parquet file.
         reference_model (`str`, *optional*):
             For `confidence_source="reference"`: id or path of another model to train, of any architecture and with any
-            tokenizer. By default the reference starts as the model that is trained.
+            tokenizer. By default the reference starts from the trained model's initial weights.
         confidence_checkpoints (`list[int]`, *optional*):
-            For `confidence_source="reference"`: optimizer steps after which the data is evaluated. By default the end
-            of each epoch of three or more, otherwise three evenly spaced steps, the last one included. The paper does
-            not say.
+            For `confidence_source="reference"`: optimizer steps after which the data is evaluated. Defaults to the end
+            of each epoch if there are three or more, otherwise to three evenly spaced steps, including the last one.
+            The paper is silent on this.
         confidence_measure (`str`, *optional*, defaults to `"perplexity"`):
-            What is averaged over the checkpoints: `"perplexity"`, the paper's, or `"mean_nll"`.
+            What is averaged over the checkpoints: `"perplexity"`, as in the paper, or `"mean_nll"`.
         push_confidence (`bool`, *optional*, defaults to `False`):
-            For `confidence_source="reference"`: whether a push to the Hub takes along `reference/confidence.parquet`
-            and `reference/settings.json`, with which a run goes on elsewhere without training the reference again. In
-            them are hashes of the examples (or your own column `example_key`), numbers and settings, no texts and no
-            paths. The reference model is never pushed.
+            For `confidence_source="reference"`: whether to push `reference/confidence.parquet` and
+            `reference/settings.json` to the Hub, with which a run resumes elsewhere without training the reference
+            again. They contain hashes of the examples (or your own column `example_key`), numbers and settings, but no
+            text and no paths. The reference model is never pushed.
     """
 
     _MAY_CHANGE_ON_RESUME = ["push_confidence"]
@@ -69,38 +67,34 @@ class SFTMixConfig(SFTConfig):
 
     mixup_weight: float = field(
         default=0.2,
-        metadata={"help": "Weight of the mixup loss; 0 is no mixup."},
+        metadata={"help": "Weight of the mixup loss; 0 disables mixup."},
     )
     mixup_alpha: float = field(
         default=0.5,
-        metadata={"help": "Each pair is mixed with a share drawn from Beta(mixup_alpha, mixup_alpha)."},
+        metadata={"help": "Each pair is mixed with a weight drawn from Beta(mixup_alpha, mixup_alpha)."},
     )
     ntp_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the next-token loss; 0 is mixup only."},
+        metadata={"help": "Weight of the next-token loss; 0 leaves only the mixup loss."},
     )
     confidence_split: str = field(
         default="confidence",
-        metadata={"help": "Which examples are partners.", "choices": ["confidence", "random"]},
+        metadata={"help": "How examples are split into the halves to pair.", "choices": ["confidence", "random"]},
     )
     pair_sampling: bool = field(
         default=True,
         metadata={"help": "Whether micro-batches hold pairs; False, with mixup_weight=0, is SFTTrainer's sampling."},
     )
-    pair_similar_lengths: bool = field(
-        default=False,
-        metadata={"help": "Whether partners have similar numbers of labels."},
-    )
     confidence_source: str = field(
         default="reference",
         metadata={
-            "help": "Where the confidence comes from: a reference run, the training itself, or a file.",
+            "help": "Source of the confidence: a reference run, training itself, or a file.",
             "choices": ["reference", "online", "file"],
         },
     )
     confidence_file: str | None = field(
         default=None,
-        metadata={"help": "For confidence_source='file': Parquet file that ConfidenceTrackingCallback wrote."},
+        metadata={"help": "For confidence_source='file': Parquet file written by ConfidenceTrackingCallback."},
     )
     reference_model: str | None = field(
         default=None,
@@ -116,12 +110,12 @@ class SFTMixConfig(SFTConfig):
     )
     push_confidence: bool = field(
         default=False,
-        metadata={"help": "Whether a push to the Hub takes the confidence along (hashes and numbers, no texts)."},
+        metadata={"help": "Whether to push the confidence to the Hub (hashes and numbers, no text)."},
     )
 
     @property
     def needs_confidence(self) -> bool:
-        """Whether pairs depend on the examples' confidence."""
+        """Whether pairs depend on confidence."""
         return self.pair_sampling and self.confidence_split == "confidence"
 
     @property
@@ -151,9 +145,6 @@ class SFTMixConfig(SFTConfig):
                 f"`pair_sampling=False` leaves no pairs for `mixup_weight={self.mixup_weight}`: set `mixup_weight=0`, "
                 "or leave `pair_sampling` at True."
             )
-        if self.pair_similar_lengths and (self.packing or not self.pair_sampling):
-            reason = "`packing=True`, which fills rows" if self.packing else "`pair_sampling=False`"
-            raise InputError(f"`pair_similar_lengths=True` has no effect with {reason}: set it to False.")
 
     def _check_source(self) -> None:
         source = self.confidence_source if self.needs_confidence else None
@@ -186,8 +177,7 @@ class SFTMixConfig(SFTConfig):
         if self.train_sampling_strategy != "random":
             raise InputError(
                 f"`train_sampling_strategy={self.train_sampling_strategy!r}` has no effect with `pair_sampling=True`, "
-                "which draws pairs in an order of its own. Leave it at 'random'; `pair_similar_lengths=True` groups "
-                "by length."
+                "which draws pairs in an order of its own. Leave it at 'random'."
             )
         if self.confidence_split == "random":
             return
@@ -196,29 +186,27 @@ class SFTMixConfig(SFTConfig):
         if num_rows % 2 == 1:
             raise InputError(
                 f"`per_device_train_batch_size={self.per_device_train_batch_size}` gives a process {num_rows} rows, "
-                "which are no whole pairs: make it even, or set `confidence_split='random'`."
+                "but pairs need an even number: make it even, or set `confidence_split='random'`."
             )
         if self.accelerator_config.dispatch_batches:
             raise InputError(
-                "`accelerator_config={'dispatch_batches': True}` may cut pairs apart where the last batch is shared "
-                "out: remove it, or set `confidence_split='random'`."
+                "`accelerator_config={'dispatch_batches': True}` may cut pairs apart when the last batch is split: "
+                "remove it, or set `confidence_split='random'`."
             )
         if self.auto_find_batch_size:
             raise InputError(
-                "`auto_find_batch_size=True` may choose a batch that holds no whole pairs: set "
+                "`auto_find_batch_size=True` may choose an odd batch size, which cuts pairs apart: set "
                 "`per_device_train_batch_size` yourself."
             )
 
     def _check_data(self) -> None:
         if self.needs_confidence and self.packing and self.packing_strategy != "bfd":
             raise InputError(
-                f"`packing_strategy={self.packing_strategy!r}` cuts examples, so their confidence has no place: use "
-                "'bfd', or set `confidence_split='random'`."
+                f"`packing_strategy={self.packing_strategy!r}` cuts examples, so they can't be split by confidence: "
+                "use 'bfd', or set `confidence_split='random'`."
             )
-        is_unprepared = (self.dataset_kwargs or {}).get("skip_prepare_dataset", False)
-        if is_unprepared and (self.needs_confidence or self.pair_similar_lengths):
+        if self.needs_confidence and (self.dataset_kwargs or {}).get("skip_prepare_dataset", False):
             raise InputError(
                 "`dataset_kwargs={'skip_prepare_dataset': True}` leaves the examples without the numbers that pairs "
-                "go by: remove it (tokenized rows are accepted), or set `confidence_split='random'` and "
-                "`pair_similar_lengths=False`."
+                "need: remove it (tokenized rows are accepted), or set `confidence_split='random'`."
             )

@@ -1,6 +1,6 @@
 """
-What is mixed in a micro-batch, and how much: a function of the seed, the step and the examples' numbers, so that a
-resumed run, another number of processes or another accumulation draws the same.
+Selects the positions to mix in a micro-batch and draws λ. Both are functions of the seed, the step and the examples'
+numbers, so a resumed run, another number of processes or another accumulation draws the same.
 """
 
 import zlib
@@ -13,7 +13,7 @@ from ..base.batch import sample_ids_of
 from .pairing import CONFIDENT, UNCONFIDENT
 
 
-# No example has this number, so an example's place in the order is independent of each λ
+# No example has this number, so the order of the examples is independent of each λ
 _ORDER = 2**63
 
 
@@ -23,11 +23,11 @@ class Document(NamedTuple):
 
     Attributes:
         number (`int`):
-            What it is known by, from 0.
+            Number of the example, from 0.
         half (`int`):
             `CONFIDENT`, `UNCONFIDENT` or `NEITHER`.
         positions (`torch.Tensor` of shape `(n, 2)`):
-            Its labels in order, as `add_paired_lm_head` names positions: row and, from the end of the row, column.
+            Positions of its labels in order, as in `add_paired_lm_head`: the row, and the column counted from the end.
     """
 
     number: int
@@ -39,24 +39,22 @@ def draw_mixup(
     inputs: dict[str, Any], halves: torch.Tensor | None, is_packed: bool, alpha: float, seed: int, step: int
 ) -> dict[str, Any]:
     """
-    Draw pairs among the documents of a micro-batch and a λ for each.
+    Draw pairs among the documents of a micro-batch, and λ for each.
 
     Args:
         inputs (`dict[str, Any]`):
-            Collated batch, with the column `example_number` if there are halves.
+            Collated batch, with the column `example_number` if `halves` is given.
         halves (`torch.Tensor` of shape `(num_examples,)`, *optional*):
-            Half of each example, by its number. Without them each two documents that follow each other are a pair.
+            Half of each example. Without it, consecutive documents are paired.
         is_packed (`bool`):
-            Whether rows are packed: their documents, which always stand in the same place, find partners at random.
+            Whether rows are packed. Their documents are always in the same places, so partners are drawn at random.
         alpha (`float`):
             λ ~ Beta(alpha, alpha).
-        seed (`int`):
-            Seed of the draw.
-        step (`int`):
-            Number of the optimizer step.
+        seed (`int`), step (`int`):
+            Seed of the draw, and number of the optimizer step.
 
     Returns:
-        `dict[str, Any]`: What [`mixup_inputs`] returns.
+        `dict[str, Any]`: Inputs of the paired LM head, see [`mixup_inputs`].
     """
     pairs = draw_pairs(documents_of(inputs, halves), seed, step, shuffle=is_packed and halves is not None)
     return mixup_inputs(pairs, alpha, seed, step, inputs["labels"].device)
@@ -64,28 +62,22 @@ def draw_mixup(
 
 def documents_of(inputs: dict[str, Any], halves: torch.Tensor | None) -> list[Document]:
     """
-    The documents of a micro-batch that have labels.
-
-    Args:
-        inputs (`dict[str, Any]`):
-            Collated batch, with the column `example_number` if there are halves.
-        halves (`torch.Tensor` of shape `(num_examples,)`, *optional*):
-            Half of each example, by its number. Without them documents are known by their content, and each two that
-            follow each other are of different halves.
+    Documents of a collated batch that have labels. Without `halves` their numbers are hashes of their tokens, and they
+    belong to the two halves in turn.
     """
     labels = inputs["labels"][:, 1:].cpu()
     sample_ids, num_samples = sample_ids_of(inputs)
     is_label = labels != -100
     sizes = torch.bincount(sample_ids[:, 1:].cpu()[is_label], minlength=num_samples).tolist()
-    positions = is_label.nonzero()  # row by row, so document by document
+    positions = is_label.nonzero()  # row by row, and so document by document
     positions[:, 1] -= labels.size(1)
-    # What a document is known by stands on each of its labels, or is made of its tokens up to the last label
     tokens = inputs["input_ids"].cpu()
     documents = []
     for sample, of_document in enumerate(positions.split(sizes)):
         if len(of_document) == 0:
             continue
         if halves is None:
+            # Up to the last label: padding-free rows may end in padding
             row, column = of_document[-1].tolist()
             in_document = sample_ids[row].cpu() == sample
             in_document[labels.size(1) + column + 2 :] = False
@@ -100,18 +92,8 @@ def documents_of(inputs: dict[str, Any], halves: torch.Tensor | None) -> list[Do
 
 def draw_pairs(documents: list[Document], seed: int, step: int, shuffle: bool) -> list[tuple[Document, Document]]:
     """
-    Give each confident document of a micro-batch an unconfident one, as far as there are any.
-
-    Args:
-        documents (`list[Document]`):
-            What [`documents_of`] returns.
-        seed (`int`):
-            Seed of the draw.
-        step (`int`):
-            Number of the optimizer step.
-        shuffle (`bool`):
-            Whether to draw partners. Otherwise the first confident document is the first unconfident one's partner,
-            and so on.
+    Pair each confident document of a micro-batch with an unconfident one, as far as there are any: at random if
+    `shuffle`, otherwise in the order of the batch.
     """
     if shuffle:
         documents = sorted(documents, key=lambda document: _generator(seed, step, document.number, _ORDER).random())
@@ -125,24 +107,12 @@ def mixup_inputs(
     pairs: list[tuple[Document, Document]], alpha: float, seed: int, step: int, device: torch.device
 ) -> dict[str, Any]:
     """
-    What `add_paired_lm_head` asks for: the n-th label of a document is mixed with the n-th one of its partner, up to
-    the shorter one's end; λ ~ Beta(alpha, alpha) for each pair.
-
-    Args:
-        pairs (`list[tuple[Document, Document]]`):
-            What [`draw_pairs`] returns.
-        alpha (`float`):
-            Parameter of the distribution.
-        seed (`int`):
-            Seed of the draw.
-        step (`int`):
-            Number of the optimizer step.
-        device (`torch.device`):
-            Where the positions go.
+    Inputs of `add_paired_lm_head`: the n-th label of a document is mixed with the n-th label of its partner, up to the
+    end of the shorter one, with λ ~ Beta(alpha, alpha) for each pair.
 
     Returns:
         `dict[str, Any]`: `mixup_first` and `mixup_second`, int64 tensors of shape `(P, 2)`, and `mixup_weights`, a
-        list of `P` numbers in float32: a tensor would be cast to the model's dtype by DeepSpeed and FSDP.
+        list of `P` numbers in float32: DeepSpeed and FSDP would cast a tensor to the model's dtype.
     """
     first, second, weights = [torch.empty(0, 2, dtype=torch.long)], [torch.empty(0, 2, dtype=torch.long)], []
     for confident, unconfident in pairs:
@@ -159,6 +129,6 @@ def mixup_inputs(
 
 
 def _generator(seed: int, step: int, first: int, second: int) -> np.random.Generator:
-    # The generator counts up from the low words, so the numbers stand in the high ones: no two streams overlap
+    # The generator counts up from the low words; with the numbers in the high words no two streams overlap
     key, counter = [seed % 2**64, step], [0, 0, first, second]
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64)))

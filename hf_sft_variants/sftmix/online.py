@@ -1,4 +1,4 @@
-"""Confidence from what training computes anyway, without an extra forward pass."""
+"""Confidence from the log-probabilities that training computes anyway, without an extra forward pass."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,16 +14,16 @@ from .confidence_file import perplexity, split_in_halves
 from .pairing import NEITHER
 
 
-# Beside a checkpoint's other files
+# In the folder of a checkpoint
 STATE_FILE = "sftmix_online.pt"
 
 
 class OnlineConfidence:
     """
-    Mean NLL and perplexity of each example over the times that training saw it, and the halves of the current epoch.
+    Means of each example's NLL and perplexity over the epochs so far, and the halves of the current epoch.
 
-    An approximation of [`ConfidenceTrackingCallback`]: the examples of an epoch are seen by different weights, those
-    at its start by worse ones, and with dropout.
+    Approximates [`ConfidenceTrackingCallback`]: examples early in an epoch are seen by less trained weights than later
+    ones, and with dropout.
 
     Args:
         num_examples (`int`):
@@ -36,7 +36,7 @@ class OnlineConfidence:
         self.measure = measure
         self.epoch = 0
         self.halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
-        # What this process saw: sums of perplexities and of mean NLLs, and how often
+        # Of this process: sums of perplexities and of mean NLLs, and their number
         self.sums = torch.zeros(3, num_examples, dtype=torch.float64)
 
     def check(self, state: TrainerState) -> None:
@@ -44,7 +44,7 @@ class OnlineConfidence:
         Refuse a run without a second epoch.
 
         Raises:
-            `InputError`: If there is none.
+            `InputError`: If the run ends in its first epoch.
         """
         if state.num_train_epochs < 2:
             raise InputError(
@@ -53,7 +53,7 @@ class OnlineConfidence:
             )
 
     def add(self, batch: AnnotatedBatch) -> None:
-        """Take in a micro-batch with the annotation `example_number`."""
+        """Add a micro-batch with the annotation `example_number`."""
         sample_ids = batch.sample_ids.cpu().flatten()
         sums = torch.zeros(2, batch.num_samples, dtype=torch.float64)
         sums[0].index_add_(0, sample_ids, -batch.log_probs.detach().cpu().double().flatten())
@@ -67,16 +67,15 @@ class OnlineConfidence:
 
     def begin_epoch(self, epoch: int, accelerator: Accelerator) -> torch.Tensor:
         """
-        Halves for an epoch, by all that was seen before it; to be called by all processes.
+        Split the examples for an epoch by what was seen before it. Must be called by all processes.
 
         Returns:
-            `torch.Tensor` of shape `(num_examples,)`: `NEITHER` for all in the first epoch, and for examples that were
-            not seen yet.
+            `torch.Tensor` of shape `(num_examples,)`: `NEITHER` in the first epoch and for examples not seen yet.
 
         Raises:
             `InputError`: If an example's perplexity is NaN.
         """
-        if epoch != self.epoch:  # the same after a resume inside an epoch
+        if epoch != self.epoch:  # the same after resuming within an epoch
             perplexity_sum, nll_sum, times = self._total(accelerator).numpy()
             wrong = np.flatnonzero(np.isnan(nll_sum))
             if len(wrong):
@@ -84,7 +83,7 @@ class OnlineConfidence:
                     f"The perplexity of example {wrong[0]} of the prepared train dataset is NaN, and {len(wrong)} of "
                     f"{len(times)} are. Training has diverged: lower `learning_rate`, or look at the example."
                 )
-            with np.errstate(invalid="ignore"):  # 0 / 0 of those not seen
+            with np.errstate(invalid="ignore"):  # 0 / 0 for examples not seen
                 self.halves = split_in_halves(perplexity_sum / times, nll_sum / times, self.measure)
             self.epoch = epoch
         return self.halves
@@ -95,7 +94,7 @@ class OnlineConfidence:
         return accelerator.reduce(self.sums.to(accelerator.device), "sum").cpu()
 
     def save(self, folder: str | Path, accelerator: Accelerator) -> None:
-        """Write the state into a checkpoint's folder; to be called by all processes."""
+        """Write the state into a checkpoint. Must be called by all processes."""
         state = {"epoch": self.epoch, "halves": self.halves, "sums": self._total(accelerator)}
         if accelerator.is_main_process:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -103,26 +102,20 @@ class OnlineConfidence:
 
     def load(self, folder: str | Path, accelerator: Accelerator) -> None:
         """
-        Take the state out of a checkpoint's folder.
+        Read the state from a checkpoint.
 
         Raises:
-            `InputError`: If there is none, or one that can't be read or is of another data set.
+            `InputError`: If it is missing, can't be read or belongs to another data set.
         """
         path = Path(folder) / STATE_FILE
-        if not path.is_file():
-            raise InputError(
-                f"The checkpoint {folder} has no {STATE_FILE}, so it is not one of `confidence_source='online'`. "
-                "Resume from one that is, or start from the beginning."
-            )
         try:
             state = torch.load(path, weights_only=True)
-            sums, halves, epoch = state["sums"], state["halves"], int(state["epoch"])
-        except (RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+            sums, self.halves, self.epoch = state["sums"], state["halves"], int(state["epoch"])
+        except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} can't be read ({error!r}). Resume from another checkpoint.") from error
         if sums.shape != self.sums.shape:
             raise InputError(
                 f"The checkpoint {folder} was made with {sums.size(1)} training examples, but there are "
                 f"{self.sums.size(1)}. Resume with the same data set."
             )
-        self.epoch, self.halves = epoch, halves
-        self.sums = sums if accelerator.is_main_process else torch.zeros_like(self.sums)
+        self.sums = sums if accelerator.is_main_process else torch.zeros_like(sums)

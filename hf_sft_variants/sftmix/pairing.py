@@ -1,6 +1,6 @@
 """
-Which examples can be partners, and an order of them in pairs: a function of the seed and the epoch, so that a resumed
-run or another number of processes draws the same.
+Assigns examples to halves and draws an order of pairs. Both are functions of the seed and the epoch, so a resumed run
+or another number of processes draws the same.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ CONFIDENT, UNCONFIDENT, NEITHER = 1, 0, -1
 
 def random_halves(num_examples: int, seed: int) -> torch.Tensor:
     """
-    Halves that have nothing to do with confidence.
+    Random halves, the control.
 
     Returns:
         `torch.Tensor` of shape `(num_examples,)`: `CONFIDENT` and `UNCONFIDENT` equally often; `NEITHER` for one
@@ -33,17 +33,17 @@ def random_halves(num_examples: int, seed: int) -> torch.Tensor:
 
 def halves_of_order(order: np.ndarray, num_examples: int) -> torch.Tensor:
     """
-    Cut an order of examples into two equal halves.
+    Split ordered examples into two equal halves.
 
     Args:
         order (`np.ndarray`):
-            Numbers of the examples that take part, the confident ones first.
+            Numbers of the examples to split, the most confident one first.
         num_examples (`int`):
-            Number of all examples.
+            Total number of examples.
 
     Returns:
-        `torch.Tensor` of shape `(num_examples,)`: The half of each example; `NEITHER` for the middle one of an odd
-        number and for those that take no part.
+        `torch.Tensor` of shape `(num_examples,)`: Half of each example; `NEITHER` for the middle one of an odd number
+        and for examples that are not in `order`.
     """
     halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
     size = len(order) // 2
@@ -54,28 +54,20 @@ def halves_of_order(order: np.ndarray, num_examples: int) -> torch.Tensor:
 
 class PairSampler(Sampler[int]):
     """
-    Yields rows so that each two are a pair: a confident one, then an unconfident one.
+    Yields rows in pairs, a confident one followed by an unconfident one.
 
-    Partners are drawn anew each epoch without replacement. Rows without a partner come last, in random order too. Any
-    even number of rows in sequence, from the start, is whole pairs.
+    Partners are drawn anew each epoch without replacement. Rows without a partner come last, in random order.
 
     Args:
         halves (`torch.Tensor` of shape `(num_rows,)`):
             Half of each row. May be replaced between epochs.
         seed (`int`):
             Seed of the draw.
-        num_labels (`np.ndarray` of shape `(num_rows,)`, *optional*):
-            Given, partners and the pairs of a batch have similar numbers: rows are sorted within random groups, as
-            `group_by_length` does it, and the batches shuffled.
-        batch_size (`int`, *optional*, defaults to `2`):
-            Rows of a batch. Used with `num_labels` only.
     """
 
-    def __init__(self, halves: torch.Tensor, seed: int, num_labels: np.ndarray | None = None, batch_size: int = 2):
+    def __init__(self, halves: torch.Tensor, seed: int):
         self.halves = halves
         self.seed = seed
-        self.num_labels = num_labels
-        self.pairs_per_batch = max(batch_size // 2, 1)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -92,29 +84,14 @@ class PairSampler(Sampler[int]):
             for half in (CONFIDENT, UNCONFIDENT, NEITHER)
         )
         size = min(len(confident), len(unconfident))
-        others = np.concatenate([confident[size:], unconfident[size:], others])
-        pairs = np.stack([confident[:size], unconfident[:size]], axis=1)
-        if self.num_labels is not None:
-            pairs = self._group_by_length(pairs, generator)
-        yield from np.concatenate([pairs.flatten(), others]).tolist()
-
-    def _group_by_length(self, pairs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        # As transformers' `LengthGroupedSampler`: groups of 50 batches, or fewer so that there are at least four
-        num_batches = max(min(len(pairs) // (4 * self.pairs_per_batch), 50), 1)
-        pairs = pairs.copy()
-        for start in range(0, len(pairs), num_batches * self.pairs_per_batch):
-            group = pairs[start : start + num_batches * self.pairs_per_batch]
-            order = np.argsort(-self.num_labels[group], axis=0, kind="stable")
-            group[:] = np.take_along_axis(group, order, axis=0)
-        num_in_batches = len(pairs) // self.pairs_per_batch * self.pairs_per_batch
-        batches = pairs[:num_in_batches].reshape(-1, self.pairs_per_batch, 2)
-        return np.concatenate([generator.permutation(batches).reshape(-1, 2), pairs[num_in_batches:]])
+        pairs = np.stack([confident[:size], unconfident[:size]], axis=1).flatten()
+        yield from np.concatenate([pairs, confident[size:], unconfident[size:], others]).tolist()
 
 
 class BeginEpochCallback(TrainerCallback):
     """
-    Calls `begin_epoch` of a trainer. A data loader tells its sampler the epoch, too, but not in the first epoch after
-    a resume with several processes.
+    Calls `begin_epoch` of a trainer. A data loader sets its sampler's epoch, but not in the first epoch after resuming
+    with several processes.
     """
 
     def __init__(self, trainer: Trainer):
@@ -125,7 +102,7 @@ class BeginEpochCallback(TrainerCallback):
 
 
 def number_example(example: dict[str, Any], row: int, is_train: bool) -> dict[str, Any]:
-    """Give an example its row as number, on each token; those of evaluation sets have none."""
+    """Number a training example by its row, on each token; examples for evaluation have no number."""
     number = row if is_train else NEITHER
     return {
         "example_number": [number] * len(example["input_ids"]),
@@ -136,7 +113,7 @@ def number_example(example: dict[str, Any], row: int, is_train: bool) -> dict[st
 
 def check_number(num_labels: Iterable[int]) -> None:
     """
-    Say so if the training examples, by their numbers of labels, don't make pairs.
+    Warn of an odd number of training examples with labels.
 
     Raises:
         `InputError`: If there are fewer than two.

@@ -1,17 +1,19 @@
-"""What SFTMix's reference depends on: recorded with its confidence, compared before that is used again."""
+"""Settings that SFTMix's reference depends on, recorded with its confidence and compared before it is reused."""
 
 import hashlib
 import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
+from ..base import AnnotatedSFTTrainer
 from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..base.field_checks import as_json_values
 from ..base.fingerprints import fingerprint, vocabulary_hash
@@ -20,12 +22,8 @@ from ..errors import InputError
 from ..scoring import identify_model
 
 
-if TYPE_CHECKING:
-    from .trainer import SFTMixTrainer
-
-
-# Starts of the names of fields that can't matter: where things are written, what is said on the way, how many
-# processes read the data; what only the second phase uses; and what is described by its content, below
+# Prefixes of fields that are not compared: where and how the run is written, logged and evaluated, how processes read
+# the data; settings of the second phase; and what is described below by its content
 _NOT_COMPARED = (
     "output_dir", "logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "debug",
     "save_", "enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
@@ -42,25 +40,32 @@ _NOT_COMPARED = (
 # Fields that may name a file or a folder
 _FILES = ("chat_template_path", "deepspeed")
 
-# What a loaded model's tensor is sampled to: training changes them all over
+# Values of a loaded model's tensor that are hashed: training changes them throughout
 _SAMPLES = 4096
 
 
 def describe_reference(
-    trainer: "SFTMixTrainer", arguments: dict[str, Any], peft_config: PeftConfig | None, start: dict[str, Any]
+    trainer: AnnotatedSFTTrainer,
+    arguments: dict[str, Any],
+    peft_config: PeftConfig | None,
+    start: dict[str, Any],
+    examples: Dataset,
+    keys: list[str],
 ) -> dict[str, Any]:
     """
-    What tells a reference from others, as JSON values without any place on this machine.
+    Settings that a reference depends on, as JSON values without paths.
 
     Args:
-        trainer ([`SFTMixTrainer`]):
+        trainer ([`AnnotatedSFTTrainer`]):
             Trainer that needs the reference.
         arguments (`dict[str, Any]`):
-            What it was made with.
+            Arguments that the trainer was created with.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter that it was given.
+            Adapter among these arguments.
         start (`dict[str, Any]`):
-            What the reference starts as, by [`describe_start`].
+            Initial model of the reference, see [`describe_start`].
+        examples ([`~datasets.Dataset`]), keys (`list[str]`):
+            Prepared training examples, and keys of the rows they were made of.
     """
     args, tokenizer = trainer.args, trainer._tokenizer
     settings = {field.name: getattr(args, field.name) for field in fields(args)}
@@ -70,12 +75,14 @@ def describe_reference(
             settings[name] = fingerprint(settings[name])
     if peft_config is None and is_peft_model(trainer.model):
         peft_config = trainer.model.active_peft_config
-    adapter = _sorted_sets(peft_config.to_dict()) if peft_config else {}
-    adapter.pop("base_model_name_or_path", None)  # the start
+    adapter = peft_config.to_dict() if peft_config else {}
+    adapter.pop("base_model_name_or_path", None)  # part of `start`
+    # Sets have another order in each process
+    adapter = {name: sorted(value) if isinstance(value, set) else value for name, value in adapter.items()}
     quantization = arguments.get("quantization_config")
     optimizer_class, options = arguments.get("optimizer_cls_and_kwargs") or (None, None)
     with global_then_local_main_first():
-        tokens = add_content_keys(trainer.train_examples.select_columns(["input_ids", "labels"]))
+        token_keys = add_content_keys(examples.select_columns(["input_ids", "labels"]))
     return as_json_values(
         {
             **settings,
@@ -86,16 +93,16 @@ def describe_reference(
             "optimizer_cls_and_kwargs": optimizer_class and [optimizer_class.__qualname__, options],
             "vocabulary": vocabulary_hash(tokenizer),
             "chat_template": _hash(trainer.chat_template or tokenizer.chat_template),
-            **start,  # later: a loaded model has its adapter in it
+            **start,  # after the adapter, which is part of a loaded model
             # Both: keys may be the user's own
-            "examples": f"{len(trainer.example_keys)} with the hash {_hash(trainer.example_keys)}",
-            "tokens": _hash(tokens[EXAMPLE_KEY][:]),
+            "examples": f"{len(keys)} with the hash {_hash(keys)}",
+            "tokens": _hash(token_keys[EXAMPLE_KEY][:]),
         }
     )
 
 
-def describe_start(trainer: "SFTMixTrainer", model: str | PreTrainedModel) -> dict[str, Any]:
-    """The model that the reference starts as, by its content; to be called before it is trained."""
+def describe_start(trainer: AnnotatedSFTTrainer, model: str | PreTrainedModel) -> dict[str, Any]:
+    """Initial model of the reference, by its content. Must be called before training."""
     name = trainer.args.reference_model or model
     if isinstance(name, str):
         identity = identify_model(name, trainer.args.model_init_kwargs)
@@ -121,25 +128,20 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _sorted_sets(values: dict[str, Any]) -> dict[str, Any]:
-    """Sets in an order that is the same in each process."""
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
-
-
 def require_same_reference(path: Path, settings: dict[str, Any], confidence: Path) -> None:
     """
-    Refuse the reference of another run.
+    Refuse a reference that was trained with other settings.
 
     Args:
         path (`Path`):
-            File with what it was trained with.
+            File with the settings of the reference.
         settings (`dict[str, Any]`):
-            What this run would train it with.
+            Settings that this run needs.
         confidence (`Path`):
-            Its confidence.
+            Confidence file of the reference.
 
     Raises:
-        `InputError`: If it was trained otherwise, or that is not known.
+        `InputError`: If a setting differs, naming it, or the file can't be read.
     """
     fix = (
         "Remove the folder to train it again, choose another `output_dir`, or use this one with "

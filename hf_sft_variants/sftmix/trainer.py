@@ -4,7 +4,6 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -141,11 +140,10 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def annotate_untruncated(self, dataset, dataset_name, from_text):
-        if self._is_streaming and (self.args.needs_confidence or self.args.pair_similar_lengths):
-            name = "confidence_split" if self.args.needs_confidence else "pair_similar_lengths"
+        if self._is_streaming and self.args.needs_confidence:
             raise InputError(
-                f"`{name}={getattr(self.args, name)!r}` needs all examples before training, but `train_dataset` is a "
-                "stream. Load it without streaming, or set `confidence_split='random'` without `pair_similar_lengths`."
+                "`confidence_split='confidence'` needs all examples before training, but `train_dataset` is a stream. "
+                "Load it without streaming, or set `confidence_split='random'`."
             )
         if self.args.needs_confidence and dataset_name == "train" and self.example_keys is None:
             if EXAMPLE_KEY in dataset.column_names:
@@ -190,9 +188,8 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self._has_numbers or self.args.packing:
             return super()._get_train_sampler(train_dataset)
-        num_labels = np.array(self.train_dataset["num_labels"]) if self.args.pair_similar_lengths else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._pair_sampler = PairSampler(self._halves_of_rows(), seed, num_labels, self._train_batch_size)
+        self._pair_sampler = PairSampler(self._halves_of_rows(), seed)
         return self._pair_sampler
 
     def _halves_of_rows(self):
@@ -257,7 +254,9 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         """As [`AnnotatedSFTTrainer.train`]; `resume_from_checkpoint=True` goes on in the phase that was stopped."""
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.args.needs_reference:
-            path = self._reference_phase.run(self, bool(resume_from_checkpoint), checkpoint)
+            path = self._reference_phase.run(
+                self, self.train_examples, self.example_keys, bool(resume_from_checkpoint), checkpoint
+            )
             measure = self.args.confidence_measure
             # Other machines may have no such file
             self.halves = on_main_process(

@@ -40,7 +40,7 @@ REFUSED = {
     ("poft", "packing, bfd_split"): "`packing_strategy='bfd_split'` cuts examples",
     ("poft", "packing, wrapped"): "`packing_strategy='wrapped'` cuts examples",
     ("poft", "truncation_mode='keep_end'"): "`truncation_mode='keep_end'` cuts prompts",
-    ("sftmix", "train_sampling_strategy='group_by_length'"): "`pair_similar_lengths=True` groups by length",
+    ("sftmix", "train_sampling_strategy='group_by_length'"): "which draws pairs in an order of its own",
 }
 DROPPED = {(method, name) for method in ("sftkey", "poft") for name in (CUT, CUT_PACKED)}
 # PoFT's control counts parts of examples as examples, which are no longer of equal length

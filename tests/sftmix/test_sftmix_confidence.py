@@ -342,7 +342,7 @@ class TestFile:
             halves_from_file(tmp_path / "c.parquet", examples, "perplexity")
         table = pa.table({EXAMPLE_KEY: ["a"], "mean_nll": ["low"], "mean_perplexity": [1.0]})
         pq.write_table(table, tmp_path / "c.parquet")
-        with pytest.raises(InputError, match="has no numbers in the column `mean_nll`, but string"):
+        with pytest.raises(InputError, match="has a value of the wrong type: .*'low'"):
             halves_from_file(tmp_path / "c.parquet", examples, "perplexity")
 
     def test_an_example_twice(self, examples, tmp_path):

@@ -272,18 +272,6 @@ class TestLimitCaseIsSFTTrainer:
             assert torch.equal(inputs["input_ids"], mixed["input_ids"])
 
 
-def test_partners_of_similar_lengths(tiny_model, tokenizer, token_rows, tmp_path):
-    fractions = []
-    for is_similar in (False, True):
-        options = {"pair_similar_lengths": is_similar, "per_device_train_batch_size": 4, "num_train_epochs": 1}
-        trainer = make_trainer(
-            tiny_model, tokenizer, token_rows, tmp_path, **options, **RANDOM, save_strategy="no", logging_steps=4
-        )
-        trainer.train()
-        fractions.append(trainer.state.log_history[0]["sftmix/mixed_fraction"])
-    assert fractions[1] > fractions[0]
-
-
 def test_evaluation_is_next_token_loss(tiny_model, tokenizer, token_rows, tmp_path):
     options = {"eval_dataset": token_rows, "per_device_eval_batch_size": 3}
     plain = helpers.make_trainer(SFTTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
@@ -396,9 +384,5 @@ class TestRefusals:
                 make(SFTMixTrainer, SFTMixConfig, rows=packed, **method)
 
     def test_streams(self, tiny_model, tokenizer, token_rows, tmp_path):
-        for method, name in (
-            ({}, "confidence_split='confidence'"),
-            ({**RANDOM, "pair_similar_lengths": True}, "pair_s"),
-        ):
-            with pytest.raises(InputError, match=f"`{name}.* needs all examples before training"):
-                make_trainer(tiny_model, tokenizer, token_rows.to_iterable_dataset(), tmp_path, max_steps=1, **method)
+        with pytest.raises(InputError, match="`confidence_split='confidence'` needs all examples before training"):
+            make_trainer(tiny_model, tokenizer, token_rows.to_iterable_dataset(), tmp_path, max_steps=1)
