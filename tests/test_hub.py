@@ -101,8 +101,10 @@ def test_not_asked(method, hub, reference, tiny_model, tokenizer, chat_rows, tmp
     trainer.train()
     assert hub.files() == {*expected, f"last-checkpoint/{RUN_FILE}"}
     assert f"trained with {trainer._name}," in (hub.folder / "README.md").read_text()
-    trainer.push_to_hub()
+    trainer.push_to_hub(dataset_name="org/data", tags="extra")
     assert hub.files() == {*expected, f"last-checkpoint/{RUN_FILE}"}
+    card = (hub.folder / "README.md").read_text()
+    assert "datasets: org/data" in card and all(f"- {tag}\n" in card for tag in ("extra", *trainer._tag_names))
     assert (tmp_path / "run" / "reference" / "model.safetensors").is_file() == (method == "sftmix")
     assert transformers.trainer.hf_api() is hub
 

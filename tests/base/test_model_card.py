@@ -35,6 +35,7 @@ def assert_complete(card: ModelCard, trainer, **front_matter):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "base"])
 class TestSavedModel:
+    @pytest.mark.cell("TRL's expectations", "tags and a model card that names the method and cites its paper")
     def test_save_model(self, method, lora, tiny_model, tokenizer, chat_rows, tmp_path):
         """Without a checkpoint, and into another folder, where PEFT would leave an empty form."""
         options = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if lora else {}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import two_processes
-from helpers import assert_same_gradients, save_models, scores_in
+from helpers import assert_same_gradients, save_models
 from methods import needs
 from torch.distributed.run import main as torchrun
 from two_processes import EVALUATIONS, OTHERS, RUNS, STEPS, load_rows, make_trainer_of, of_methods, run
@@ -83,19 +83,3 @@ def test_rows_repeated_for_the_last_batch_do_not_count(name, results, folder, tm
     metrics = {name: value for name, value in evaluated.items() if name == "eval_nll" or "/" in name}
     assert len(metrics) >= (1 if case.method == "sftmix" else 4)
     assert metrics == pytest.approx({key: results[name]["evaluated"][key] for key in metrics}, rel=1e-6)
-
-
-@needs("sft_go")
-def test_reference_scores_are_shared(results, folder, tmp_path):
-    expected = run(OTHERS["rho1"], folder, tmp_path, **TWICE_THE_ROWS)
-    assert results["rho1"]["log"]["loss"] == pytest.approx(expected["log"]["loss"], rel=1e-6)
-    assert_same_gradients(results["rho1"]["gradients"], expected["gradients"], tolerance=1e-6)
-    by_one, by_two = scores_in(tmp_path / "scores"), scores_in(folder / "two" / "rho1" / "scores")
-    assert by_one == by_two and [len(scores) for scores in by_one.values()] == [8]
-
-
-@needs("sft_go")
-def test_counts_of_each_process_alone_are_sft_trainers(results):
-    plain, ours = results["separate_sft"], results["separate_sft_go"]
-    assert ours["log"]["loss"] == plain["log"]["loss"]
-    assert_same_gradients(ours["gradients"], plain["gradients"])

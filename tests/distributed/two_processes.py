@@ -15,18 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from datasets import Dataset
 from helpers import GradientRecorder, make_trainer
-from methods import METHODS, SFT
+from methods import METHODS
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-from hf_sft_variants.scoring import shards
 
 
 # Eight rows in one optimizer step each; packed to four rows of at most 40 tokens
 PADDED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 PACKED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_length": 40}
 OWN_GROUPS = {"group_by": "column", "group_column": "mine"}
-RHO1 = {"group_by": "rho1", "score_batch_tokens": 40}
 RANDOM_PAIRS = {"confidence_split": "random", "train_sampling_strategy": "random"}
 # Two steps with the whole response, two with the key, each stage with a warm-up
 STAGES = {"max_steps": 4, "learning_rate": 1e-2, "stage_learning_rates": [1e-2, 2e-3], "warmup_steps": 1}
@@ -47,7 +44,7 @@ EVALUATION = {"per_device_eval_batch_size": 3, "learning_rate": 0.0}
 
 @dataclass
 class Case:
-    """A run of a method, or of "sft"."""
+    """A run of a method."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -82,19 +79,15 @@ EVALUATIONS = {
     )
     for layout, common, number in (("padded", PADDED, 5), ("packed", PACKED, 8))
 }  # fmt: skip
-SEPARATE_COUNTS = {"average_tokens_across_devices": False}
 OTHERS = {
     "stages": Case("sftkey", STAGES),
-    "rho1": Case("sft_go", RHO1),
     "phases_resumed": Case("sftmix", PHASES, resumes="phases"),
     "online_resumed": Case("sftmix", RUNS["online"].options, resumes="online"),
-    "separate_sft": Case("sft", SEPARATE_COUNTS),
-    "separate_sft_go": Case("sft_go", {**SEPARATE_COUNTS, "worst_group_weight": 0}),
 }
 
 
 def of_methods(cases: dict[str, Case]) -> dict[str, Case]:
-    return {name: case for name, case in cases.items() if case.method in {*METHODS, "sft"}}
+    return {name: case for name, case in cases.items() if case.method in METHODS}
 
 
 class AssertTwoProcesses(TrainerCallback):
@@ -109,18 +102,16 @@ class AssertTwoProcesses(TrainerCallback):
 
 
 def make_trainer_of(case: Case, folder: Path, output_dir: Path, callbacks=(), **options):
-    paths = {"reference_model": str(folder / "reference"), "score_cache_dir": str(output_dir / "scores")}
     options = {
         "max_steps": 1,
         "save_strategy": "no",
         "train_sampling_strategy": "sequential",
         **PADDED,
-        **(paths if case.options.get("group_by") == "rho1" else {}),
         **case.options,
         **options,
     }
     return make_trainer(
-        *(SFT if case.method == "sft" else METHODS[case.method].classes),
+        *METHODS[case.method].classes,
         AutoModelForCausalLM.from_pretrained(folder / "model"),
         AutoTokenizer.from_pretrained(folder / "model"),
         load_rows(folder),
@@ -153,7 +144,6 @@ def run(case: Case, folder: Path, output_dir: Path, callback=None, **options) ->
 
 
 def main(folder: Path) -> None:
-    shards.BATCHES_PER_SHARD = 1  # so that the few rows are shards for both processes
     cases = of_methods({**STEPS, **RUNS, **EVALUATIONS, **OTHERS})
     results = {
         name: run(case, folder, folder / "two" / (case.resumes or name), AssertTwoProcesses)

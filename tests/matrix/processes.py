@@ -49,9 +49,9 @@ UNEVEN = {"max_steps": 3}
 SEPARATE_COUNTS = {"max_steps": 2, "average_tokens_across_devices": False}
 
 RANDOM_PAIRS = {"confidence_split": "random"}
-AS_USED = {name: method.options for name, method in METHODS.items()}
+AS_USED = {name: dict(method.options) for name, method in METHODS.items()}
 if "sftkey" in AS_USED:
-    AS_USED["sftkey"] = {**AS_USED["sftkey"], "stages": ["full", "key"]}  # with a fresh optimizer in between
+    AS_USED["sftkey"] |= {"stages": ["full", "key"]}  # with a fresh optimizer in between
 # Each strategy is launched with the recipe of another method
 RECIPE_METHODS = dict(
     zip(STRATEGIES, [name for name in ("sft_go", "sftmix", "sftkey", "poft", "base") if name in METHODS], strict=False)
@@ -79,6 +79,8 @@ def available(cases: dict[str, Case]) -> dict[str, Case]:
 def cases_like_one_process(folder: Path) -> dict[str, Case]:
     """These are equal on any number of processes."""
     cases = {name: Case(name, {**options, **SAVING}, eval_rows="texts") for name, options in AS_USED.items()}
+    if "sftkey" in cases:
+        cases["sftkey"].options |= {"answer_eval_steps": 2, "answer_eval_max_new_tokens": 6}
     cases["sft_go_lora"] = Case("sft_go", AS_USED.get("sft_go", {}), lora=True)
     cases["sftmix_lora"] = Case("sftmix", RANDOM_PAIRS, lora=True)
     # One process without a pair
@@ -88,8 +90,6 @@ def cases_like_one_process(folder: Path) -> dict[str, Case]:
     cases["sftmix_reference"] = Case("sftmix", model="biased")
     cases["sftmix_copied"] = Case("sftmix", model="biased", is_loaded=True)
     cases["sftmix_online"] = Case("sftmix", {"confidence_source": "online", "max_steps": 6}, model="tied")
-    answers = {"answer_eval_steps": 2, "answer_eval_max_new_tokens": 6}
-    cases["sftkey_answers"] = Case("sftkey", {**AS_USED.get("sftkey", {}), **answers}, eval_rows="texts")
     return available(cases | {f"{name}_found": case for name, case in scoring_cases(folder, "one").items()})
 
 
@@ -131,7 +131,7 @@ def control_rows(method: str) -> str:
 
 
 def resumed_cases() -> dict[str, Case]:
-    return {f"{name}_resumed": Case(name, {**options, **SAVING}, resumes=name) for name, options in AS_USED.items()}
+    return {f"{name}_resumed": Case(name, options, resumes=name) for name, options in AS_USED.items()}
 
 
 def make_trainer_of(case: Case, folder: Path, output_dir: Path, **options):

@@ -6,7 +6,6 @@ import math
 import pickle
 import struct
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from methods import METHODS
-from safetensors import SafetensorError
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from hf_sft_variants.base.example_keys import add_content_keys
@@ -34,7 +32,6 @@ class Case(NamedTuple):
     arguments: dict[str, Any] = {}
     model: Any = None
     file: Any = None
-    error: type[Exception] = InputError
 
 
 class Executed:
@@ -223,31 +220,6 @@ def saved(start, folder, lacks=None):
     return str(folder)
 
 
-def nowhere(start, folder):
-    return str(folder / "nowhere")
-
-
-def model_alone(start, folder):
-    start.model.save_pretrained(folder)
-    return str(folder)
-
-
-def cut_weights(start, folder):
-    path = Path(saved(start, folder), "model.safetensors")
-    truncated(path, path.read_bytes())
-    return str(folder)
-
-
-def pickled_weights(start, folder):
-    pickled(Path(saved(start, folder, "model.safetensors"), "pytorch_model.bin"), b"")
-    return str(folder)
-
-
-def broken_configuration(start, folder):
-    Path(saved(start, folder), "config.json").write_text("{")
-    return str(folder)
-
-
 def masked_model(start, folder):
     return BertForMaskedLM(BertConfig(vocab_size=330, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
 
@@ -268,11 +240,6 @@ def layer(start, folder):
 
 def fewer_embeddings(start, folder):
     start.model.resize_token_embeddings(100)
-    return start.model
-
-
-def no_template(start, folder):
-    start.tokenizer.chat_template = None
     return start.model
 
 
@@ -301,14 +268,6 @@ def damaged_scores(start, folder):
 
 RHO1 = {"group_by": "rho1", "reference_model": "FOLDER", "score_cache_dir": "FOLDER"}
 MODELS = [
-    Case("base", "nowhere", model=nowhere, error=OSError),
-    Case("sftmix", "Error no file named model.safetensors", error=OSError,
-             model=partial(saved, lacks="model.safetensors")),
-    Case("sft_go", "Error while deserializing header", model=cut_weights, error=SafetensorError),
-    Case("poft", "Weights only load failed", model=pickled_weights, error=pickle.UnpicklingError),
-    Case("sftkey", "config.json' is not a valid JSON file", model=broken_configuration, error=OSError),
-    Case("base", "Can't instantiate a processor, a tokenizer", arguments={"processing_class": None},
-             model=model_alone),
     Case("sftmix", "`model` is a `BertForMaskedLM`, which is no causal language model", model=masked_model),
     Case("sft_go", "`model` is a `T5ForConditionalGeneration`, which is no causal", model=encoder_decoder),
     Case("poft", "`model` is a `LlamaModel`, which is no causal language model", model=backbone),
@@ -316,7 +275,6 @@ MODELS = [
     Case("base", r"has the token id \d+, but the model has 100 embeddings. Pass the model's own tokenizer",
              model=fewer_embeddings),
     Case("sft_go", "the model has 100 embeddings", rows="chat", model=fewer_embeddings),
-    Case("base", "tokenizer.chat_template is not set", rows="chat", model=no_template),
     Case("sft_go", "The reference model '.*' can't be loaded: .* Pass the folder of a causal language", RHO1,
              model=no_weights_beside),
     Case("sft_go", "has another vocabulary than the trained model: 331 tokens against 330", RHO1,
@@ -329,9 +287,6 @@ MODELS = [
     Case("sftmix", "has another vocabulary than the trained model", {"reference_model": "FOLDER"},
              model=other_vocabulary),
 ]  # fmt: skip
-
-# Refusals of TRL and transformers, which keep their class
-THEIRS = ("Can't instantiate a processor", "tokenizer.chat_template is not set")
 
 RECIPE = """\
 model_name_or_path: a/model
@@ -372,12 +327,10 @@ def test_refused(method, case, start):
     for value in case.options.values() if case.file is not None else ():
         if str(value).startswith("FILE"):
             case.file(Path(value), start)
-    error = ValueError if case.message.startswith(THEIRS) else case.error
-    with pytest.raises(error, match=case.message) as caught:
+    with pytest.raises(InputError, match=case.message):
         if case.model is not None:
             start.model = case.model(start, Path("FOLDER").absolute())
         start(method, case.options, case.rows, **case.arguments)
-    assert type(caught.value) is error
 
 
 @pytest.mark.cell("Bad input", "wrong keys, types and values in recipes", refused=True)

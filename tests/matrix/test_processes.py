@@ -292,9 +292,8 @@ def assert_same_confidence(folder, run):
 @only("sftkey")
 @on_each_strategy(": generated answers are those of one process")
 def test_answers(method, strategy, results, one_process):
-    expected = one_process("sftkey_answers")
-    assert results["sftkey_answers"]["answers"] == expected["answers"] and len(set(expected["answers"][0])) > 1
-    assert_same(results["sftkey_answers"], expected)
+    answers = one_process("sftkey")["answers"]
+    assert results["sftkey"]["answers"] == answers and len(set(answers[0])) > 1
 
 
 SCORED = pytest.mark.parametrize(

@@ -1,22 +1,17 @@
 """What TRL's tests expect of `SFTTrainer` holds for each trainer: both are run with the same arguments."""
 
 import copy
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-import yaml
 from helpers import SMALL, GradientRecorder, assert_same_gradients, make_trainer
 from methods import METHODS, SFT, Method, every_method, tolerance_of
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from transformers.integrations import integration_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import hf_sft_variants
-from hf_sft_variants.base.checkpoints import RUN_FILE, named_settings
+from hf_sft_variants.base.checkpoints import RUN_FILE
 
 
 PLAIN = Method(*SFT)
@@ -143,36 +138,6 @@ class TestRun:
                 assert other.chat_template == tokenizer.chat_template and other.get_vocab() == tokenizer.get_vocab()
                 arguments = torch.load(folder / "training_args.bin", weights_only=False)
                 assert type(arguments) is METHODS[method].config_class
-
-    @pytest.mark.cell("TRL's expectations", "tags and a model card that names the method and cites its paper")
-    def test_model_card(self, method, runs, lora_runs):
-        for run in (runs[method], lora_runs[method]):
-            trainer, card = run.trainer, (run.folder / "README.md").read_text()
-            tags = trainer.model.model_tags
-            assert tags[:2] == ["trl", "sft"] and set(type(trainer)._tag_names) == set(tags)
-            assert all(f"- {tag}\n" in card for tag in tags)
-            assert f"This model was trained with {trainer._name}" in card
-            assert f"- hf_sft_variants: {hf_sft_variants.__version__}\n" in card and "None" not in card
-            if method != "base":
-                assert "hf_sft_variants" in tags and len(tags) == 4
-                assert trainer._paper["title"] in card and f"huggingface.co/papers/{trainer._paper['id']}" in card
-                assert trainer._paper["citation"].splitlines()[0] in card
-                (settings,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
-                assert yaml.safe_load(settings) == named_settings(trainer.args)
-
-    @pytest.mark.cell("TRL's expectations", "push_to_hub: the card has the data set, the method's tags and the user's")
-    def test_push_to_hub(self, method, runs, monkeypatch):
-        trainer, uploads = runs[method].trainer, []
-        api = SimpleNamespace(
-            create_repo=lambda name, **options: SimpleNamespace(repo_id=f"user/{name}"),
-            upload_folder=lambda **options: uploads.append(options),
-        )
-        monkeypatch.setattr(transformers.trainer, "hf_api", lambda: api)
-        trainer.push_to_hub(dataset_name="org/data", tags="extra")
-        card = (runs[method].folder / "README.md").read_text()
-        assert [upload["folder_path"] for upload in uploads] == [trainer.args.output_dir]
-        assert "datasets: org/data" in card and all(f"- {tag}\n" in card for tag in ("extra", *trainer._tag_names))
-        assert trainer.hub_model_id == f"user/{runs[method].folder.name}"
 
 
 def count_right(prediction):
@@ -303,19 +268,3 @@ class TestArguments:
     def test_unused_columns(self, method, tiny_model, tokenizer, equal_rows, tmp_path):
         rows = equal_rows.add_column("source", ["web"] * len(equal_rows))
         assert_same_step(method, tiny_model, tokenizer, rows, tmp_path, remove_unused_columns=False)
-
-    @pytest.mark.cell("TRL's expectations", "report_to: a tracker gets the method's metrics")
-    def test_report_to(self, method, tiny_model, tokenizer, rows, tmp_path, monkeypatch):
-        trackers = []
-
-        class Tracker(EventRecorder):
-            def __init__(self):
-                super().__init__()
-                trackers.append(self)
-
-        monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Tracker)
-        trainer = make(METHODS[method], tiny_model, tokenizer, rows, tmp_path, report_to=["mlflow"])
-        trainer.train()
-        (tracker,) = trackers
-        own = [name for name in tracker.logs[0] if name.startswith(f"{method}/")]
-        assert "nll" in tracker.logs[0] and bool(own) == (method != "base")
