@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 import hf_sft_variants
-from hf_sft_variants.comparison.study import STUDY_KEYS, study_of
+from hf_sft_variants.comparison.study import STUDY_KEYS, parse_study
 from hf_sft_variants.launch.recipe import make_parser, parse
 
 
@@ -72,7 +72,7 @@ def test_yaml(code, tmp_path):
     mapping = yaml.safe_load(code)
     assert mapping
     if set(mapping) <= set(STUDY_KEYS):
-        study_of({**yaml.safe_load((ROOT / "studies" / "quickstart.yaml").read_text()), **mapping}, "study.yaml")
+        parse_study({**yaml.safe_load((ROOT / "studies" / "quickstart.yaml").read_text()), **mapping}, "study.yaml")
         return
     recipe = {"model_name_or_path": "a/model", "dataset_name": "a/data", "output_dir": "out", **mapping}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
