@@ -13,6 +13,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # SFTTrainer refuses nn.Data
 import datasets
 import pytest
 import torch
+from fixtures.chat_templates import CHATML
 from other_process import OtherProcess
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -20,10 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 pytest_plugins = ["matrix.table"]
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CORPUS = [
     "What is 12 plus 30? Add the tens, then the ones. The sum is 42.",
     "A farmer has 7 cows and buys 5 more; how many cows does the farmer have?",

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
+from fixtures.small_tokenizers import word_piece
 from helpers import SMALL
-from tokenizers_on_the_spot import word_piece
 from transformers import BertConfig, BertForTokenClassification, set_seed
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer, recipe

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import trl
 from datasets import Dataset
+from fixtures.chat_templates import GENERATION, TEXT_END, TOOLS, ZEPHYR
 from helpers import make_trainer
 from losses import assert_as_used_is_the_slow_loss, assert_prepared_as_by_sft_trainer
 from methods import METHODS, cells, every_method, only, with_references
-from templates_on_the_spot import GENERATION, TEXT_END, TOOLS, ZEPHYR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 

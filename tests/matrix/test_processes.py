@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_deepspeed_available
+from fixtures.small_tokenizers import word_piece
 from helpers import LAUNCH, SMALL, STRATEGIES, make_trainer, scores_in
 from methods import METHODS, every_method, needs, only, tolerance_of
 from processes import (
@@ -30,7 +31,6 @@ from processes import (
     scoring_cases,
     write_rows,
 )
-from tokenizers_on_the_spot import word_piece
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,

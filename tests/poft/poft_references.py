@@ -4,8 +4,8 @@ import copy
 from functools import cache
 
 import torch
+from fixtures.small_tokenizers import byte_fallback, byte_level, unigram
 from helpers import padded_document_log_probs
-from tokenizers_on_the_spot import byte_fallback, byte_level, unigram
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 

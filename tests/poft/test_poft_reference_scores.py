@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from fixtures.chat_templates import TOOLS
 from helpers import make_trainer, padded_document_log_probs
 from peft import LoraConfig, get_peft_model
 from poft_references import FAMILIES, save_reference, slow_score
-from templates_on_the_spot import TOOLS
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_sft_variants import PoFTConfig, PoFTTrainer, ReferenceScoringCallback

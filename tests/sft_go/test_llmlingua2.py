@@ -6,11 +6,11 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from fixtures.small_tokenizers import KINDS, byte_fallback, byte_level, characters_of_tokens, unigram, word_piece
 from helpers import SMALL as SMALL_RUN
 from helpers import make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_on_the_spot import KINDS, byte_fallback, byte_level, characters_of_tokens, unigram, word_piece
 from transformers import (
     AutoTokenizer,
     BertConfig,

@@ -4,13 +4,21 @@ import re
 from pathlib import Path
 
 import pytest
-import templates_on_the_spot as templates
 import trl
+from fixtures import chat_templates as templates
+from fixtures.chat_templates import CHATML, LLAMA_3, NO_END, QWEN_3, TOOLS, UPPER_CASE
+from fixtures.handmade_tokenizers import (
+    BY_HAND,
+    TAGS,
+    merged_tags,
+    sentence_piece,
+    sentence_unigram,
+    split_tags,
+    whole_tags,
+)
+from fixtures.small_tokenizers import characters_of_tokens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from templates_on_the_spot import CHATML, LLAMA_3, NO_END, QWEN_3, TOOLS, UPPER_CASE
-from tokenizers_by_hand import BY_HAND, TAGS, merged_tags, sentence_piece, sentence_unigram, split_tags, whole_tags
-from tokenizers_on_the_spot import characters_of_tokens
 
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.sftkey.key_finder import KeyFinder, NoKeyError

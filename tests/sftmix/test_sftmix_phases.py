@@ -170,7 +170,7 @@ class TestTwoPhases:
         assert {values.dtype for values in weights.values()} == {torch.float32}
 
     def test_another_reference_model(self, tiny_model, tokenizer, chat_rows, token_rows, tmp_path):
-        from tokenizers_on_the_spot import byte_fallback
+        from fixtures.small_tokenizers import byte_fallback
 
         other_tokenizer = byte_fallback()
         other_tokenizer.pad_token, other_tokenizer.chat_template = "<unk>", tokenizer.chat_template

@@ -3,10 +3,17 @@
 import json
 
 import pytest
-import templates_on_the_spot as templates
-from templates_on_the_spot import CHATML, NEEDS_QUESTION, NO_END, QWEN_3, TOOLS
+from fixtures import chat_templates as templates
+from fixtures.chat_templates import CHATML, NEEDS_QUESTION, NO_END, QWEN_3, TOOLS
+from fixtures.handmade_tokenizers import (
+    BY_HAND,
+    bert_pieces,
+    sentence_piece,
+    sentence_unigram,
+    split_tags,
+    whole_words,
+)
 from tokenizers import processors
-from tokenizers_by_hand import BY_HAND, bert_pieces, sentence_piece, sentence_unigram, split_tags, whole_words
 from transformers import ByT5Tokenizer
 
 from hf_sft_variants.errors import InputError

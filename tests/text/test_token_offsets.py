@@ -1,7 +1,7 @@
 import pytest
+from fixtures.small_tokenizers import KINDS, byte_fallback, byte_level, characters_of_tokens, word_end_bpe, word_piece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_on_the_spot import KINDS, byte_fallback, byte_level, characters_of_tokens, word_end_bpe, word_piece
 from transformers import ByT5Tokenizer
 
 from hf_sft_variants.text.token_offsets import TokenOffsets
