@@ -177,7 +177,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="has another vocabulary than the trained model: 331 tokens against 330"):
             make(token_rows)
 
-    def test_a_folder_without_a_model(self, make, tokenizer, token_rows, tmp_path):
+    def test_a_folder_without_a_model(self, make, token_rows, tmp_path):
         (tmp_path / "reference" / "model.safetensors").unlink()
         with pytest.raises(ValueError, match=r"The reference model .* can't be loaded"):
             make(token_rows)

@@ -119,7 +119,10 @@ class TestWords:
         [
             ({}, "<thinking>a</thinking><answer>4</answer>", "'<Thinking>' is not there"),
             ({}, "<Thinking>a<Thinking></Thinking><Answer>4</Answer>", "'<Thinking>' is there 2 times, not once"),
-            ({}, "<Thinking>a</Thinking><Answer></Answer>", "between '<Answer>' and '</Answer>' is empty"),
+            ({}, "<Thinking>a</Thinking>4", "'<Answer>' is not there"),
+            ({}, "<Thinking>a</Thinking><Answer>4</Answer><Answer>5</Answer>", "'<Answer>' is there 2 times"),
+            ({}, "<Thinking>a</Thinking><Answer> </Answer>", "between '<Answer>' and '</Answer>' is empty"),
+            ({}, "<Answer>4</Answer><Thinking>a</Thinking>", "are not in this order"),
             ({}, "<Thinking><Answer>4</Answer></Thinking>", "are not in this order"),
             ({}, "<Thinking>a</Thinking>: <Answer>4</Answer>", "there is text between '</Thinking>' and '<Answer>'"),
             ({"key_delimiter": "####"}, "#### 4\n#### 5", "`key_delimiter='####'` is there 2 times"),

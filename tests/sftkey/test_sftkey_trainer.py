@@ -19,8 +19,8 @@ from hf_sft_variants.sftkey.stages import reset_state, stage_at, stage_starts
 
 
 # Tags take many tokens of a vocabulary of 330
-make_trainer, one_step, one_step_log = (
-    partial(function, max_length=200) for function in (helpers.make_trainer, helpers.one_step, helpers.one_step_log)
+make_trainer, one_step_log = (
+    partial(function, max_length=200) for function in (helpers.make_trainer, helpers.one_step_log)
 )
 
 LAYOUTS = {
@@ -29,6 +29,18 @@ LAYOUTS = {
     "1x8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
     "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
 }
+
+
+@pytest.fixture
+def make(tiny_model, tokenizer, tmp_path):
+    """Makes an SFTKeyTrainer of rows and options."""
+    return partial(make_trainer, SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, output_dir=tmp_path)
+
+
+@pytest.fixture
+def step_log(tiny_model, tokenizer, tmp_path):
+    """What is logged and gradients of an optimizer step of an SFTKeyTrainer of rows and options."""
+    return partial(one_step_log, SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, output_dir=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +102,8 @@ def slow_gradients(model, loss_of):
 
 
 class TestLimitCaseIsSFTTrainer:
-    def test_needs_no_key(self, tiny_model, tokenizer, chat_rows, tmp_path):
-        trainer = make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, chat_rows, tmp_path, stages=["full"]
-        )
+    def test_needs_no_key(self, make, chat_rows):
+        trainer = make(chat_rows, stages=["full"])
         assert len(trainer.train_dataset) == len(chat_rows)
         assert all(1 not in mask for mask in trainer.train_dataset["key_mask"])
 
@@ -113,13 +123,11 @@ class TestLoss:
         ],
         ids=["key", "key_and_full", "weighted", "reasoning_only"],
     )
-    def test_slow_reference(self, tiny_model, tokenizer, key_rows, tmp_path, method, reference, options):
+    def test_slow_reference(self, step_log, tiny_model, key_rows, method, reference, options):
         rows = key_rows.select(range(8))
         expected_loss, expected_gradients = slow_gradients(tiny_model, lambda model: reference(model, rows))
-        loss, gradients = one_step(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, rows, tmp_path, **method, **options
-        )
-        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        log, gradients = step_log(rows, **method, **options)
+        assert log["loss"] == pytest.approx(expected_loss, rel=1e-5)
         assert_same_gradients(expected_gradients, gradients, tolerance=2e-6)
 
     @pytest.mark.parametrize(
@@ -130,21 +138,18 @@ class TestLoss:
             {"stages": ["full"], "key_loss_weight": 3},
         ],
     )
-    def test_packed_equals_padded(self, tiny_model, tokenizer, key_rows, tmp_path, method):
-        arguments = (SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, key_rows, tmp_path)
-        padded, gradients = one_step_log(*arguments, per_device_train_batch_size=16, **method)
-        packed, packed_gradients = one_step_log(
-            *arguments, packing=True, max_length=64, per_device_train_batch_size=16, **method
-        )
+    def test_packed_equals_padded(self, step_log, key_rows, method):
+        method = {"per_device_train_batch_size": 16, **method}
+        padded, gradients = step_log(key_rows, **method)
+        packed, packed_gradients = step_log(key_rows, packing=True, max_length=64, **method)
         assert_same_gradients(gradients, packed_gradients, tolerance=2e-6)
         for name in ("loss", "nll", "sftkey/key_nll", "sftkey/key_fraction"):
             assert padded[name] == pytest.approx(packed[name], rel=1e-5)
 
-    def test_only_the_key_has_a_gradient_at_the_logits(self, tiny_model, tokenizer, tagged_rows, tmp_path):
-        trainer = make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
-            stages=["key"], per_device_train_batch_size=4, train_sampling_strategy="sequential",
-        )  # fmt: skip
+    def test_only_the_key_has_a_gradient_at_the_logits(self, make, tagged_rows):
+        trainer = make(
+            tagged_rows, stages=["key"], per_device_train_batch_size=4, train_sampling_strategy="sequential"
+        )
         (inputs,), num_items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
         assert num_items == (inputs["key_mask"][:, 1:] == 1).sum() == (inputs["labels"][:, 1:] != -100).sum()
         plain = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
@@ -166,12 +171,16 @@ class TestLoss:
         assert torch.equal(has_gradient, inputs["key_mask"][:, 1:] == 1)
         assert 0 < has_gradient.sum() < (plain["labels"] != -100).sum()
 
-    def test_reasoning_loss_is_not_computed_but_evaluated(self, tiny_model, tokenizer, tagged_rows, tmp_path):
-        trainer = make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
-            stages=["key"], max_steps=2, save_strategy="no", eval_strategy="steps", eval_steps=1,
+    def test_reasoning_loss_is_not_computed_but_evaluated(self, make, tiny_model, tokenizer, tagged_rows, tmp_path):
+        trainer = make(
+            tagged_rows,
+            stages=["key"],
+            max_steps=2,
+            save_strategy="no",
+            eval_strategy="steps",
+            eval_steps=1,
             eval_dataset=tagged_rows,
-        )  # fmt: skip
+        )
         plain = make_trainer(SFTTrainer, SFTConfig, tiny_model, tokenizer, tagged_rows, tmp_path)
         assert trainer.evaluate()["eval_loss"] == plain.evaluate(tagged_rows)["eval_loss"]
         trainer.train()
@@ -185,9 +194,9 @@ class TestLoss:
         assert evaluation["eval_loss"] == pytest.approx(evaluation["eval_nll"], rel=0.05)  # per-batch means
         assert step["sftkey/key_fraction"] == pytest.approx(fraction, rel=0.2)
 
-    def test_nothing_to_learn_is_a_differentiable_zero(self, tiny_model, tokenizer, key_rows, tmp_path):
+    def test_nothing_to_learn_is_a_differentiable_zero(self, make, key_rows):
         for method in ({"stages": ["key"]}, {"stages": ["key"], "full_loss_weight": 1.0}, {"key_loss_weight": 0.0}):
-            trainer = make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, key_rows, tmp_path, **method)
+            trainer = make(key_rows, **method)
             batch = trainer.data_collator([trainer.train_dataset[0]])
             batch["labels"][:] = -100
             for num_items in (None, 0):
@@ -203,13 +212,23 @@ class TestLoss:
                 )
 
 
+def contents(row):
+    return row["prompt"][0]["content"], row["completion"][0]["content"]
+
+
+# Other forms of a row with a conversational prompt and completion
+FORMS = {
+    "messages": lambda row: {"messages": row["prompt"] + row["completion"]},
+    "text": lambda row: {"text": "\n".join(contents(row))},
+    "plain": lambda row: dict(zip(("prompt", "completion"), contents(row), strict=True)),
+}
+
+
 class TestKeysOfTheTrainer:
-    def test_default_tags(self, tiny_model, tokenizer, tagged_rows, tmp_path):
-        trainer = make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path)
+    def test_default_tags(self, make, tokenizer, tagged_rows):
+        trainer = make(tagged_rows)
         assert decoded_key(trainer, tokenizer) == "\n<Answer>5</Answer><|im_end|>"
-        trainer = make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, key_tags_in_loss=False
-        )
+        trainer = make(tagged_rows, key_tags_in_loss=False)
         assert decoded_key(trainer, tokenizer) == "5<|im_end|>"
 
     @pytest.mark.parametrize(
@@ -220,30 +239,19 @@ class TestKeysOfTheTrainer:
             ({"key_pattern": r"####\s*(?P<key>\d+)"}, " 5<|im_end|>"),
         ],
     )
-    @pytest.mark.parametrize("form", ["prompt_completion", "messages", "text", "plain", "tokens"])
-    def test_other_sources(self, tiny_model, tokenizer, chat_rows, tmp_path, options, key, form):
+    @pytest.mark.parametrize("form", ["prompt_completion", *FORMS, "tokens"])
+    def test_other_sources(self, make, tiny_model, tokenizer, chat_rows, tmp_path, options, key, form):
         rows = chat_rows
-        if form == "messages":
-            rows = rows.map(
-                lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=rows.column_names
-            )
-        elif form in ("text", "plain"):
-            rows = rows.map(
-                lambda row: {"a": row["prompt"][0]["content"], "b": row["completion"][0]["content"]},
-                remove_columns=rows.column_names,
-            )
-            if form == "plain":
-                rows = rows.rename_columns({"a": "prompt", "b": "completion"})
-            else:
-                rows = rows.map(lambda row: {"text": row["a"] + "\n" + row["b"]}, remove_columns=["a", "b"])
-        elif form == "tokens":
+        if form == "tokens":
             plain = make_trainer(SFTTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path)
             rows = plain.train_dataset.select_columns(["input_ids", "labels"])
-        trainer = make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, rows, tmp_path, **options)
+        elif form != "prompt_completion":
+            rows = rows.map(FORMS[form], remove_columns=rows.column_names)
+        trainer = make(rows, **options)
         assert decoded_key(trainer, tokenizer) == key
 
     @pytest.mark.parametrize("form", ["prompt", "text_prompt", "messages", "answered_messages"])
-    def test_columns_are_tagged_and_joined(self, tiny_model, tokenizer, tmp_path, form):
+    def test_columns_are_tagged_and_joined(self, make, tokenizer, form):
         question = [{"role": "user", "content": "What is 3 plus 2?"}]
         row = {"why": "3 + 2 = 5", "result": "5"}
         row |= {
@@ -253,9 +261,7 @@ class TestKeysOfTheTrainer:
             "answered_messages": {"messages": [*question, {"role": "assistant", "content": "#### 7"}]},
         }[form]
         options = {"reasoning_column": "why", "answer_column": "result"}
-        trainer = make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, Dataset.from_list([row]), tmp_path, **options
-        )
+        trainer = make(Dataset.from_list([row]), **options)
         assert decoded_key(trainer, tokenizer) == "\n<Answer>5</Answer><|im_end|>"
         text = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
         assert "<Thinking>3 + 2 = 5</Thinking>\n<Answer>5</Answer><|im_end|>" in text and "####" not in text
@@ -263,21 +269,16 @@ class TestKeysOfTheTrainer:
         starts_with_response = tokenizer.decode(learned).startswith("<Thinking>")
         assert starts_with_response == (form in ("prompt", "text_prompt"))  # as SFTTrainer does
 
-    def test_prepared_set_is_evaluated_as_it_is(self, tiny_model, tokenizer, tagged_rows, tmp_path):
-        trainer = make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=tagged_rows
-        )
+    def test_prepared_set_is_evaluated_as_it_is(self, make, tagged_rows):
+        trainer = make(tagged_rows, eval_dataset=tagged_rows)
         raw, prepared = trainer.evaluate(tagged_rows), trainer.evaluate(trainer.eval_dataset)
         assert raw["eval_sftkey/key_nll"] == prepared["eval_sftkey/key_nll"]
 
-    def test_streaming(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+    def test_streaming(self, step_log, tagged_rows):
         stream = tagged_rows.to_iterable_dataset()
         logs = []
         for rows in (tagged_rows, stream):
-            log, gradients = one_step_log(
-                SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, rows, tmp_path,
-                stages=["key"], per_device_train_batch_size=4,
-            )  # fmt: skip
+            log, gradients = step_log(rows, stages=["key"], per_device_train_batch_size=4)
             logs.append((log["loss"], gradients))
         assert logs[0][0] == logs[1][0]
         assert_same_gradients(logs[0][1], logs[1][1])
@@ -296,18 +297,16 @@ class RunRecorder(TrainerCallback):
         self.learning_rates.append(optimizer.param_groups[0]["lr"])
 
 
-def staged_run(model, tokenizer, rows, output_dir, **options):
+@pytest.fixture
+def run(make):
+    """Trains in stages; returns the trainer and a [`RunRecorder`]."""
+    return partial(staged_run, make)
+
+
+def staged_run(make, rows, **options):
     recorder = RunRecorder()
-    options = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "num_train_epochs": 4,
-        **options,
-    }
-    trainer = make_trainer(
-        SFTKeyTrainer, SFTKeyConfig, model, tokenizer, rows, output_dir, callbacks=[recorder], **options
-    )
+    common = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "no", "num_train_epochs": 4}
+    trainer = make(rows, callbacks=[recorder], **{**common, **options})
     trainer.train()
     return trainer, recorder
 
@@ -325,9 +324,9 @@ class TestStages:
             ({"max_steps": 10, "stage_fractions": [0.7, 0.3]}, 10, 7),
         ],
     )
-    def test_boundary(self, tiny_model, tokenizer, tagged_rows, tmp_path, options, num_steps, boundary):
+    def test_boundary(self, run, tagged_rows, options, num_steps, boundary):
         options = {"warmup_steps": 2, "lr_scheduler_type": "cosine", "stage_learning_rates": [1e-3, 2e-4], **options}
-        trainer, recorder = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
+        trainer, recorder = run(tagged_rows, **options)
         num_steps = num_steps or trainer.state.max_steps
         boundary = boundary or num_steps // 2
         assert trainer.state.global_step == num_steps
@@ -345,20 +344,22 @@ class TestStages:
         assert [log["sftkey/stage"] for log in logs] == [1] * boundary + [2] * (num_steps - boundary)
         assert ["sftkey/other_nll" in log for log in logs] == [True] * boundary + [False] * (num_steps - boundary)
 
-    def test_second_stage_starts_from_the_first_ones_weights(self, tiny_model, tokenizer, tagged_rows, tmp_path):
-        _, both = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path)
-        first, _ = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, stages=["full"], num_train_epochs=2)
+    def test_second_stage_starts_from_the_first_ones_weights(self, run, tagged_rows):
+        _, both = run(tagged_rows)
+        first, _ = run(tagged_rows, stages=["full"], num_train_epochs=2)
         for name, weights in first.model.named_parameters():
             assert torch.equal(weights, both.weights[6][name])
 
     @pytest.mark.parametrize("reset", [True, False])
-    def test_optimizer_state(self, tiny_model, tokenizer, tagged_rows, tmp_path, reset):
-        _, recorder = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, reset_optimizer=reset)
+    def test_optimizer_state(self, run, tagged_rows, reset):
+        _, recorder = run(tagged_rows, reset_optimizer=reset)
         assert recorder.moments == ([*range(6), *range(6)] if reset else [*range(12)])
 
-    def test_full_stages_without_reset_and_schedule_are_one_run(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+    def test_full_stages_without_reset_and_schedule_are_one_run(
+        self, run, tiny_model, tokenizer, tagged_rows, tmp_path
+    ):
         options = {"lr_scheduler_type": "constant", "stages": ["full", "full"], "reset_optimizer": False}
-        control, _ = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
+        control, _ = run(tagged_rows, **options)
         plain = make_trainer(
             SFTTrainer, SFTConfig, tiny_model, tokenizer, tagged_rows, tmp_path, lr_scheduler_type="constant",
             per_device_train_batch_size=4, learning_rate=1e-3, save_strategy="no", num_train_epochs=4,
@@ -367,34 +368,26 @@ class TestStages:
         for name, weights in plain.model.named_parameters():
             assert torch.equal(weights, control.model.get_parameter(name))
 
-    def test_three_stages(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+    def test_three_stages(self, run, tagged_rows):
         options = {"stages": ["key", "full", "key"], "stage_fractions": [0.25, 0.5, 0.25]}
-        trainer, recorder = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
+        trainer, recorder = run(tagged_rows, **options)
         assert recorder.moments == [*range(3), *range(6), *range(3)]
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert ["sftkey/other_nll" in log for log in logs] == [False] * 3 + [True] * 6 + [False] * 3
 
-    def test_logs_of_two_stages_are_not_mixed(self, tiny_model, tokenizer, tagged_rows, tmp_path):
-        trainer, _ = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, logging_steps=5)
+    def test_logs_of_two_stages_are_not_mixed(self, run, tagged_rows):
+        trainer, _ = run(tagged_rows, logging_steps=5)
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert [(log["step"], log["sftkey/stage"]) for log in logs] == [(5, 1), (6, 1), (10, 2)]
 
-    def test_boundary_inside_an_epoch_is_a_warning(self, tiny_model, tokenizer, tagged_rows, tmp_path, caplog):
-        staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, num_train_epochs=2)
+    def test_boundary_inside_an_epoch_is_a_warning(self, run, tagged_rows, caplog):
+        run(tagged_rows, num_train_epochs=2)
         assert "inside an epoch" not in caplog.text
-        staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, num_train_epochs=1)
+        run(tagged_rows, num_train_epochs=1)
         assert "A stage begins at optimizer step 2, inside an epoch of 3 steps" in caplog.text
 
-    def test_users_callback_takes_the_place(self, tiny_model, tokenizer, tagged_rows, tmp_path):
-        trainer = make_trainer(
-            SFTKeyTrainer,
-            SFTKeyConfig,
-            tiny_model,
-            tokenizer,
-            tagged_rows,
-            tmp_path,
-            callbacks=[StageSwitchCallback()],
-        )
+    def test_users_callback_takes_the_place(self, make, tagged_rows):
+        trainer = make(tagged_rows, callbacks=[StageSwitchCallback()])
         assert sum(isinstance(c, StageSwitchCallback) for c in trainer.callback_handler.callbacks) == 1
 
     def test_starts(self):
@@ -433,7 +426,7 @@ class TestResume:
 
     @pytest.mark.parametrize("options", [{}, {"lora": True}, {"packing": True, "max_length": 200}], ids=str)
     @pytest.mark.parametrize("stop", [3, 6, 8])
-    def test_same_weights(self, tiny_model, tokenizer, tagged_rows, tmp_path, stop, options):
+    def test_same_weights(self, run, make, tagged_rows, tmp_path, stop, options):
         options = {
             "save_strategy": "steps",
             "save_steps": stop,
@@ -444,11 +437,8 @@ class TestResume:
         }
         if options.pop("lora", False):
             options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
-        unbroken, _ = staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
-        resumed = make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
-            per_device_train_batch_size=4, learning_rate=1e-3, **options,
-        )  # fmt: skip
+        unbroken, _ = run(tagged_rows, **options)
+        resumed = make(tagged_rows, per_device_train_batch_size=4, learning_rate=1e-3, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
         for name, weights in unbroken.model.named_parameters():
             assert torch.equal(weights, resumed.model.get_parameter(name)), name
@@ -465,21 +455,15 @@ class TestResume:
             ({"stages": ["key"] * 2}, r"`stages` was \['full', 'key'\], is \['key', 'key'\]"),
         ],
     )
-    def test_other_stages_are_refused(self, tiny_model, tokenizer, tagged_rows, tmp_path, changed, message):
+    def test_other_stages_are_refused(self, run, make, tagged_rows, tmp_path, changed, message):
         options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12}
-        staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, **options)
-        resumed = make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path,
-            per_device_train_batch_size=4, **{**options, **changed},
-        )  # fmt: skip
+        run(tagged_rows, **options)
+        resumed = make(tagged_rows, per_device_train_batch_size=4, **{**options, **changed})
         with pytest.raises(InputError, match=message):
             resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
 class TestBadInput:
-    def prepare(self, tiny_model, tokenizer, rows, tmp_path, **options):
-        return make_trainer(SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, rows, tmp_path, **options)
-
     def rows(self, *responses):
         question = [{"role": "user", "content": "What is <Answer>3</Answer> plus 2?"}]
         return Dataset.from_list(
@@ -487,44 +471,27 @@ class TestBadInput:
         )
 
     @pytest.mark.parametrize(
-        "response, message",
+        "options, response, message",
         [
-            ("#### 5", "the tag '<Thinking>' is not there"),
-            ("<Thinking>a</Thinking>5", "the tag '<Answer>' is not there"),
-            ("<Thinking>a</Thinking>\n<Answer>5</Answer><Answer>6</Answer>", "'<Answer>' is there 2 times, not once"),
-            ("<Answer>5</Answer><Thinking>a</Thinking>", "are not in this order"),
-            ("<Thinking>a</Thinking> so <Answer>5</Answer>", "there is text between '</Thinking>' and '<Answer>'"),
-            ("<Thinking>a</Thinking>\n<Answer> </Answer>", "the text between '<Answer>' and '</Answer>' is empty"),
-            ("", "there is no assistant's turn with text"),
+            ({}, "#### 5", "the tag '<Thinking>' is not there"),
+            ({}, "", "there is no assistant's turn with text"),
+            ({"key_delimiter": "<Answer>"}, "<Answer>5<Answer>6", "`key_delimiter='<Answer>'` is there 2 times"),
+            ({"key_pattern": r"<Answer>(?P<key>\d+)"}, "#### 5", "is not there"),
         ],
     )
-    def test_no_key(self, tiny_model, tokenizer, tmp_path, caplog, response, message):
+    def test_no_key(self, make, caplog, options, response, message):
         good = "<Thinking>a</Thinking>\n<Answer>5</Answer>"
         rows = self.rows(good, good, response)
-        with pytest.raises(ValueError, match=rf"Row 2 of the train dataset: {'.*' + message}"):
-            self.prepare(tiny_model, tokenizer, rows, tmp_path)
-        trainer = self.prepare(tiny_model, tokenizer, rows, tmp_path, missing_key="drop")
-        assert len(trainer.train_dataset) == 2
+        with pytest.raises(ValueError, match=f"Row 2 of the train dataset: .*{message}"):
+            make(rows, **options)
+        assert len(make(rows, missing_key="drop", **options).train_dataset) == 2
         assert "Dropped 1 of 3 examples of the train dataset: 1 without a key or with two, 0 with" in caplog.text
 
-    @pytest.mark.parametrize(
-        "options, message",
-        [
-            ({"key_delimiter": "##"}, "`key_delimiter='##'` is there 2 times, not once"),
-            ({"key_delimiter": "@@"}, "`key_delimiter='@@'` is not there"),
-            ({"key_pattern": r"(?P<key>\d+)"}, "is there 2 times, not once"),
-            ({"key_pattern": r"5(?P<key>9?)"}, "the group `key` of `key_pattern` is empty"),
-        ],
-    )
-    def test_no_key_by_other_sources(self, tiny_model, tokenizer, tmp_path, options, message):
-        with pytest.raises(ValueError, match=message):
-            self.prepare(tiny_model, tokenizer, self.rows("2\n#### 5"), tmp_path, **options)
-
     @pytest.mark.parametrize("packing", [False, True])
-    def test_key_cut_by_truncation(self, tiny_model, tokenizer, tmp_path, caplog, packing):
+    def test_key_cut_by_truncation(self, make, tokenizer, caplog, packing):
         short, long = (f"<Thinking>{'a ' * n}</Thinking>\n<Answer>12345</Answer>" for n in (2, 40))
         rows = self.rows(short, long, short)
-        trainer = self.prepare(tiny_model, tokenizer, rows, tmp_path, max_length=120, packing=packing)
+        trainer = make(rows, max_length=120, packing=packing)
         assert "Dropped 1 of 3 examples of the train dataset: 0 without a key or with two, 1 with a key that" in (
             caplog.text
         )
@@ -538,9 +505,9 @@ class TestBadInput:
         ]
         assert tokenizer.decode(tokens) == 2 * key
         with pytest.raises(ValueError, match="No example of the train dataset has a key within max_length=120"):
-            self.prepare(tiny_model, tokenizer, self.rows(long), tmp_path, max_length=120)
+            make(self.rows(long), max_length=120)
 
-    def test_columns(self, tiny_model, tokenizer, tmp_path):
+    def test_columns(self, make):
         options = {"reasoning_column": "why", "answer_column": "result"}
         question = [{"role": "user", "content": "What is 3 plus 2?"}]
         cases = [
@@ -551,15 +518,15 @@ class TestBadInput:
         ]
         for row, message in cases:
             with pytest.raises(ValueError, match=message):
-                self.prepare(tiny_model, tokenizer, Dataset.from_list([row]), tmp_path, **options)
+                make(Dataset.from_list([row]), **options)
 
-    def test_own_key_mask(self, tiny_model, tokenizer, key_rows, tmp_path):
+    def test_own_key_mask(self, make, key_rows):
         wrong = key_rows.map(lambda row, i: {"key_mask": [2 if i == 4 else 1] * len(row["labels"])}, with_indices=True)
         with pytest.raises(ValueError, match="Row 4 of the train dataset: column `key_mask` has 2"):
-            self.prepare(tiny_model, tokenizer, wrong, tmp_path)
+            make(wrong)
         short = key_rows.map(lambda row: {"key_mask": row["key_mask"][:-1]})
         with pytest.raises(ValueError, match="Row 0 of the train dataset: column `key_mask` has 29 values"):
-            self.prepare(tiny_model, tokenizer, short, tmp_path)
+            make(short)
 
     def test_a_single_stage_has_all_steps(self, tmp_path):
         assert SFTKeyConfig(str(tmp_path), **SMALL, stages=["key"]).stage_fractions == [1.0]
@@ -575,9 +542,9 @@ class TestBadInput:
             ),
         ],
     )
-    def test_at_the_start_of_training(self, tiny_model, tokenizer, tagged_rows, tmp_path, options, message):
+    def test_at_the_start_of_training(self, run, tagged_rows, options, message):
         with pytest.raises(InputError, match=message):
-            staged_run(tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=tagged_rows, **options)
+            run(tagged_rows, eval_dataset=tagged_rows, **options)
 
     def test_users_scheduler(self, tiny_model, tokenizer, tagged_rows, tmp_path):
         optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1e-3)
@@ -589,26 +556,31 @@ class TestBadInput:
                 optimizers=(optimizer, schedule),
             )  # fmt: skip
 
-    def test_answer_evaluation_without_answers(self, tiny_model, tokenizer, tagged_rows, tmp_path):
+    def test_answer_evaluation_without_answers(self, make, tagged_rows):
         for options in ({}, {"eval_dataset": tagged_rows}):
             with pytest.raises(ValueError, match="`answer_eval_steps=5` needs an `eval_dataset`"):
-                self.prepare(tiny_model, tokenizer, tagged_rows, tmp_path, answer_eval_steps=5, **options)
+                make(tagged_rows, answer_eval_steps=5, **options)
 
 
-def test_answers_are_evaluated_when_asked_for(tiny_model, tokenizer, tagged_rows, tmp_path, caplog):
+def test_answers_are_evaluated_when_asked_for(make, tagged_rows, caplog):
     caplog.set_level(logging.WARNING)
     held_out = tagged_rows.add_column("answer", ["5"] * len(tagged_rows)).select(range(3))
-    trainer = make_trainer(
-        SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=held_out,
-        max_steps=4, save_strategy="no", answer_eval_steps=2, answer_eval_max_new_tokens=4, answer_eval_samples=2,
-    )  # fmt: skip
+    trainer = make(
+        tagged_rows,
+        eval_dataset=held_out,
+        max_steps=4,
+        save_strategy="no",
+        answer_eval_steps=2,
+        answer_eval_max_new_tokens=4,
+        answer_eval_samples=2,
+    )
     trainer.train()
     reports = [log for log in trainer.state.log_history if "sftkey/score" in log]
     assert [report["step"] for report in reports] == [2, 4]
     assert all(report["sftkey/accuracy"] == 0 for report in reports)
 
 
-def test_answers_of_each_evaluation_set_are_evaluated(tiny_model, tokenizer, tagged_rows, tmp_path, monkeypatch):
+def test_answers_of_each_evaluation_set_are_evaluated(make, tagged_rows, monkeypatch):
     held_out = tagged_rows.add_column("answer", ["5"] * len(tagged_rows))
     sets = {"first": held_out.select(range(3)), "second": held_out.select(range(3, 8))}
     asked = []
@@ -620,10 +592,15 @@ def test_answers_of_each_evaluation_set_are_evaluated(tiny_model, tokenizer, tag
         )
 
     monkeypatch.setattr("hf_sft_variants.sftkey.answer_accuracy.generate_answers", generate)
-    trainer = make_trainer(
-        SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=sets,
-        eval_strategy="steps", eval_steps=2, max_steps=2, save_strategy="no", answer_eval_steps=2,
-    )  # fmt: skip
+    trainer = make(
+        tagged_rows,
+        eval_dataset=sets,
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=2,
+        save_strategy="no",
+        answer_eval_steps=2,
+    )
     trainer.train()
     scores = {name: value for log in trainer.state.log_history for name, value in log.items() if "accuracy" in name}
     assert {name: value for name, value in scores.items() if "sftkey" in name} == {
@@ -634,12 +611,9 @@ def test_answers_of_each_evaluation_set_are_evaluated(tiny_model, tokenizer, tag
     assert any("eval_first_sftkey/key_nll" in log for log in trainer.state.log_history)  # named alike
 
 
-def test_every_evaluation_set_needs_answers(tiny_model, tokenizer, tagged_rows, tmp_path):
+def test_every_evaluation_set_needs_answers(make, tagged_rows):
     sets = {"with": tagged_rows.add_column("answer", ["5"] * len(tagged_rows)), "without": tagged_rows}
     with pytest.raises(
         ValueError, match=r"`answer_eval_steps=5` needs .* found \['prompt', .* in the without dataset"
     ):
-        make_trainer(
-            SFTKeyTrainer, SFTKeyConfig, tiny_model, tokenizer, tagged_rows, tmp_path, eval_dataset=sets,
-            answer_eval_steps=5,
-        )  # fmt: skip
+        make(tagged_rows, eval_dataset=sets, answer_eval_steps=5)
