@@ -188,12 +188,13 @@ class TestTwoPhases:
         with pytest.raises(ValueError, match="has another vocabulary than the trained model"):
             train(tiny_model, tokenizer, token_rows, tmp_path / "tokens", **options)
 
-    def test_a_finished_reference_is_used_again(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch, caplog):
-        first = train(tiny_model, tokenizer, chat_rows, tmp_path)
+    def test_a_finished_reference_is_used_again(
+        self, tiny_model, tokenizer, chat_rows, finished, tmp_path, monkeypatch, caplog
+    ):
         calls = kill_at(None, monkeypatch)
-        second = train(tiny_model, tokenizer, chat_rows, tmp_path)
+        again = train(tiny_model, tokenizer, chat_rows, tmp_path)
         assert set(calls) == {SFTMixTrainer} and "reference/confidence.parquet is used" in caplog.text
-        assert_same_weights(first, second)
+        assert_same_weights(again, finished)
         with pytest.raises(InputError, match=r"was trained with `examples=.*`, but now it is .*Remove the folder"):
             train(tiny_model, tokenizer, chat_rows.map(change_question), tmp_path)
 
@@ -211,19 +212,20 @@ class TestTwoPhases:
         table = pq.read_table(tmp_path / "reference" / "confidence.parquet")
         assert trainer.halves.sum() == 8 and len(table) == 16 and len(set(table[EXAMPLE_KEY].to_pylist())) == 12
 
-    def test_a_reference_of_other_settings_is_not_used(self, tiny_model, tokenizer, chat_rows, tmp_path):
+    def test_a_reference_of_other_settings_is_not_used(self, tiny_model, tokenizer, chat_rows, finished, tmp_path):
         """Neither by a new run nor by one that resumes between the phases."""
-        arguments, options = (tiny_model, tokenizer, chat_rows, tmp_path), {"max_steps": 2, "save_strategy": "no"}
-        train(*arguments, **options)
+        arguments = (tiny_model, tokenizer, chat_rows, tmp_path)
+        for step in (2, 4, 6):
+            shutil.rmtree(tmp_path / f"checkpoint-{step}")
         settings = tmp_path / "reference" / "settings.json"
         assert str(tmp_path) not in settings.read_text()
         for resume in (None, True):
             with pytest.raises(InputError, match="was trained with `learning_rate.*Remove the folder to train"):
-                train(*arguments, resume=resume, learning_rate=0.5, **options)
+                train(*arguments, resume=resume, learning_rate=0.5)
         for content in ("{", "[1]"):
             settings.write_text(content)
             with pytest.raises(InputError, match="How the reference in .* was trained can't be read"):
-                train(*arguments, **options)
+                train(*arguments)
 
     def test_settings_that_are_compared(self, tiny_model, tokenizer, chat_rows, tmp_path):
         rows = chat_rows.shuffle(seed=0)
@@ -280,9 +282,8 @@ class TestTwoPhases:
         )  # fmt: skip
         assert set(calls) == {SFTMixTrainer}
 
-    def test_its_checkpoints_go_when_it_is_trained(self, tiny_model, tokenizer, chat_rows, tmp_path):
+    def test_its_checkpoints_go_when_it_is_trained(self, tiny_model, tokenizer, chat_rows, finished, tmp_path):
         """So no optimizer's state is left behind."""
-        train(tiny_model, tokenizer, chat_rows, tmp_path)
         assert (tmp_path / "checkpoint-6").is_dir() and (tmp_path / "reference" / "model.safetensors").is_file()
         assert not list((tmp_path / "reference").glob("checkpoint-*"))
         shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "reference" / "checkpoint-6")  # it was killed before
@@ -359,6 +360,13 @@ def unbroken(tiny_model_factory, tokenizer, chat_rows, tmp_path_factory):
         kind: train(tiny_model_factory(), tokenizer, chat_rows, folder / kind, **options())
         for kind, options in KINDS.items()
     }
+
+
+@pytest.fixture
+def finished(unbroken, tmp_path):
+    """A finished run, with its files in the test's own folder."""
+    shutil.copytree(unbroken["full"].args.output_dir, tmp_path, dirs_exist_ok=True)
+    return unbroken["full"]
 
 
 class TestKilledAndResumed:
