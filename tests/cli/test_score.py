@@ -9,8 +9,9 @@ from helpers import SMALL
 from tokenizers_on_the_spot import word_piece
 from transformers import BertConfig, BertForTokenClassification, set_seed
 
-from hf_sft_variants import SFTGOConfig, SFTGOTrainer, recipe
+from hf_sft_variants import SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.cli import main
+from hf_sft_variants.launch import recipe
 
 
 @pytest.fixture
