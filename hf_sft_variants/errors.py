@@ -1,12 +1,12 @@
-"""Errors in what the user gave. The command line shows them without a traceback."""
+"""Errors in the user's input, which the command line shows without a traceback."""
 
 
 class InputError(ValueError):
-    """An argument, a file or a row can't be used. The message names it, its value and the fix."""
+    """An argument, file or row can't be used. The message names it, its value and the fix."""
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's message, with the next where it ends with a colon; its class where it has none."""
+    """First line of an error's message, joined with the next if it ends with a colon; its class if it is empty."""
     first, _, rest = str(error).strip().partition("\n")
     if first.endswith(":"):
         first = f"{first} {rest.strip().partition(chr(10))[0]}"

@@ -9,15 +9,9 @@ from . import compare, evaluate, inspect, quickstart, score
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """
-    Builds the parser of the command and its subcommands.
-
-    Returns:
-        `argparse.ArgumentParser`: The parser; what it parses has the subcommand's function as `run`.
-    """
     parser = argparse.ArgumentParser(
         prog="hf-sft-variants",
-        description="Tools around the trainers of hf_sft_variants. To train: trl sft --config RECIPE",
+        description="Tools for the trainers of hf_sft_variants. To train: trl sft --config RECIPE",
         epilog="example: hf-sft-variants quickstart",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -29,14 +23,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Runs the command.
+    Run the command.
 
     Args:
-        argv (`list[str]`, *optional*):
-            Arguments, by default those of the process.
+        argv (`list[str]`, *optional*, defaults to `sys.argv[1:]`):
+            Arguments.
 
     Returns:
-        `int`: The exit status: 0, 1 if runs of a study failed, or 2 for input that cannot be used.
+        `int`: Exit status: 0, 1 if runs of a study failed, or 2 for input that can't be used.
     """
     parser = build_parser()
     args, others = parser.parse_known_args(argv)

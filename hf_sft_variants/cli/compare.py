@@ -1,37 +1,38 @@
-"""`hf-sft-variants compare`: train and evaluate the arms of a study, and say how they differ."""
+"""`hf-sft-variants compare`: train and evaluate the arms of a study, and report how they differ."""
 
 import argparse
 import sys
+
+from .types import positive_int
 
 
 EXAMPLE = "example: hf-sft-variants compare --config studies/quickstart.yaml"
 
 
 def add_parser(subparsers) -> None:
-    """Adds the subcommand's parser."""
-    description = (
-        "Train every arm of a study with every seed on every data set, evaluate all alike, and write results.json and "
-        "report.html to the study's output_dir. What is finished is not done again: start it again after a stop, or "
-        "after adding an arm or a seed. docs/compare.md explains the file."
-    )
     parser = subparsers.add_parser(
-        "compare", help="compare recipes over seeds, with intervals", description=description, epilog=EXAMPLE
+        "compare",
+        help="compare recipes over seeds, with intervals",
+        description="Train every arm of a study with every seed on every data set, evaluate all of them alike, and "
+        "write results.json and report.html to the study's output_dir. Finished runs are kept: run it again after an "
+        "interruption, or after adding an arm or a seed. docs/compare.md explains the file.",
+        epilog=EXAMPLE,
     )
     parser.add_argument("--config", required=True, metavar="STUDY", help="YAML file of the study")
     several = parser.add_mutually_exclusive_group()
-    several.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once (%(default)s)")
+    several.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (%(default)s)")
     several.add_argument("--devices", nargs="+", metavar="ID", help="GPUs, one run at once on each, e.g. 0 1 2 3")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does what is missing of the study, and writes its results; 1 if a run failed."""
+    """Returns 1 if a run failed."""
     from ..comparison import compare_study
 
     try:
         failures, report = compare_study(args.config, args.devices or [None] * args.jobs)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is missing", file=sys.stderr)
+        print("stopped; the same command continues with what is missing", file=sys.stderr)
         return 130
     for failed, reason in failures.items():
         print(f"{failed} failed: {reason}", file=sys.stderr)
@@ -39,10 +40,3 @@ def run(args: argparse.Namespace) -> int:
     if failures:
         print(f"{len(failures)} runs failed; the same command tries them again", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number

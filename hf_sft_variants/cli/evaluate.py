@@ -1,15 +1,17 @@
-"""`hf-sft-variants evaluate`: held-out likelihood and right answers of models or adapters."""
+"""`hf-sft-variants evaluate`: held-out likelihood and correct answers of models or adapters."""
 
 import argparse
 import json
 import os
 from pathlib import Path
 
+from .types import positive_int
+
 
 EXAMPLE = "example: hf-sft-variants evaluate quickstart/model quickstart/runs/sft_go"
 DATASET, TAGGED_DATASET = "quickstart/data", "quickstart/tagged_data"
 
-# Heading of a table's column -> (name of the figure, how it is written)
+# Heading of a table's column -> (name of the figure, its format)
 COLUMNS = {
     "held-out NLL": ("held_out_nll", ".4f"),
     "exact match": ("exact_match", ".1%"),
@@ -21,7 +23,7 @@ TAGGED_COLUMNS = {
     "format": ("format_rate", ".1%"),
     "score": ("score", ".1%"),
 }
-# Keys of a recipe that say how its model is loaded, and how they are read here
+# Recipe keys that say how a model is loaded, as flags
 MODEL_KEYS = {
     "model_revision": {},
     "dtype": {"choices": ["auto", "bfloat16", "float16", "float32"]},
@@ -36,16 +38,13 @@ MODEL_KEYS = {
 
 
 def add_parser(subparsers) -> None:
-    """Adds the subcommand's parser."""
-    description = (
-        "Print how likely a model finds held-out completions (nats per token), and the share of prompts whose answer, "
-        "the number behind the last ####, it gets exactly right when decoding greedily. Several models: one table."
-    )
     parser = subparsers.add_parser(
         "evaluate",
         help="measure models or adapters on held-out data",
         usage="hf-sft-variants evaluate MODEL [MODEL ...] [options]",
-        description=description,
+        description="Print the negative log-likelihood of held-out completions (nats per token) and the share of "
+        "prompts whose answer, the number after the last ####, is exactly right with greedy decoding. Several models "
+        "are printed as one table.",
         epilog=EXAMPLE,
     )
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder or Hub id of a model or of a PEFT adapter")
@@ -63,12 +62,12 @@ def add_parser(subparsers) -> None:
         "--dataset", metavar="DATA", help=f"folder or Hub id ({DATASET}; {TAGGED_DATASET} with --tagged)"
     )
     parser.add_argument("--split", default="test", help="split to evaluate (%(default)s)")
-    parser.add_argument("--batch-size", type=_positive, default=25, metavar="N", help="rows at once (%(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=25, metavar="N", help="rows at once (%(default)s)")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=128, metavar="N", help="length of an answer (%(default)s)"
+        "--max-new-tokens", type=positive_int, default=128, metavar="N", help="maximum answer length (%(default)s)"
     )
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (the accelerator if there is one)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE, in a list if several")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE, as a list for several models")
     flags = ", ".join(f"--{key}" for key in list(MODEL_KEYS)[:6])
     how_to_load = parser.add_argument_group("to load the models as a recipe does", f"{flags}, ...")
     for key, options in MODEL_KEYS.items():
@@ -77,7 +76,6 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluates, and prints the figures."""
     from ..errors import InputError
     from ..evaluation import check_dataset, check_tagged_dataset
     from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
@@ -106,14 +104,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _is_writable(path: Path) -> bool:
-    """Whether a file is there, or can be made, that can be written."""
     if path.exists():
         return not path.is_dir() and os.access(path, os.W_OK)
     return path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def _model_options(args: argparse.Namespace) -> dict:
-    """Keyword arguments of `from_pretrained`, as a recipe's keys of the same names give them."""
+    """Keyword arguments of `from_pretrained` from the flags."""
     from trl import ModelConfig
 
     from ..errors import InputError
@@ -123,7 +120,7 @@ def _model_options(args: argparse.Namespace) -> dict:
     trust_remote_code = given.pop("trust_remote_code", False)
     if args.load_in_4bit and args.load_in_8bit:
         raise InputError("`--load_in_4bit` and `--load_in_8bit` exclude each other: give one.")
-    # By default as the weights were saved, but computations with 4-bit ones as in a recipe
+    # Weights keep the dtype they were saved with, but 4-bit ones are computed with as in a recipe
     defaults = {"model_revision": None} if args.load_in_4bit else {"model_revision": None, "dtype": "auto"}
     return model_options(ModelConfig(**{**defaults, **given}), trust_remote_code)
 
@@ -132,13 +129,13 @@ def _print_one(args: argparse.Namespace, dataset) -> None:
     figures = _measure(args, args.model[0], dataset)
     print(f"{_label(args, args.model[0])} on {args.dataset}, {args.split} split")
     print(f"held-out NLL       {figures['held_out_nll']:.4f} nats per completion token")
-    print(f"exact match        {_share(figures['exact_match'], len(dataset))}: the number behind the last ####")
+    print(f"exact match        {_share(figures['exact_match'], len(dataset))}: the number after the last ####")
     print(f"last number right  {_share(figures['last_number_match'], len(dataset))}: with or without ####")
     _write_json(args, [figures])
 
 
 def _print_table(args: argparse.Namespace, dataset) -> None:
-    """Each row as soon as it is known: the models take long, and a later one may not load."""
+    """Print each row as soon as it is known: models take long, and a later one may fail to load."""
     columns = TAGGED_COLUMNS if args.tagged else COLUMNS
     labels = [_label(args, model) for model in args.model]
     width = max(map(len, ["model", *labels]))
@@ -158,17 +155,17 @@ def _measure(args: argparse.Namespace, name: str, dataset) -> dict:
     from ..launch.loading import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(name, args.adapter, args.device, args.options)
-    figures = {
+    about = {
         "model": name,
         "adapter": args.adapter,
         "dataset": args.dataset,
         "split": args.split,
         "rows": len(dataset),
-        **(_tagged_figures if args.tagged else _figures)(args, model, tokenizer, dataset),
     }
+    figures = (_tagged_figures if args.tagged else _figures)(args, model, tokenizer, dataset)
     del model
     release_memory()  # before the next model is loaded
-    return figures
+    return {**about, **figures}
 
 
 def _figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict[str, float]:
@@ -176,11 +173,7 @@ def _figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict[str, f
 
     nll = held_out_nll(model, tokenizer, dataset, args.batch_size)
     share, generations = exact_match(model, tokenizer, dataset, args.max_new_tokens, args.batch_size)
-    return {
-        "held_out_nll": nll,
-        "exact_match": share,
-        "last_number_match": last_number_match(generations, dataset),
-    }
+    return {"held_out_nll": nll, "exact_match": share, "last_number_match": last_number_match(generations, dataset)}
 
 
 def _tagged_figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict[str, float]:
@@ -203,10 +196,3 @@ def _label(args: argparse.Namespace, model: str) -> str:
 
 def _share(share: float, rows: int) -> str:
     return f"{share:.1%} ({round(share * rows)} of {rows})"
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number

@@ -1,4 +1,4 @@
-"""`hf-sft-variants inspect`: look at the tokens a recipe trains on, their groups and their scores."""
+"""`hf-sft-variants inspect`: show the tokens a recipe trains on, their groups and their scores."""
 
 import argparse
 import os
@@ -12,18 +12,14 @@ EXAMPLE = "example: hf-sft-variants inspect --config recipes/quickstart/sft_go.y
 
 
 def add_parser(subparsers) -> None:
-    """Adds the subcommand's parser."""
-    description = (
-        "Show a recipe's training data as its trainer prepares it: each token, whether it is in the loss, its group "
-        "and its score. The trained model's weights are not loaded; scoring models are, where nothing is cached. "
-        "Other flags override the recipe, e.g. --max_length 256."
-    )
     parser = subparsers.add_parser(
         "inspect",
-        help="look at a recipe's tokens, groups and scores",
-        description=description,
+        help="show a recipe's tokens, groups and scores",
+        description="Show a recipe's training data as its trainer prepares it: each token, whether it is in the loss, "
+        "its group and its score. The weights of the trained model are not loaded; scoring models are, unless their "
+        "scores are cached. Other flags override the recipe, e.g. --max_length 256.",
         epilog=EXAMPLE,
-        allow_abbrev=False,  # `--output_dir` is a key of the recipe, not short for anything
+        allow_abbrev=False,  # `--output_dir` is a key of the recipe, not an abbreviation
     )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe of `trl sft`")
     parser.add_argument("--rows", default="0:20", metavar="RANGE", help="rows to show, from:to (%(default)s)")
@@ -33,12 +29,12 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the page or the text."""
-    from ..inspection import load_recipe, page_settings, parse_range, prepare_view, read_view, render_page, render_text
+    from ..inspection import page_settings, parse_range, read_view, render_page, render_text
+    from ..launch.preparation import load_recipe, prepare_view
 
     rows = parse_range(args.rows)
     recipe = load_recipe(args.config, args.recipe_flags)
-    settings = page_settings(recipe)  # before the view's own, such as no packing, replace them
+    settings = page_settings(recipe)  # before `prepare_view` turns packing off
     view = read_view(prepare_view(recipe), rows)
     if args.format == "html":
         _write(args.output or "inspect.html", render_page(view, recipe, settings), view.title())
@@ -51,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 def _print(text: str) -> None:
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:  # `head` has seen enough; without this, Python would complain again at its end
+    except BrokenPipeError:  # `head` has seen enough; without this, Python would complain again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,27 +1,24 @@
-"""`hf-sft-variants score`: let a recipe's scoring models read its data, apart from training."""
+"""`hf-sft-variants score`: score a recipe's data ahead of training."""
 
 import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from .types import share
 
 
 EXAMPLE = "example: hf-sft-variants score --config recipes/quickstart/poft.yaml --output scores.parquet"
 
 
 def add_parser(subparsers) -> None:
-    """Adds the subcommand's parser."""
-    description = (
-        "Score a recipe's data as its trainer would, and keep the scores where training finds them. The trained "
-        "model's weights are not loaded. Several processes share the work: torchrun --nproc-per-node 8 --no-python "
-        "hf-sft-variants score ... Other flags override the recipe."
-    )
     parser = subparsers.add_parser(
         "score",
-        help="score a recipe's data, apart from training",
-        description=description,
+        help="score a recipe's data ahead of training",
+        description="Score a recipe's data as its trainer would, and keep the scores where training finds them. The "
+        "weights of the trained model are not loaded. Several processes share the work: torchrun --nproc-per-node 8 "
+        "--no-python hf-sft-variants score ... Other flags override the recipe.",
         epilog=EXAMPLE,
-        allow_abbrev=False,  # `--output_dir` is a key of the recipe, not short for anything
+        allow_abbrev=False,  # `--output_dir` is a key of the recipe, not an abbreviation
     )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe of `trl sft`")
     parser.add_argument(
@@ -29,16 +26,15 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--keep-top",
-        type=_share,
+        type=share,
         metavar="SHARE",
-        help="PoFT: write the training rows the references like best, 0 to 1",
+        help="PoFT: keep this share of the training rows, those scored best, 0 to 1",
     )
     parser.add_argument("--kept", metavar="FILE", help="where --keep-top writes them (.jsonl)")
     parser.set_defaults(run=run, recipe_flags=[])
 
 
 def run(args: argparse.Namespace) -> None:
-    """Scores, and says what was found."""
     from accelerate import PartialState
 
     from ..launch.preparation import load_recipe, prepare
@@ -65,7 +61,7 @@ def _require_nothing_to_write(args, recipe) -> None:
     for flag, value in (("--output", args.output), ("--keep-top", args.keep_top)):
         if value is not None:
             raise InputError(
-                f"`{flag}` is {value!r}, but {args.config} has no reference models that score: it needs "
+                f"`{flag}` is {value!r}, but {args.config} does not score with reference models: it needs "
                 "`module: hf_sft_variants.poft` and `reference_models`."
             )
 
@@ -86,10 +82,3 @@ def _write(args, recipe, scoring) -> None:
         Path(args.kept).parent.mkdir(parents=True, exist_ok=True)
         kept.to_json(args.kept)
         print(f"wrote {args.kept}: the best {len(kept)} of {len(rows)} rows")
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return share

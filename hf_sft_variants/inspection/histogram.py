@@ -12,24 +12,14 @@ _BARS, _WIDTH, _HEIGHT = 40, 640, 130
 
 def render_histogram(view: View, score: Column, groups: Column | None) -> str:
     """
-    Draw how often each score stands on a token in the loss (or on an example, if each has one score).
-
-    Args:
-        view (`View`):
-            The rows to count.
-        score (`Column`):
-            Column of kind `"score"`.
-        groups (`Column`, *optional*):
-            Its values stack the bars; not used for scores of whole examples.
-
-    Returns:
-        `str`: A `<figure>`, or a sentence where there is nothing to draw.
+    Draw the distribution of a score over tokens in the loss, or over examples if each has a single score, as a
+    `<figure>`. The groups, if any, stack the bars of token scores.
     """
     groups = None if score.per_example else groups
     pairs = _scores_with_groups(view, score, groups)
-    what = "examples" if score.per_example else "tokens in the loss"
+    units = "examples" if score.per_example else "tokens in the loss"
     if not pairs:
-        return f"<p>{escape(score.name)}: no {what}.</p>"
+        return f"<p>{escape(score.name)}: no {units}.</p>"
     low, high = min(value for value, _ in pairs), max(value for value, _ in pairs)
     step = (high - low) / _BARS
     counts = Counter((min(int((value - low) / step), _BARS - 1) if step else 0, group) for value, group in pairs)
@@ -42,7 +32,7 @@ def render_histogram(view: View, score: Column, groups: Column | None) -> str:
     ]
     name, base = escape(score.name), _HEIGHT + 18
     return (
-        f"<figure><figcaption><b>{name}</b> of {len(pairs):,} {what} on this page; the tallest bar stands for "
+        f"<figure><figcaption><b>{name}</b> of {len(pairs):,} {units} on this page; the tallest bar is "
         f'{tallest:,}</figcaption><svg viewBox="0 0 {_WIDTH} {base + 4}" role="img" '
         f'aria-label="Histogram of {name}">{"".join(bars)}<path class="axis" d="M0 {_HEIGHT}H{_WIDTH}"/>'
         f'<text x="0" y="{base}">{low:.4g}</text>'
@@ -84,5 +74,4 @@ def _stack(bar: int, counts: Counter, tallest: int) -> str:
 
 
 def group_class(group: int) -> str:
-    """CSS class of a group's bars."""
     return f"bar-{group}" if group >= 0 else "bar-none"

@@ -1,4 +1,4 @@
-"""Rows as one HTML page that needs nothing else: no network, no other file."""
+"""Rows as one self-contained HTML page."""
 
 import importlib.resources
 import json
@@ -22,7 +22,7 @@ from .token_text import visible_pieces
 _COLOURS = 7
 _BORDERS = ("2px dotted", "3px solid", "2px dashed", "4px double")
 
-# What decides, whatever the method, which tokens are trained on
+# Settings that choose the tokens to train on, whatever the method
 _DATA_SETTINGS = (
     "max_length",
     "truncation_mode",
@@ -36,15 +36,15 @@ _DATA_SETTINGS = (
 
 def render_page(view: View, recipe: Recipe, settings: dict[str, object]) -> str:
     """
-    The page with its header, legend, histograms and rows.
+    Render the page with its header, legend, histograms and rows.
 
     Args:
         view (`View`):
-            What [`read_view`] returns.
+            View from [`read_view`].
         recipe (`Recipe`):
-            What the header names.
+            Recipe that the header describes.
         settings (`dict[str, object]`):
-            What [`page_settings`] returns.
+            Settings from [`page_settings`].
     """
     template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     groups = [column for column in view.columns if column.is_group]
@@ -63,7 +63,7 @@ def render_page(view: View, recipe: Recipe, settings: dict[str, object]) -> str:
 
 
 def page_settings(recipe: Recipe) -> dict[str, object]:
-    """The recipe's own values of the method's settings and of those that choose the tokens in the loss."""
+    """The recipe's values of the method's settings, and of those that choose the tokens in the loss."""
     common = {field.name for field in fields(SFTConfig)}
     names = [field.name for field in fields(recipe.training_args) if field.init and field.name not in common]
     return {name: getattr(recipe.training_args, name) for name in [*names, *_DATA_SETTINGS]}
@@ -89,7 +89,7 @@ def _definition(name: str, value: object) -> str:
 
 
 def _group_styles(number: int, column: Column) -> str:
-    """Groups differ in colour, kind of line and, where there are more than two, a number behind the token."""
+    """Groups differ in colour, line style and, if there are more than two, a number after the token."""
     rules = []
     for group in column.names:
         colour, token = f"var(--group-{group % _COLOURS})", f".groups-{number} .in-loss.c{number}-{group}"
@@ -103,7 +103,7 @@ def _group_styles(number: int, column: Column) -> str:
 
 
 def _shade_rule(number: int) -> str:
-    """Which of a token's scores shades it."""
+    """CSS that shades tokens by one of their scores."""
     return f".scores-{number} .tokens .t{{--s:var(--s{number},0)}}"
 
 
@@ -119,7 +119,7 @@ def _legend(view: View, groups: list[Column], shades: dict[str, tuple[float, flo
 
 
 def _choice(kind: str, number: int, name: str, choices: int) -> str:
-    """The column's name; with a switch where tokens can show one of several."""
+    """The column's name, with a radio button if there are several to choose from."""
     if choices == 1:
         return f"<b>{escape(name)}</b> "
     checked = " checked" if number == 0 else ""
@@ -155,7 +155,7 @@ def _row(row: Row, view: View, groups: list[Column], shades: dict[str, tuple[flo
         if in_loss:
             classes += ["in-loss", *_group_classes(row, position, groups)]
             style = _shade_style(row, position, shades)
-        # Only the first token can be reached by Tab, the others from there by the arrow keys
+        # Tab reaches the first token only, arrow keys the others
         focus = "0" if position == 0 else "-1"
         text = view.texts[row.input_ids[position]]
         tokens.append(f'<span class="{" ".join(classes)}" tabindex="{focus}"{style}>{_token_html(text)}</span>')
@@ -186,7 +186,7 @@ def _token_html(text: str) -> str:
 
 
 def _json(view: View) -> str:
-    """What is shown of a token when the pointer or the focus is on it."""
+    """Data of each token, shown when the pointer or the focus is on it."""
     columns = [{"name": column.name, "names": column.names} for column in view.columns]
     rows = {
         row.number: {
@@ -197,10 +197,10 @@ def _json(view: View) -> str:
         for row in view.rows
     }
     data = {"columns": columns, "texts": view.texts, "rows": rows}
-    # No text in it can end the script element
+    # So that no text can end the script element
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _rounded(values: list) -> list:
-    """Floats as text: JSON has no infinity, and four digits are enough."""
+    """Floats as text with four digits, because JSON has no infinity."""
     return [f"{value:.4g}" if isinstance(value, float) else value for value in values]

@@ -1,4 +1,4 @@
-"""Rows of a prepared data set, and what its per-token columns mean."""
+"""Rows of a prepared data set, and the meaning of its per-token columns."""
 
 import re
 from collections import Counter
@@ -15,25 +15,25 @@ from ..errors import InputError
 from .token_text import special_ids, token_texts
 
 
-# An integer column with more values than this is no grouping
+# An integer column with more values than this is not a grouping
 MAX_GROUPS = 32
 
 
 @dataclass
 class Column:
     """
-    A column with one number for each token.
+    A column with one number per token.
 
     Attributes:
         name (`str`):
             Name in the data set.
         kind (`str`):
-            `"group"` (integers; negative ones are no group), `"mask"` (0 or 1), `"score"` (floats), or `"number"`
+            `"group"` (integers, negative ones are no group), `"mask"` (0 or 1), `"score"` (floats) or `"number"`
             (other integers).
         per_example (`bool`, *optional*, defaults to `False`):
-            Whether each row has one value, repeated for its tokens.
+            Whether each row has a single value, repeated for its tokens.
         names (`dict[int, str]`):
-            Value to name: of a group each that is not negative, of a mask 1.
+            Names of the groups, or of a mask's 1.
     """
 
     name: str
@@ -43,17 +43,17 @@ class Column:
 
     @property
     def is_group(self) -> bool:
-        """Whether tokens are marked by it: groups and masks."""
+        """Whether the column marks tokens: groups and masks do."""
         return self.kind in ("group", "mask")
-
-    def group_of(self, value: int) -> int:
-        """The group a value stands for, -1 for none: a mask's 0, and negative ids."""
-        return int(value) if value in self.names else -1
 
     @property
     def is_score(self) -> bool:
-        """Whether tokens are shaded by it."""
+        """Whether the column shades tokens."""
         return self.kind == "score" and not self.per_example
+
+    def group_of(self, value: int) -> int:
+        """Group of a value, -1 for none: a mask's 0, and negative ids."""
+        return int(value) if value in self.names else -1
 
 
 @dataclass
@@ -65,9 +65,9 @@ class Row:
         number (`int`):
             Position in the prepared data set.
         input_ids (`list[int]`), labels (`list[int]`):
-            Tokens, and what is predicted at each; `-100` is nothing.
+            Tokens and labels, where `-100` is no label.
         values (`dict[str, list]`):
-            Column name to one value for each token.
+            Values of each per-token column.
     """
 
     number: int
@@ -76,31 +76,31 @@ class Row:
     values: dict[str, list]
 
     def in_loss(self) -> list[bool]:
-        """Whether each token is in the loss: the first token is predicted by nothing."""
+        """Whether each token is in the loss; nothing predicts the first."""
         return [position > 0 and label != -100 for position, label in enumerate(self.labels)]
 
     def values_in_loss(self, column: Column) -> list:
-        """Values of the tokens in the loss, or the row's one value."""
+        """Values of the tokens in the loss, or the row's single value."""
         values = self.values[column.name]
         if column.per_example:
             return values[:1]
         return [value for value, in_loss in zip(values, self.in_loss(), strict=True) if in_loss]
 
     def group_counts(self, column: Column) -> Counter[int]:
-        """Number of tokens in the loss for each group."""
+        """Number of tokens in the loss by group."""
         return Counter(map(column.group_of, self.values_in_loss(column)))
 
 
 @dataclass
 class View:
     """
-    What is shown.
+    The rows to show.
 
     Attributes:
         rows (`list[Row]`), columns (`list[Column]`):
-            The examples and their per-token columns.
+            Examples and their per-token columns.
         num_rows (`int`, *optional*):
-            Length of the whole prepared data set; not known of a stream.
+            Length of the whole prepared data set, `None` for a stream.
         texts (`dict[int, str]`):
             Text of each token id in the rows.
         special (`set[int]`):
@@ -114,7 +114,6 @@ class View:
     special: set[int]
 
     def title(self) -> str:
-        """Which rows of how many."""
         first, last = self.rows[0].number, self.rows[-1].number
         of_all = "a stream" if self.num_rows is None else f"{self.num_rows:,}"
         return f"row {first} of {of_all}" if first == last else f"rows {first} to {last} of {of_all}"
@@ -122,43 +121,46 @@ class View:
 
 def parse_range(text: str) -> slice:
     """
-    Read a range of rows as in Python: `0:20`, `:5`, `10:`, `:`, or one number.
+    Read a range of rows as in Python: `0:20`, `:5`, `10:`, `:`, or a single number.
 
     Raises:
-        `InputError`: If the text is no range, or one that holds nothing.
+        `InputError`: If the text is not a range, or an empty one.
     """
     match = re.fullmatch(r"(\d*)(:(\d*))?", text)
     if not match or not text:
-        raise InputError(f"`--rows` is {text!r}, which is no range: pass e.g. 0:20, 100: or a single row's number.")
+        raise InputError(f"`--rows` must be a range such as 0:20 or 100:, or a row's number, got {text!r}.")
     start = int(match[1] or 0)
     stop = start + 1 if match[2] is None else int(match[3]) if match[3] else None
     if stop is not None and stop <= start:
-        raise InputError(f"`--rows` is {text!r}, which holds no row: the end, which is not shown, must be larger.")
+        raise InputError(f"`--rows` is {text!r}, which is empty: the end, which is exclusive, must be larger.")
     return slice(start, stop)
 
 
 def read_view(trainer: SFTTrainer, wanted: slice) -> View:
     """
-    Read rows of a trainer's prepared training set, with every column that has one number for each token.
+    Read rows of a trainer's prepared training set, with every column that has one number per token.
 
     Args:
         trainer ([`~trl.SFTTrainer`]):
-            Its `annotation_columns` say which value of a column means "none" and, where that is a member of an
-            `IntEnum`, what the others are called.
+            A prepared trainer. Its `annotation_columns` give the value that means "none" in a column and, where that is
+            a member of an `IntEnum`, the names of the others.
         wanted (`slice`):
-            What [`parse_range`] returns.
+            Rows to read, e.g. from [`parse_range`].
 
     Raises:
         `InputError`: If there are no such rows, or they have no tokens.
     """
     dataset = trainer.train_dataset
-    num_rows = None if isinstance(dataset, IterableDataset) else len(dataset)
-    examples = list(_examples(dataset, wanted))
+    is_stream = isinstance(dataset, IterableDataset)
+    num_rows = None if is_stream else len(dataset)
+    examples = list(
+        islice(dataset, wanted.start, wanted.stop) if is_stream else map(dataset.__getitem__, range(num_rows)[wanted])
+    )
     if not examples:
-        there_are = "no more" if num_rows is None else num_rows
+        there_are = "no more" if is_stream else num_rows
         raise InputError(f"`--rows` starts at row {wanted.start}, but the prepared data set has {there_are} rows.")
     if "input_ids" not in examples[0] or "labels" not in examples[0]:
-        raise InputError("The prepared data set has no `input_ids` and `labels`: its tokens are made batch by batch.")
+        raise InputError("The prepared data set has no `input_ids` and `labels`: the collator makes its tokens.")
     columns = _find_columns(examples, trainer)
     rows = [
         Row(number, example["input_ids"], example["labels"], {column.name: example[column.name] for column in columns})
@@ -169,14 +171,8 @@ def read_view(trainer: SFTTrainer, wanted: slice) -> View:
     return View(rows, columns, num_rows, token_texts(tokenizer, ids), special_ids(tokenizer))
 
 
-def _examples(dataset, wanted: slice) -> Iterable[dict[str, Any]]:
-    if isinstance(dataset, IterableDataset):
-        return islice(dataset, wanted.start, wanted.stop)
-    return (dataset[row] for row in range(len(dataset))[wanted])
-
-
 def _find_columns(examples: list[dict[str, Any]], trainer: SFTTrainer) -> list[Column]:
-    """The method's own columns first; a column that repeats an earlier one (a user's, copied) is left out."""
+    """The method's columns come first; a column that equals an earlier one (a copy of the user's) is left out."""
     padding_values = getattr(trainer, "annotation_columns", {})
     columns, seen = [], []
     for name in dict.fromkeys([*padding_values, *examples[0]]):
@@ -188,7 +184,7 @@ def _find_columns(examples: list[dict[str, Any]], trainer: SFTTrainer) -> list[C
     return columns
 
 
-def _is_per_token(rows: list[Any], examples: list[dict[str, Any]]) -> bool:
+def _is_per_token(rows: Iterable[Any], examples: list[dict[str, Any]]) -> bool:
     return all(
         isinstance(values, list)
         and len(values) == len(example["input_ids"])

@@ -1,4 +1,4 @@
-"""Rows as lines of text, for a terminal or a file."""
+"""Rows as text, for a terminal or a file."""
 
 from .rows import Column, Row, View
 from .token_text import visible_text
@@ -11,13 +11,13 @@ _GROUP_COLOURS = (36, 35, 32, 33, 34)
 
 def render_text(view: View, styled: bool) -> str:
     """
-    The rows, each with its counts and its tokens in order.
+    Render the rows, each with its counts and tokens.
 
     Args:
         view (`View`):
-            What [`read_view`] returns.
+            View from [`read_view`].
         styled (`bool`):
-            Whether to style tokens by ANSI escapes (for a terminal), else to put them in brackets: `[token]` in the
+            Whether to style tokens with ANSI escapes, for a terminal, or to put them in brackets: `[token]` in the
             loss, `[token/1]` in group 1, `(token)` not in the loss.
     """
     groups = next((column for column in view.columns if column.is_group), None)
@@ -32,7 +32,7 @@ def render_text(view: View, styled: bool) -> str:
 
 
 def row_counts(row: Row, columns: list[Column]) -> list[str]:
-    """Number of tokens, of those in the loss, and of those in each group; and what is said of the row as a whole."""
+    """Numbers of tokens, of tokens in the loss and of each group, and the row's single values."""
     counts = [f"{len(row.input_ids)} tokens", f"{sum(row.in_loss())} in the loss"]
     for column in columns:
         if column.per_example:

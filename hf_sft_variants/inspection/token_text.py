@@ -1,4 +1,4 @@
-"""What a token stands for, in characters that can be seen."""
+"""Text of tokens in visible characters."""
 
 import re
 from itertools import groupby
@@ -12,13 +12,13 @@ _BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that the tokenizer calls special, those added later included."""
+    """Ids of special tokens, including those added later."""
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> dict[int, str]:
-    """Text of each token: special tokens by their name, the others by [`token_text`]."""
+    """Text of each token: the name of a special token, else [`token_text`]."""
     special = special_ids(tokenizer)
     return {
         token_id: tokenizer.convert_ids_to_tokens(token_id) if token_id in special else token_text(tokenizer, token_id)
@@ -27,15 +27,12 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> dict
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    r"""
-    Text of one token inside a longer text: with the space in front of it, and bytes that are no whole character as
-    `\xNN`.
-    """
+    r"""Text of one token inside a longer text, with its leading space, and partial characters as bytes `\xNN`."""
     token = tokenizer.convert_ids_to_tokens(token_id)
     if token is None:
         return f"<no token {token_id}>"
     once, twice = (tokenizer.decode([token_id] * times, clean_up_tokenization_spaces=False) for times in (1, 2))
-    # Decoders drop the space in front of a text's first token: what the second one adds is the token's own text
+    # Decoders drop the leading space of a text's first token: what the second copy adds is the token's own text
     text = twice.removeprefix(once) if twice.startswith(once) else once
     if "\ufffd" in text:
         return _text_of_bytes(token)
@@ -52,13 +49,13 @@ def _text_of_bytes(token: str) -> str:
 
 
 def visible_pieces(text: str) -> list[tuple[str, bool]]:
-    """Cut a text into runs of characters that can be seen and marks for those that can't: (piece, is it a mark)."""
+    """Cut a text into visible pieces, and marks that replace invisible characters: (piece, whether it is a mark)."""
     runs = groupby(text, key=_is_invisible)
     return [("".join(map(_mark, run)) if invisible else "".join(run), invisible) for invisible, run in runs]
 
 
 def visible_text(text: str) -> str:
-    """The text with a mark for each character that can't be seen."""
+    """The text with a mark for each invisible character."""
     return "".join(piece for piece, _ in visible_pieces(text))
 
 

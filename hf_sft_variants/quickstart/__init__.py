@@ -1,4 +1,4 @@
-"""A real model and real data on any machine, with or without the Hub."""
+"""A small real model and data for it on any machine, with or without the Hub."""
 
 from .data import TASKS, build_splits, tagged_splits, write_data
 from .model import MODEL_SOURCES, write_model

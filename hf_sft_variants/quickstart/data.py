@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..evaluation.answers import ANSWER_MARK, normalize_number
 from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
+from ..files import atomic_write
 
 
 INSTRUCTION = f"Work step by step, one step a line. End with a line: {ANSWER_MARK} answer"
@@ -15,9 +16,9 @@ TAGGED_INSTRUCTION = (
     f"Then give the number inside {''.join(ANSWER_TAGS)}."
 )
 
-# reasoning-gym draws problem i from Random(seed + i): streams that start this far apart never meet
+# reasoning-gym draws problem i from Random(seed + i): seeds this far apart share no problem
 PROBLEMS_PER_SEED = 1_000_000
-# A task that repeats itself this often has hardly any question left
+# A task that repeats itself more often has too few distinct questions
 DRAWS_PER_ROW = 50
 
 
@@ -35,7 +36,7 @@ def _gsm_symbolic_steps(problem: dict) -> str:
     return problem["metadata"]["answer_cot"].rpartition(ANSWER_MARK)[0].strip()
 
 
-# Task name -> (settings of the reasoning-gym data set, how a problem's steps are written)
+# Task -> (settings of the reasoning-gym data set, function that writes the steps of a problem)
 TASKS: dict[str, tuple[dict, Callable[[dict], str]]] = {
     "chain_sum": ({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, _chain_sum_steps),
     "gsm_symbolic": ({}, _gsm_symbolic_steps),
@@ -46,11 +47,11 @@ def build_splits(
     task: str = "chain_sum", train_size: int = 600, test_size: int = 84, seed: int = 0
 ) -> dict[str, list[dict]]:
     """
-    Generates a train and a test split of distinct problems. No question stands in both.
+    Generate a train and a test split of distinct problems.
 
     A row has the conversations `prompt` and `completion`, and the strings `reasoning` and `answer`. The completion is
-    the reasoning, then a line `#### answer`. The test split depends on the task, its size and the seed only, and a
-    smaller train split is the start of a larger one: runs with more or less data compare on the same questions.
+    the reasoning, then a line `#### answer`. The test split does not depend on `train_size`, and a smaller train split
+    is the beginning of a larger one, so runs with more or less data can be compared.
 
     Args:
         task (`str`, *optional*, defaults to `"chain_sum"`):
@@ -60,20 +61,20 @@ def build_splits(
         test_size (`int`, *optional*, defaults to `84`):
             Number of test rows.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the problems. The same seed gives the same rows.
+            Seed of the problems.
 
     Returns:
         `dict[str, list[dict]]`: The rows of the splits `"train"` and `"test"`.
 
     Raises:
-        InputError: If an argument is out of range, the task has too few distinct questions or reasoning-gym is not
+        `InputError`: If an argument is out of range, the task has too few distinct questions, or reasoning-gym is not
             installed.
     """
     if task not in TASKS:
-        raise InputError(f"`task` is {task!r}, which is unknown: choose one of {', '.join(TASKS)}.")
+        raise InputError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
     for name, value, smallest in (("train_size", train_size, 1), ("test_size", test_size, 1), ("seed", seed, 0)):
         if value < smallest:
-            raise InputError(f"`{name}` is {value}: pass an integer of at least {smallest}.")
+            raise InputError(f"`{name}` must be an integer of at least {smallest}, got {value}.")
     wanted = train_size + test_size
     rows = []
     for row in _distinct_rows(task, draws=min(wanted * DRAWS_PER_ROW, PROBLEMS_PER_SEED), seed=seed):
@@ -88,30 +89,22 @@ def build_splits(
 
 def tagged_splits(splits: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """
-    The same problems for [`~hf_sft_variants.SFTKeyTrainer`]: the instruction asks for a tagged response, and there is
-    no completion, because the trainer tags `reasoning` and `answer` itself (`reasoning_column`, `answer_column`).
-
-    Args:
-        splits (`dict[str, list[dict]]`):
-            Rows of each split, as [`build_splits`] returns them.
-
-    Returns:
-        `dict[str, list[dict]]`: As many rows, in the same order, with `prompt`, `reasoning` and `answer`.
+    The problems of [`build_splits`] for [`~hf_sft_variants.SFTKeyTrainer`], with `prompt`, `reasoning` and `answer`.
+    The instruction asks for a tagged response, which the trainer makes from `reasoning` and `answer` itself.
     """
     return {split: [_tagged_row(row) for row in rows] for split, rows in splits.items()}
 
 
 def write_data(folder: str | Path, splits: dict[str, list[dict]], overwrite: bool = False) -> bool:
     """
-    Writes one JSON Lines file per split, so that `datasets.load_dataset(folder)` loads them by name.
-
-    Files that hold the same rows already are left alone.
+    Write one JSON Lines file per split, which `datasets.load_dataset(folder)` loads by name. Files that already hold
+    the same rows are left alone.
 
     Args:
         folder (`str` or `Path`):
-            Where to write.
+            Folder to write to.
         splits (`dict[str, list[dict]]`):
-            Rows of each split, as [`build_splits`] or [`tagged_splits`] returns them.
+            Rows of each split, as returned by [`build_splits`] or [`tagged_splits`].
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace files that hold other rows.
 
@@ -119,27 +112,33 @@ def write_data(folder: str | Path, splits: dict[str, list[dict]], overwrite: boo
         `bool`: Whether anything was written.
 
     Raises:
-        InputError: If a file holds other rows and `overwrite` is not set.
+        `InputError`: If a file holds other rows and `overwrite` is not set.
     """
     contents = {Path(folder, f"{split}.jsonl"): _json_lines(rows) for split, rows in splits.items()}
     changed = {path: content for path, content in contents.items() if not _holds(path, content)}
     existing = [path for path in changed if path.exists()]
     if existing and not overwrite:
         raise InputError(
-            f"`{existing[0]}` holds the data of other settings: pass --overwrite (`overwrite=True`) to replace it, or "
-            "choose another folder."
+            f"`{existing[0]}` holds data made with other settings: pass --overwrite (`overwrite=True`) to replace it, "
+            "or choose another folder."
         )
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path, content in changed.items():
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(content)
-        partial.replace(path)  # a run that is killed leaves the old file or the new one, never a part
+        with atomic_write(path) as partial:
+            partial.write_bytes(content)
     return bool(changed)
 
 
 def _distinct_rows(task: str, draws: int, seed: int) -> Iterator[dict]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise InputError(
+            "The quickstart data needs reasoning-gym, which is not installed: run "
+            "`pip install 'hf_sft_variants[quickstart]'`."
+        ) from error
     settings, steps = TASKS[task]
-    problems = _reasoning_gym().create_dataset(task, size=draws, seed=seed * PROBLEMS_PER_SEED, **settings)
+    problems = reasoning_gym.create_dataset(task, size=draws, seed=seed * PROBLEMS_PER_SEED, **settings)
     seen = set()
     for i in range(draws):
         problem = problems[i]
@@ -161,17 +160,6 @@ def _tagged_row(row: dict) -> dict:
     question = row["prompt"][0]["content"].removesuffix(INSTRUCTION)
     prompt = [{"role": "user", "content": f"{question}{TAGGED_INSTRUCTION}"}]
     return {"prompt": prompt, "reasoning": row["reasoning"], "answer": row["answer"]}
-
-
-def _reasoning_gym():
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise InputError(
-            "The quickstart data needs reasoning-gym, which is not installed: run "
-            "`pip install 'hf_sft_variants[quickstart]'`."
-        ) from error
-    return reasoning_gym
 
 
 def _json_lines(rows: list[dict]) -> bytes:

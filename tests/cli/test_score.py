@@ -9,8 +9,9 @@ from fixtures.small_tokenizers import word_piece
 from helpers import SMALL
 from transformers import BertConfig, BertForTokenClassification, set_seed
 
-from hf_sft_variants import SFTGOConfig, SFTGOTrainer, recipe
+from hf_sft_variants import SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.cli import main
+from hf_sft_variants.launch import recipe
 
 
 @pytest.fixture

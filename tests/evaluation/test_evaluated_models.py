@@ -295,7 +295,7 @@ def no_compute_dtype(folder):
 
 def unknown_storage(folder):
     options = ["--load_in_4bit", "--bnb_4bit_quant_storage", "zip"]
-    return ["base", *options], "The model can't be quantized as the keys say: `bnb_4bit_quant_storage` must be"
+    return ["base", *options], "The quantization keys can't be used: `bnb_4bit_quant_storage` must be"
 
 
 def tags_without_tagged(folder):

@@ -103,10 +103,10 @@ def test_the_test_split_does_not_depend_on_the_train_size(task):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "codeio"}, "`task` is 'codeio'.*chain_sum, gsm_symbolic"),
-        ({"train_size": 0}, "`train_size` is 0"),
-        ({"test_size": -1}, "`test_size` is -1"),
-        ({"seed": -1}, "`seed` is -1"),
+        ({"task": "codeio"}, "`task` must be one of chain_sum, gsm_symbolic, got 'codeio'"),
+        ({"train_size": 0}, "`train_size` must be an integer of at least 1, got 0"),
+        ({"test_size": -1}, "`test_size` must be an integer of at least 1, got -1"),
+        ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
     ],
 )
 def test_an_argument_out_of_range_is_refused(arguments, message):

@@ -41,7 +41,7 @@ def test_a_folder_that_holds_something_else_is_not_touched(tmp_path):
 
 
 def test_an_unknown_source_is_refused(tmp_path):
-    with pytest.raises(InputError, match="`source` is 'disk'.*auto, hub, package"):
+    with pytest.raises(InputError, match="`source` must be one of auto, hub, package, got 'disk'"):
         write_model(tmp_path / "model", source="disk")
 
 

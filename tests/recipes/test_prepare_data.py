@@ -65,7 +65,7 @@ def test_data_of_other_settings_are_kept(source, capsys):
     prepare(source)
     assert "kept  data/train.jsonl" in capsys.readouterr().out
     message = refusal(capsys, "gsm8k", "--source", source, "--limit", "4")
-    assert "error: `data/train.jsonl` holds the data of other settings: pass --overwrite" in message
+    assert "error: `data/train.jsonl` holds data made with other settings: pass --overwrite" in message
     assert len(read("train")) == 9
     prepare(source, "--limit", "4", "--overwrite")
     assert len(read("train")) == 4
