@@ -142,8 +142,8 @@ def read_view(trainer: SFTTrainer, wanted: slice) -> View:
 
     Args:
         trainer ([`~trl.SFTTrainer`]):
-            A prepared trainer. Its `annotation_columns` give the value that means "none" in a column and, where that is
-            a member of an `IntEnum`, the names of the others.
+            A prepared trainer. Its `annotation_columns` give the value that means "none" in a column and, where that
+            is a member of an `IntEnum`, the names of the others.
         wanted (`slice`):
             Rows to read, e.g. from [`parse_range`].
 

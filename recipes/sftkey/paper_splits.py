@@ -174,7 +174,3 @@ def _check_sizes(splits: dict[str, Dataset], limit: int | None, test_size: int |
             f"`--test-size` is {test_size}, which makes a split 'test' of rows of 'train', but the source has "
             f"{', '.join(map(repr, splits))}: leave it out."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

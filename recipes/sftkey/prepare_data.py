@@ -1,4 +1,4 @@
-"""Writes a data set of the SFTKey paper as a folder that its recipes train on."""
+"""Write a data set of the SFTKey paper to a folder for its recipes."""
 
 import argparse
 from pathlib import Path
@@ -23,24 +23,23 @@ RECIPES = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Write a data set of the SFTKey paper as JSON Lines, a file per split: prompt, reasoning and "
-        "answer. Rows that lack one of them, or that have a tag in them, are dropped and counted.",
+        description="Write a data set of the SFTKey paper as JSON Lines, one file per split, with prompt, reasoning "
+        "and answer. Rows that lack one of them, or contain a tag, are dropped and counted.",
         epilog=EXAMPLE,
     )
     parser.add_argument("data", choices=RECIPES, metavar="DATA", help=f"data set of the paper: {', '.join(RECIPES)}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--source", metavar="DATA", help="folder, file or Hub id with such rows (the paper's)")
     parser.add_argument("--subset", metavar="NAME", help="subset on the Hub, e.g. all for openr1-math")
-    parser.add_argument("--limit", type=int, metavar="N", help="so many rows of each split, drawn at random")
-    parser.add_argument("--test-size", type=int, metavar="N", help="draw a test split, where there is none")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn (%(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="number of rows of each split, drawn at random (all)")
+    parser.add_argument("--test-size", type=int, metavar="N", help="draw a test split, if there is none")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random draws (%(default)s)")
     parser.add_argument("--completion", action="store_true", help="add an untagged completion, for plain SFT")
-    parser.add_argument("--overwrite", action="store_true", help="replace data of other settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the data, and says what was dropped and what to run next."""
     parser = build_parser()
     try:
         prepare(parser.parse_args(argv))
@@ -62,11 +61,11 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def _refuse_other_splits(folder: Path, splits: set[str]) -> None:
-    """A split that was drawn by other settings shares rows with those of these settings."""
+    """A split drawn with other settings may share rows with these."""
     others = sorted(path for path in folder.glob("*.jsonl") if path.stem not in splits)
     if others:
         raise InputError(
-            f"`--output` holds {str(others[0])!r}, which these settings do not make and a recipe would load, too: "
+            f"`--output` holds {str(others[0])!r}, which these settings do not write but a recipe would load: "
             "remove it or choose another folder."
         )
 

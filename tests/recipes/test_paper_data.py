@@ -226,7 +226,7 @@ def test_the_hub_is_asked_for_the_right_subset(monkeypatch):
         calls.append((*arguments, options))
         return {}
 
-    monkeypatch.setattr("hf_sft_variants.sftkey.paper_splits.load_dataset", load)
+    monkeypatch.setattr("paper_splits.load_dataset", load)
     for name in PAPER_DATA:
         load_source(name)
     load_source("openr1-math", subset="all")

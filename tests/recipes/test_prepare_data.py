@@ -75,7 +75,7 @@ def test_a_split_of_other_settings_is_not_left_beside(source, capsys):
     """Its rows would be in the new training split, too."""
     prepare(source, "--test-size", "2")
     message = refusal(capsys, "gsm8k", "--source", source, "--overwrite")
-    assert "error: `--output` holds 'data/test.jsonl', which these settings do not make" in message
+    assert "error: `--output` holds 'data/test.jsonl', which these settings do not write" in message
     assert len(read("train")) == 7
 
 
