@@ -179,7 +179,7 @@ def test_interrupted(write_study, monkeypatch, capsys):
 
     monkeypatch.setattr("hf_sft_variants.comparison.do_missing_runs", interrupt)
     assert cli(["compare", "--config", write_study()]) == 130
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; the same command continues" in capsys.readouterr().err
 
 
 def test_logs_that_are_not_numbers():
