@@ -41,8 +41,7 @@ from hf_sft_variants import (
     SFTMixConfig,
     SFTMixTrainer,
 )
-from hf_sft_variants.comparison.machine import peak_memory
-from hf_sft_variants.comparison.machine import describe_machine
+from hf_sft_variants.comparison.machine import describe_machine, peak_memory
 
 
 METHODS = {

@@ -108,7 +108,8 @@ def test_bad_input(folder, capsys):
     assert "`--keep-top` is 0.5 and `--kept` None: give both, or neither" in capsys.readouterr().err
     uniform = ["--preference_weighting", "uniform", "--output", "scores.parquet"]
     assert main(["score", "--config", "recipe.yaml", *uniform]) == 2
-    assert "`--output` is 'scores.parquet', but recipe.yaml has no reference models" in capsys.readouterr().err
+    message = "`--output` is 'scores.parquet', but recipe.yaml does not score with reference models"
+    assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["score", "--config", "recipe.yaml", "--keep-top", "1.5", "--kept", "a.jsonl"])
     assert "1.5 is not between 0 and 1" in capsys.readouterr().err
