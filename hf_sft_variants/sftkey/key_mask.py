@@ -192,24 +192,11 @@ def _tagged(
     return {"messages": (messages[:-1] if messages[-1]["role"] == "assistant" else messages) + [message]}
 
 
-def tag_responses(arguments: dict[str, Any], args: SFTConfig) -> dict[str, Any]:
-    """A trainer's `train_dataset` and `eval_dataset` with tagged responses, made of their reasonings and answers."""
-    tagged = {}
-    for name, argument in (("train", "train_dataset"), ("eval", "eval_dataset")):
-        dataset = arguments.get(argument)
-        if isinstance(dataset, dict):
-            tagged[argument] = {name: _tag(dataset, name, args) for name, dataset in dataset.items()}
-        else:
-            tagged[argument] = _tag(dataset, name, args)
-    return tagged
-
-
-def _tag(dataset: Any, dataset_name: str, args: SFTConfig) -> Any:
-    is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
-    if is_prepared or not isinstance(dataset, Dataset | IterableDataset):  # the trainer refuses other types
-        return dataset
+def tag_responses(dataset: Dataset | IterableDataset, args: SFTConfig, dataset_name: str) -> Dataset | IterableDataset:
+    """Make tagged responses of reasonings and answers, unless the rows are tokenized."""
     require_row(f"The {dataset_name} dataset", dataset)
-    if "input_ids" in get_dataset_column_names(dataset):
+    has_transform = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"  # `SFTTrainer` refuses it
+    if has_transform or "input_ids" in get_dataset_column_names(dataset):
         return dataset
     options = ("reasoning_column", "answer_column", "thinking_tags", "answer_tags")
     fn_kwargs = {**{name: getattr(args, name) for name in options}, "dataset_name": dataset_name}

@@ -1,5 +1,6 @@
 import inspect
 import textwrap
+from copy import copy
 from functools import wraps
 
 import torch
@@ -83,14 +84,15 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
     def __init__(self, *args, **kwargs):
         arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config = resolve_args(arguments.get("args"), self.config_class, arguments["model"], self._name)
-        raw_eval_dataset = arguments.get("eval_dataset")
-        if config.reasoning_column is not None:  # before `SFTTrainer` looks for a `completion`
-            arguments |= tag_responses(arguments, config)
+        train_dataset = arguments.get("train_dataset")
+        if config.reasoning_column is not None and config.completion_only_loss is None and train_dataset is not None:
+            config = copy(config)  # `SFTTrainer` would look for a `completion` before there is one
+            config.completion_only_loss = "prompt" in get_dataset_column_names(train_dataset)
         super().__init__(**{**arguments, "args": config})
         self._refuse_other_schedulers()
         self.add_missing_callback(StageSwitchCallback())
         if config.answer_eval_steps is not None:
-            self.add_missing_callback(self._answer_accuracy_callback(raw_eval_dataset))
+            self.add_missing_callback(self._answer_accuracy_callback(arguments.get("eval_dataset")))
 
     def _refuse_other_schedulers(self):
         if self._has_stages and self.lr_scheduler is not None:
@@ -134,6 +136,11 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         return rows.select_columns(["prompt", column]).rename_columns({column: "answer"})
 
     # Annotation: where the key is
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if self.args.reasoning_column is not None:
+            dataset = tag_responses(dataset, self.args, dataset_name)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def annotation_settings(self, columns, is_packed):
         names = (

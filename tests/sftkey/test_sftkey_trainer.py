@@ -268,6 +268,8 @@ class TestKeysOfTheTrainer:
         learned = [label for label in trainer.train_dataset[0]["labels"] if label != -100]
         starts_with_response = tokenizer.decode(learned).startswith("<Thinking>")
         assert starts_with_response == (form in ("prompt", "text_prompt"))  # as SFTTrainer does
+        raw, prepared = trainer.evaluate(Dataset.from_list([row])), trainer.evaluate(trainer.train_dataset)
+        assert raw["eval_sftkey/key_nll"] == prepared["eval_sftkey/key_nll"]
 
     def test_prepared_set_is_evaluated_as_it_is(self, make, tagged_rows):
         trainer = make(tagged_rows, eval_dataset=tagged_rows)
