@@ -3,7 +3,7 @@
 import pytest
 import torch
 import two_processes
-from helpers import assert_same_gradients, save_models
+from helpers import assert_same_gradients, save_models, scores_in
 from methods import needs
 from torch.distributed.run import main as torchrun
 from two_processes import EVALUATIONS, OTHERS, RUNS, STEPS, load_rows, make_trainer_of, of_methods, run
@@ -73,6 +73,22 @@ def test_runs_equal_to_one_process(name, results, folder, tmp_path):
     for parameter, values in results[name]["weights"].items():
         torch.testing.assert_close(values, expected["weights"][parameter], rtol=1e-5, atol=1e-6)
         assert torch.equal(values, results[f"{name}_resumed"]["weights"][parameter])
+
+
+@needs("sft_go")
+def test_processes_score_together(results, folder, tmp_path):
+    expected = run(OTHERS["rho1"], folder, tmp_path, **TWICE_THE_ROWS)
+    assert results["rho1"]["log"]["loss"] == pytest.approx(expected["log"]["loss"], rel=1e-6)
+    assert_same_gradients(results["rho1"]["gradients"], expected["gradients"], tolerance=1e-6)
+    by_one, by_two = scores_in(tmp_path / "scores"), scores_in(folder / "two" / "rho1" / "scores")
+    assert by_one == by_two and [len(scores) for scores in by_one.values()] == [8]
+
+
+@needs("sft_go")
+def test_counts_of_each_process_alone_are_sft_trainers(results):
+    plain, ours = results["separate_counts_of_sft_trainer"], results["separate_counts"]
+    assert ours["log"]["loss"] == plain["log"]["loss"]
+    assert_same_gradients(ours["gradients"], plain["gradients"])
 
 
 @pytest.mark.parametrize("name", of_methods(EVALUATIONS))

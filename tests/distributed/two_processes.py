@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from datasets import Dataset
 from helpers import GradientRecorder, make_trainer
-from methods import METHODS
+from methods import METHODS, SFT
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hf_sft_variants.scoring import shards
 
 
 # Eight rows in one optimizer step each; packed to four rows of at most 40 tokens
@@ -25,6 +27,7 @@ PADDED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 PACKED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_length": 40}
 OWN_GROUPS = {"group_by": "column", "group_column": "mine"}
 RANDOM_PAIRS = {"confidence_split": "random", "train_sampling_strategy": "random"}
+SEPARATE_COUNTS = {"average_tokens_across_devices": False}
 # Two steps with the whole response, two with the key, each stage with a warm-up
 STAGES = {"max_steps": 4, "learning_rate": 1e-2, "stage_learning_rates": [1e-2, 2e-3], "warmup_steps": 1}
 # Two epochs of two steps, after a reference that has as many; the checkpoint is inside the second epoch
@@ -50,6 +53,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     resumes: str | None = None  # another case, from its third step
     num_evaluated: int = 0
+    as_sft_trainer: bool = False
 
 
 STEPS = {
@@ -83,6 +87,9 @@ OTHERS = {
     "stages": Case("sftkey", STAGES),
     "phases_resumed": Case("sftmix", PHASES, resumes="phases"),
     "online_resumed": Case("sftmix", RUNS["online"].options, resumes="online"),
+    "rho1": Case("sft_go", {"group_by": "rho1", "score_batch_tokens": 40}),
+    "separate_counts": Case("sft_go", {**SEPARATE_COUNTS, "worst_group_weight": 0}),
+    "separate_counts_of_sft_trainer": Case("sft_go", SEPARATE_COUNTS, as_sft_trainer=True),
 }
 
 
@@ -110,8 +117,10 @@ def make_trainer_of(case: Case, folder: Path, output_dir: Path, callbacks=(), **
         **case.options,
         **options,
     }
+    if options.get("group_by") == "rho1":
+        options |= {"reference_model": str(folder / "reference"), "score_cache_dir": str(output_dir / "scores")}
     return make_trainer(
-        *METHODS[case.method].classes,
+        *(SFT if case.as_sft_trainer else METHODS[case.method].classes),
         AutoModelForCausalLM.from_pretrained(folder / "model"),
         AutoTokenizer.from_pretrained(folder / "model"),
         load_rows(folder),
@@ -144,6 +153,7 @@ def run(case: Case, folder: Path, output_dir: Path, callback=None, **options) ->
 
 
 def main(folder: Path) -> None:
+    shards.BATCHES_PER_SHARD = 1  # so that both processes score some of the few rows
     cases = of_methods({**STEPS, **RUNS, **EVALUATIONS, **OTHERS})
     results = {
         name: run(case, folder, folder / "two" / (case.resumes or name), AssertTwoProcesses)
