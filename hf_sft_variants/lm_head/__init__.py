@@ -1,1 +1,6 @@
-"""Log-probabilities of labelled positions, computed in tiles of the vocabulary."""
+"""One LM head for every method: log-probabilities of labels, single and mixed, computed in tiles of the vocabulary."""
+
+from .log_probs import LabelLogProbs, label_log_probs
+
+
+__all__ = ["LabelLogProbs", "label_log_probs"]

@@ -1,0 +1,25 @@
+"""Whole parameters where a strategy shards them: FSDP2's DTensors and DeepSpeed ZeRO-3's partitions."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+def whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """The full tensor of a DTensor; its gradient is scattered again."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
+    """
+    Gathers what ZeRO-3 has partitioned: the head's module is not called, so its hook does not.
+
+    A parameter that is there already, as tied embeddings are, is left alone: the module that gathered it would miss it.
+    """
+    partitioned = {id(p): p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"}
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(partitioned.values()))
