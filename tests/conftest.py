@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # SFTTrainer refuses nn.DataParallel
+os.environ.setdefault("TRITON_INTERPRET", "1")  # runs the kernels on a CPU; 0 with a GPU
 
 import datasets
 import pytest

@@ -276,5 +276,5 @@ def _options(scale, softcap, num_pairs, num_columns) -> dict:
         "HAS_SOFTCAP": softcap is not None,
         "PAIRED": num_pairs > 0,
         "BLOCK": triton.next_power_of_2(num_columns),
-        "num_warps": 8,
+        "num_warps": 16,
     }
