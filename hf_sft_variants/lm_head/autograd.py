@@ -62,7 +62,7 @@ class LogProbFunction(torch.autograd.Function):
         grad = queries.gather(grad_log_probs, grad_mixed)
         if ctx.is_frozen:
             return _scaled_directions(queries, *saved, grad, ctx.plan), *[None] * 5
-        hidden, weight, bias, *_ = saved
+        _, weight, bias, *_ = saved
         with gathered(weight, bias):
             gradients = _gradients(queries, *saved, grad, ctx.plan, ctx.needs_input_grad[:3])
         return *gradients, None, None, None

@@ -15,7 +15,7 @@ def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
     """
     Gathers what ZeRO-3 has partitioned: the head's module is not called, so its hook does not.
 
-    A parameter that is there already, as tied embeddings are, is left alone: the module that gathered it would miss it.
+    A parameter that is there already, as tied embeddings may be, is left to the module that gathered it.
     """
     partitioned = {id(p): p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"}
     if not partitioned:
