@@ -48,26 +48,21 @@ def resolve_args(
     return args
 
 
-def refuse_unsupported(
-    trainer_name: str,
-    args: SFTConfig,
-    model: str | PreTrainedModel,
-    train_dataset: Dataset | IterableDataset | None,
-    eval_dataset: Any,
-    compute_loss_func: Callable | None,
-) -> None:
+def refuse_unsupported(trainer_name: str, args: SFTConfig, given: dict[str, Any]) -> None:
     """
-    Refuse beforehand what would need another loss than the trainer's, what it can't annotate, and what can't be right.
+    Refuse beforehand what would need another loss than the trainer's, what it can't annotate, and what can't be right:
+    in its configuration and among the arguments that `__init__` was given.
 
     Raises:
         `InputError`: If the model or an evaluation set is something else.
         `InputError`: For `loss_type` other than `"nll"`, label smoothing, `compute_loss_func`, `eval_packing` alone,
             sizes below 1, models that are no causal language models, an empty data set and vision data sets.
     """
-    _refuse_other_losses(trainer_name, args, compute_loss_func)
+    _refuse_other_losses(trainer_name, args, given.get("compute_loss_func"))
     _check_settings(args)
-    if not isinstance(model, str):
-        require_causal_lm(model)
+    if not isinstance(given["model"], str):
+        require_causal_lm(given["model"])
+    train_dataset, eval_dataset = given.get("train_dataset"), given.get("eval_dataset")
     if isinstance(eval_dataset, dict):
         for name, dataset in eval_dataset.items():
             _require_dataset(f"eval_dataset[{name!r}]", dataset)
