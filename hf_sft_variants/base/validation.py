@@ -24,9 +24,8 @@ def resolve_args(
     args: TrainingArguments | None, config_class: type[SFTConfig], model: str | PreTrainedModel, method_name: str
 ) -> SFTConfig:
     """
-    The trainer's arguments as its own configuration class: built by default, or from a plainer configuration.
-
-    `SFTTrainer` would build an `SFTConfig`, which lacks the method's fields.
+    Return `args` as the trainer's own configuration class: an `SFTConfig` or `TrainingArguments` is converted, and
+    without `args` there are defaults, as in [`~trl.SFTTrainer`].
 
     Raises:
         `InputError`: If `args` is another method's configuration.
@@ -128,7 +127,7 @@ def require_causal_lm(model: PreTrainedModel) -> None:
         )
     if not base_model.can_generate() or base_model.config.is_encoder_decoder:
         raise InputError(
-            f"`model` is a `{type(base_model).__name__}`, which is no causal language model. Load one with "
+            f"`model` is a `{type(base_model).__name__}`, which is not a causal language model. Load one with "
             "`AutoModelForCausalLM`."
         )
 
@@ -151,7 +150,7 @@ def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDat
 
 def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
     """
-    Refuse what is known only when the model is loaded and the data prepared.
+    Refuse what is known only once the model is loaded and the data is prepared.
 
     Raises:
         `InputError`: For context and sequence parallelism, models that are no causal language models, prompt learning
@@ -184,8 +183,8 @@ def refuse_sequence_sharding(trainer_name: str, accelerator: Accelerator) -> Non
 
 def refuse_packed_prompt_learning(trainer_name: str, model: PreTrainedModel, padding_free: bool) -> None:
     """
-    Refuse several documents in a row where PEFT puts virtual tokens in front of the row: it drops `position_ids` (and
-    warns of that), without which the documents would attend to each other.
+    Refuse several documents in a row with prompt learning: PEFT then drops `position_ids` (with a warning), and
+    without them the documents would attend to each other.
 
     Raises:
         `InputError`: For prompt learning with `packing` or `padding_free`.
