@@ -86,15 +86,22 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
 
     @wraps(SFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
-        # Methods read both while the data sets are prepared, when `Trainer` has not set `args` yet
-        self._init_arguments = given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        self.args = resolve_args(given.get("args"), self.config_class, given["model"], self._name)
-        refuse_unsupported(type(self).__name__, self.args, given)
-        self._is_streaming = isinstance(given.get("train_dataset"), IterableDataset)
-        super().__init__(**{**given, "args": self.args})
+        arguments = self.bind_arguments(*args, **kwargs)
+        self.args = arguments["args"]  # `Trainer` sets it only after the data sets are prepared
+        self._is_streaming = isinstance(arguments.get("train_dataset"), IterableDataset)
+        refuse_unsupported(type(self).__name__, arguments)
+        super().__init__(**arguments)
         refuse_what_was_loaded(self)
         if self.annotation_columns or self.padding_free:
             self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
+
+    @classmethod
+    def bind_arguments(cls, *args, **kwargs) -> dict[str, Any]:
+        """The arguments of `__init__` by name, with `args` as a `config_class`: for checks before data is prepared."""
+        arguments = inspect.signature(SFTTrainer.__init__).bind(None, *args, **kwargs).arguments
+        del arguments["self"]
+        args = resolve_args(arguments.get("args"), cls.config_class, arguments["model"], cls._name)
+        return {**arguments, "args": args}
 
     # What a method overrides
 
