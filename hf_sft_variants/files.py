@@ -9,9 +9,8 @@ from uuid import uuid4
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """
-    Yields a temporary path next to `path`, which becomes `path` once the block has succeeded.
-
-    Several processes may write the same file at once: the last one wins.
+    Yields a temporary path next to `path`, which becomes `path` once the block has succeeded. Its folder is made if
+    it is missing. Several processes may write the same file at once: the last one wins.
 
     Example:
 
@@ -22,6 +21,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         partial.replace(path)

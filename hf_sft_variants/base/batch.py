@@ -77,7 +77,7 @@ def align_with_labels(values: torch.Tensor, num_predictions: int, padding_value:
         num_predictions (`int`):
             Number of predictions of a row, `L`.
         padding_value (`int` or `float`):
-            Value for predictions that no token stands behind.
+            Value for predictions without a token.
 
     Returns:
         `torch.Tensor` of shape `(B, L)`.

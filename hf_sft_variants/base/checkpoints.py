@@ -16,19 +16,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from trl import SFTConfig
 
 from ..errors import InputError
+from ..files import atomic_write
 from .field_checks import as_json_values
 from .fingerprints import describe_content, what_counts
 
 
 logger = get_logger(__name__)
 
-# Beside a checkpoint's other files
+# Written next to a checkpoint's other files
 RUN_FILE = "hf_sft_variants.json"
 
 # Enough to tell data sets apart, and read in a moment
 _NUM_COMPARED = 100
 
-# What a checkpoint without a description is of
+# A checkpoint without a description was made by `SFTTrainer`
 _SFT = {"trainer": "SFTTrainer", "settings": {}, "examples": None}
 
 _NEW_RUN = "or begin a new run with its weights: pass the folder as `model`, without `resume_from_checkpoint`."
@@ -42,14 +43,14 @@ class ResumeCheckMixin:
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """
-        As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` passes over a checkpoint that a killed run
-        did not finish; one of another method, setting or data set is refused.
+        As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` skips a checkpoint that a killed run did not
+        finish; a checkpoint of another method, other settings or other data is refused.
         """
         return super().train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """
-        The checkpoint to go on from.
+        The checkpoint to resume from.
 
         Raises:
             `InputError`: If there is none, or it is another run's.
@@ -61,15 +62,15 @@ class ResumeCheckMixin:
         require_same_run(checkpoint, {**run, "examples": None} if self.args.ignore_data_skip else run)
         if not list(Path(checkpoint).glob("rng_state*.pth")):
             logger.warning(
-                f"{checkpoint} has the weights alone (`save_only_model=True`): the optimizer and the learning rate "
-                "begin anew, so the run does not end as an unbroken one."
+                f"{checkpoint} has only the weights (`save_only_model=True`): the optimizer and the learning rate "
+                "start over, so the result is not that of an uninterrupted run."
             )
         return checkpoint
 
     def remember_examples(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
         """
-        Take note of the training set, which is prepared first: the rows as they are trained on, packed or not. A
-        stream can't be described. Called by all processes at once.
+        Record the training set, which is prepared first: the rows as they are trained on, packed or not. A stream
+        can't be described. Called by all processes at once.
         """
         if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
             self._examples = describe_examples(dataset)
@@ -81,8 +82,8 @@ class ResumeCheckMixin:
 
     def begin_run(self, checkpoint: str | None) -> None:
         """
-        Called when training begins, and again when `auto_find_batch_size` begins anew. What a trainer keeps of a run
-        has to start anew here, or to be taken from the checkpoint that the run goes on from.
+        Called when training begins, and again when `auto_find_batch_size` starts over. Whatever a trainer keeps of a
+        run is reset here, or restored from the checkpoint.
         """
         self._run = self.describe_run()  # now: later, other files may have the same names
 
@@ -152,22 +153,19 @@ def describe_examples(dataset: Dataset) -> dict[str, Any]:
 
 def write_run(folder: str | Path, run: dict[str, Any]) -> None:
     """Write the description of a run into a folder."""
-    path = Path(folder, RUN_FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{RUN_FILE}.partial")  # a killed run leaves no half-written file
-    partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(Path(folder, RUN_FILE)) as partial:
+        partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NEW_RUN) -> None:
     """
-    Refuse to go on from what another run has left in a folder.
+    Refuse to resume from what another run has left in a folder.
 
     Args:
         folder (`str` or `Path`):
             A checkpoint with what [`write_run`] wrote. Without it, it is one of `SFTTrainer`.
         run (`dict[str, Any]`):
-            The run that wants to go on: its `trainer`, `settings` and, where they count, `examples`.
+            The run that resumes: its `trainer`, `settings` and, where they count, `examples`.
         or_else (`str`, *optional*):
             End of the message: what to do instead.
 
@@ -216,7 +214,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str:
     checkpoint = os.fspath(resume_from_checkpoint)
     if not _is_complete(checkpoint):
         raise InputError(
-            f"`resume_from_checkpoint={checkpoint!r}` is no whole checkpoint: it has no readable "
+            f"`resume_from_checkpoint={checkpoint!r}` is not a complete checkpoint: it has no readable "
             f"{TRAINER_STATE_NAME}. Give the folder of a checkpoint, or True for the last one in `output_dir`."
         )
     return checkpoint

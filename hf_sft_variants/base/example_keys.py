@@ -1,4 +1,4 @@
-"""Keys that name examples by their content: scores find them again, whatever was filtered, shuffled or tokenized."""
+"""Keys that name examples by their content, so that scores find them after filtering, shuffling or tokenizing."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def add_content_keys(
     is_prepared: bool = False,
 ) -> Dataset:
     """
-    Add the column `example_key`, a hash of what a row says: the same wherever and for whatever model it is made.
+    Add the column `example_key`, a hash of a row's content that does not depend on the model or the machine.
 
     What counts is the content of `messages` (or `conversations`), `prompt`, `completion`, `tools`,
     `chat_template_kwargs` and a plain text; of rows that came as tokens, that of `input_ids` and `labels`. Fields that
@@ -93,7 +93,7 @@ def _add_key(example: dict[str, Any], text_field: str, eos_token: str) -> dict[s
     for name in ("completion", "text"):
         if isinstance(content.get(name), str):
             content[name] = content[name].removesuffix(eos_token)
-    # Of a mapping that this row has not, a table may keep an empty one
+    # A table may hold an empty mapping for a row that lacks the field
     content = {name: value for name, value in content.items() if value not in (None, {})}
     text = json.dumps(content, sort_keys=True, default=str)
     return {EXAMPLE_KEY: hashlib.sha256(text.encode()).hexdigest()[:32]}

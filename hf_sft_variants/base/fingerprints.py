@@ -1,6 +1,4 @@
-"""
-Fingerprints of files, model folders and tokenizers: of what they hold, wherever they are and whenever they were made.
-"""
+"""Fingerprints of files, model folders and tokenizers, by their content alone and not by path or time of change."""
 
 import hashlib
 import json
@@ -24,11 +22,11 @@ _WHOLE, _BLOCK, _NUM_BLOCKS = 2**24, 2**12, 256
 
 def fingerprint(path: str | os.PathLike) -> str:
     """
-    Name what a file or a folder holds: equal for copies in other places, different after a change.
+    Hash the content of a file or a folder: equal for copies elsewhere, different after a change.
 
-    A folder is known by the files of a model in it, subfolders left out. Files up to 16 MiB are read whole. Of a
-    larger one the size is hashed with samples: of a safetensors file its header and the start, the middle and the end
-    of each tensor, of another file 256 blocks.
+    Of a folder the files of a model count, without subfolders. Files up to 16 MiB are read whole. Of a larger one the
+    size and samples are hashed: of a safetensors file the header and the start, the middle and the end of each tensor,
+    of any other file 256 blocks.
 
     Args:
         path (`str` or `os.PathLike`):

@@ -1,4 +1,4 @@
-"""The model card: TRL's, with what is known of the method's settings."""
+"""The model card: TRL's, with the method's settings."""
 
 import shutil
 from importlib.metadata import version
@@ -16,7 +16,7 @@ _VERSIONS = "### Framework versions\n\n"
 
 
 class ModelCardMixin:
-    """Completes the card that TRL writes, and puts it beside each model that the user saves."""
+    """Completes the card that TRL writes, and saves it with each model that the user saves."""
 
     _card_dataset_name: str | None = None
 

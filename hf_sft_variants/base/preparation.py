@@ -56,7 +56,7 @@ def truncate(
 
 
 def kept_length(args: SFTConfig, packing: bool) -> int | None:
-    """What TRL cuts samples to; `None` where it keeps them whole or splits them when packing."""
+    """Length that TRL truncates samples to; `None` where it keeps them whole or splits them in packing."""
     return args.max_length if not packing or args.packing_strategy == "bfd" else None
 
 
@@ -121,7 +121,7 @@ def keep_scorable(dataset: Dataset, can_score: dict[str, Sequence[bool]], datase
 
 def require_supervised_token(dataset: Dataset | IterableDataset, dataset_name: str) -> None:
     """
-    Refuse a data set that would train on nothing. A streaming data set can't be looked through, so it passes.
+    Refuse a data set that would train on nothing. A stream can't be checked in advance, so it passes.
 
     Raises:
         `InputError`: If no token of the data set is in the loss.

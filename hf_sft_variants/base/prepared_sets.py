@@ -1,4 +1,4 @@
-"""Prepared data sets say which trainer annotated them with which settings; a trainer with others refuses them."""
+"""Prepared data sets record the trainer and the settings that annotated them; a trainer with others refuses them."""
 
 import json
 from functools import cached_property
@@ -46,7 +46,7 @@ class PreparedSetsMixin:
         self, dataset: Dataset | IterableDataset, packing: bool, dataset_name: str
     ) -> dict[str, Any] | None:
         """
-        What a data set was annotated with; `None` if it is not annotated.
+        The trainer and the settings that annotated a data set; `None` if it is not annotated.
 
         Raises:
             `InputError`: If it was annotated by another trainer or with other settings, or does not say by which.
@@ -125,7 +125,7 @@ def _add_text(examples: dict[str, list], text: str) -> dict[str, list]:
 
 def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dict[str, Any]:
     """
-    What the column `annotated_with` says; of a stream its first row, and [`require_as_first_row`] looks at the others.
+    Read the column `annotated_with`; of a stream the first row, and [`require_as_first_row`] checks the others.
 
     Raises:
         `InputError`: If rows were made with different settings, or the column is something else.
@@ -147,7 +147,7 @@ def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dic
 
 
 def require_as_first_row(dataset: IterableDataset, dataset_name: str) -> IterableDataset:
-    """Refuse rows of a stream that were made with other settings than its first row, when they come."""
+    """Refuse, as they arrive, rows of a stream that were made with other settings than its first row."""
     fn_kwargs = {"text": next(iter(dataset))[MADE_WITH], "dataset_name": dataset_name}
     return dataset.map(_require_text, fn_kwargs=fn_kwargs)
 

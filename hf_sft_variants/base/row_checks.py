@@ -1,21 +1,21 @@
-"""A user's rows, before anything is made of them: what `SFTTrainer` would fail on, or train on as if it were right."""
+"""Checks of the user's rows for what `SFTTrainer` would fail on late, or train on without a word."""
 
 import json
 from collections.abc import Callable
 from reprlib import repr as short
 from typing import Any
 
-import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..errors import InputError
+from .token_checks import TOKEN_COLUMNS, check_token_rows
 from .trl_internals import get_dataset_column_names
 
 
 _TEXT_COLUMNS = ("prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
-_TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
 
 
 def require_row(name: str, dataset: Dataset | IterableDataset) -> None:
@@ -47,15 +47,15 @@ def check_rows(
     dataset: Dataset | IterableDataset, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
 ) -> Dataset | IterableDataset:
     """
-    Look at all rows of a data set of texts, messages or tokens; at those of a stream when they come.
+    Check every row of a data set of texts, messages or tokens; the rows of a stream as they arrive.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows as the user gives them.
+            The user's rows.
         args ([`~trl.SFTConfig`]):
-            Tells the column of texts and the number of processes.
+            Has `dataset_text_field` and `dataset_num_proc`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its ids are the tokens that there are.
+            Defines the valid token ids.
         dataset_name (`str`):
             Name of the data set, for messages.
 
@@ -69,12 +69,7 @@ def check_rows(
         return dataset  # refused by TRL
     columns = get_dataset_column_names(dataset)
     has_tokens = "input_ids" in columns
-    known = _TOKEN_COLUMNS if has_tokens else (*_TEXT_COLUMNS, args.dataset_text_field)
-    options = {
-        "text_field": None if has_tokens else args.dataset_text_field,
-        "num_ids": max(tokenizer.get_vocab().values()) + 1 if has_tokens else 0,
-        "dataset_name": dataset_name,
-    }
+    known = TOKEN_COLUMNS if has_tokens else (*_TEXT_COLUMNS, args.dataset_text_field)
     found = [column for column in known if column in columns]
     if not {"prompt", "messages", "conversations", "input_ids", args.dataset_text_field} & set(found):
         raise InputError(
@@ -86,23 +81,24 @@ def check_rows(
             "`completion_only_loss=True` needs `prompt` and `completion`, or `completion_mask`, but the "
             f"{dataset_name} dataset has the columns {sorted(columns)}: all tokens would be in the loss."
         )
+    if has_tokens:
+        return check_token_rows(dataset, found, max(tokenizer.get_vocab().values()) + 1, dataset_name)
+    options = {"text_field": args.dataset_text_field, "dataset_name": dataset_name}
     if isinstance(dataset, IterableDataset):
         return dataset.map(_checked, with_indices=True, fn_kwargs=options)
-    # Its result is not used, but a second start finds it in the cache
+    # The result is not used, but the next run finds it in the cache
     description = {"num_proc": args.dataset_num_proc, "desc": f"Checking {dataset_name} dataset"}
     dataset.select_columns(found).filter(_is_sound, with_indices=True, fn_kwargs=options, **description)
     return dataset
 
 
 def _checked(example: dict[str, Any], row: int, **options: Any) -> dict[str, Any]:
-    # A generator may yield arrays, which no data set on disk does
-    example = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in example.items()}
     _is_sound(example, row, **options)
     return example
 
 
-def _is_sound(example: dict[str, Any], row: int, text_field: str | None, num_ids: int, dataset_name: str) -> bool:
-    problem = _problem_of_tokens(example, num_ids) if text_field is None else _problem_of_text(example, text_field)
+def _is_sound(example: dict[str, Any], row: int, text_field: str, dataset_name: str) -> bool:
+    problem = _problem_of_text(example, text_field)
     if problem is not None:
         raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.")
     return True
@@ -115,7 +111,7 @@ def _problem_of_text(example: dict[str, Any], text_field: str) -> str | None:
         try:
             json.loads(example["tools"])
         except ValueError as error:
-            return f"`tools` is {short(example['tools'])}, which is no JSON ({error})"
+            return f"`tools` is {short(example['tools'])}, which is not JSON ({error})"
     if "prompt" in example:
         return _problem_of_prompt(example)
     if "messages" in example and (isinstance(example["messages"], list) or text_field not in example):
@@ -155,67 +151,9 @@ def _problem_of_messages(name: str, messages: Any, role: str, content: str) -> s
     return None
 
 
-def _problem_of_tokens(example: dict[str, Any], num_ids: int) -> str | None:
-    for name, values in [(name, example[name]) for name in _TOKEN_COLUMNS if name in example]:
-        if _integers(values) is None:
-            items = values if isinstance(values, list) else [values]
-            wrong = [value for value in items if not isinstance(value, int)] or [max(items)]  # larger than any id
-            return f"`{name}` has {short(wrong[0])}; give a list of integers, one for each token"
-    length = len(example["input_ids"])
-    for name in ("labels", "completion_mask", "assistant_masks"):
-        if len(example.get(name, example["input_ids"])) != length:
-            return f"`{name}` has {len(example[name])} values, but `input_ids` has {length} tokens; give one for each"
-    if sum(example.get("seq_lengths", [length])) != length:
-        return f"`seq_lengths` adds up to {sum(example['seq_lengths'])}, but `input_ids` has {length} tokens"
-    for name, is_allowed in _ALLOWED.items():
-        values = _integers(example.get(name, []))
-        wrong = values[~is_allowed(values, num_ids)]
-        if len(wrong):
-            return (
-                f"`{name}` has {wrong[0]}, which is no id of the tokenizer (0 to {num_ids - 1}). Pass the one that "
-                "made the tokens as `processing_class`"
-                if name in ("input_ids", "labels")
-                else f"`{name}` has {wrong[0]}; give 1 on the tokens of the loss and 0 on others"
-            )
-    return None
-
-
-def _are_ids(values: np.ndarray, num_ids: int) -> np.ndarray:
-    return (values >= 0) & (values < num_ids)
-
-
-def _are_labels(values: np.ndarray, num_ids: int) -> np.ndarray:
-    return _are_ids(values, num_ids) | (values == -100)
-
-
-def _are_bits(values: np.ndarray, num_ids: int) -> np.ndarray:
-    return (values == 0) | (values == 1)
-
-
-_ALLOWED: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    "input_ids": _are_ids,
-    "labels": _are_labels,
-    "completion_mask": _are_bits,
-    "assistant_masks": _are_bits,
-}
-
-
-def _integers(values: Any) -> np.ndarray | None:
-    """A list of integers as an array; `None` if it is something else."""
-    if not isinstance(values, list):
-        return None
-    try:
-        array = np.array(values)
-    except ValueError:  # lists of different lengths
-        return None
-    if not values:
-        return array.astype(int)
-    return array if array.ndim == 1 and array.dtype.kind in "iub" else None
-
-
 def checked_text(example: dict[str, Any], formatting_func: Callable[[dict[str, Any]], str]) -> str:
     """
-    What a user's `formatting_func` makes of a row.
+    Apply the user's `formatting_func` to a row.
 
     Raises:
         `InputError`: If it is not a text.
@@ -230,7 +168,7 @@ def require_embeddings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, Dataset | IterableDataset]
 ) -> None:
     """
-    Refuse tokens that the model does not have, which would be an index error in the midst of training.
+    Refuse token ids without an embedding, which would be an index error in the middle of training.
 
     Raises:
         `InputError`: If the tokenizer has more ids than the model, and prepared rows have one of them.
@@ -240,8 +178,9 @@ def require_embeddings(
         return
     for name, dataset in datasets.items():
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
-            largest = max((max(ids, default=0) for ids in dataset["input_ids"]), default=0)
-            if largest >= num_embeddings:
+            table = dataset.select_columns("input_ids").with_format("arrow")[:]
+            largest = pc.max(pc.list_flatten(table["input_ids"])).as_py()
+            if largest is not None and largest >= num_embeddings:
                 raise InputError(
                     f"The {name} dataset has the token id {largest}, but the model has {num_embeddings} embeddings. "
                     "Pass the model's own tokenizer as `processing_class`, or call `model.resize_token_embeddings`."

@@ -1,22 +1,12 @@
-from collections.abc import Callable
+import inspect
 from copy import copy
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from transformers import (
-    BitsAndBytesConfig,
-    DataCollator,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer_utils import EvalPrediction
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from . import batch as batches
@@ -94,48 +84,24 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
     config_class: type[SFTConfig] = SFTConfig
     annotation_columns: dict[str, int | float] = {}
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        args: SFTConfig | TrainingArguments | None = None,
-        data_collator: DataCollator | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-        quantization_config: BitsAndBytesConfig | None = None,
-        peft_config: PeftConfig | None = None,
-        formatting_func: Callable[[dict], str] | None = None,
-    ):
-        args = resolve_args(args, self.config_class, model, self._name)
-        refuse_unsupported(type(self).__name__, args, model, train_dataset, eval_dataset, compute_loss_func)
-        self._is_streaming = isinstance(train_dataset, IterableDataset)
-        # `Trainer` sets it only after the data sets are prepared
-        self.args = args
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
+    @wraps(SFTTrainer.__init__)
+    def __init__(self, *args, **kwargs):
+        arguments = self.bind_arguments(*args, **kwargs)
+        self.args = arguments["args"]  # `Trainer` sets it only after the data sets are prepared
+        self._is_streaming = isinstance(arguments.get("train_dataset"), IterableDataset)
+        refuse_unsupported(type(self).__name__, arguments)
+        super().__init__(**arguments)
         refuse_what_was_loaded(self)
         if self.annotation_columns or self.padding_free:
             self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
+
+    @classmethod
+    def bind_arguments(cls, *args, **kwargs) -> dict[str, Any]:
+        """The arguments of `__init__` by name, with `args` as a `config_class`: for checks before data is prepared."""
+        arguments = inspect.signature(SFTTrainer.__init__).bind(None, *args, **kwargs).arguments
+        del arguments["self"]
+        args = resolve_args(arguments.get("args"), cls.config_class, arguments["model"], cls._name)
+        return {**arguments, "args": args}
 
     # What a method overrides
 

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch.nn import Module
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -24,9 +25,8 @@ def resolve_args(
     args: TrainingArguments | None, config_class: type[SFTConfig], model: str | PreTrainedModel, method_name: str
 ) -> SFTConfig:
     """
-    The trainer's arguments as its own configuration class: built by default, or from a plainer configuration.
-
-    `SFTTrainer` would build an `SFTConfig`, which lacks the method's fields.
+    Return `args` as the trainer's own configuration class: an `SFTConfig` or `TrainingArguments` is converted, and
+    without `args` there are defaults, as in [`~trl.SFTTrainer`].
 
     Raises:
         `InputError`: If `args` is another method's configuration.
@@ -48,26 +48,25 @@ def resolve_args(
     return args
 
 
-def refuse_unsupported(
-    trainer_name: str,
-    args: SFTConfig,
-    model: str | PreTrainedModel,
-    train_dataset: Dataset | IterableDataset | None,
-    eval_dataset: Any,
-    compute_loss_func: Callable | None,
-) -> None:
+def refuse_unsupported(trainer_name: str, arguments: dict[str, Any]) -> None:
     """
-    Refuse beforehand what would need another loss than the trainer's, what it can't annotate, and what can't be right.
+    Refuse, among the arguments of a trainer, what would need another loss than its own, what it can't annotate, and
+    what can't be right: before data sets are prepared, which may take hours.
 
     Raises:
         `InputError`: If the model or an evaluation set is something else.
         `InputError`: For `loss_type` other than `"nll"`, label smoothing, `compute_loss_func`, `eval_packing` alone,
-            sizes below 1, models that are no causal language models, an empty data set and vision data sets.
+            sizes below 1, prompt learning with packed rows, models that are no causal language models, an empty data
+            set and vision data sets.
     """
-    _refuse_other_losses(trainer_name, args, compute_loss_func)
+    args, model, peft_config = arguments["args"], arguments["model"], arguments.get("peft_config")
+    train_dataset, eval_dataset = arguments.get("train_dataset"), arguments.get("eval_dataset")
+    _refuse_other_losses(trainer_name, args, arguments.get("compute_loss_func"))
     _check_settings(args)
     if not isinstance(model, str):
         require_causal_lm(model)
+        peft_config = model.active_peft_config if is_peft_model(model) else peft_config
+    _refuse_packed_prompt_learning(trainer_name, args, peft_config)
     if isinstance(eval_dataset, dict):
         for name, dataset in eval_dataset.items():
             _require_dataset(f"eval_dataset[{name!r}]", dataset)
@@ -133,7 +132,7 @@ def require_causal_lm(model: PreTrainedModel) -> None:
         )
     if not base_model.can_generate() or base_model.config.is_encoder_decoder:
         raise InputError(
-            f"`model` is a `{type(base_model).__name__}`, which is no causal language model. Load one with "
+            f"`model` is a `{type(base_model).__name__}`, which is not a causal language model. Load one with "
             "`AutoModelForCausalLM`."
         )
 
@@ -156,16 +155,14 @@ def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDat
 
 def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
     """
-    Refuse what is known only when the model is loaded and the data prepared.
+    Refuse what is known only once the model is loaded and the data is prepared.
 
     Raises:
-        `InputError`: For context and sequence parallelism, models that are no causal language models, prompt learning
-            with packed rows, and tokens that the model does not have.
+        `InputError`: For context and sequence parallelism, models that are no causal language models, and tokens that
+            the model does not have.
     """
-    name = type(trainer).__name__
-    refuse_sequence_sharding(name, trainer.accelerator)
+    refuse_sequence_sharding(type(trainer).__name__, trainer.accelerator)
     require_causal_lm(trainer.model)
-    refuse_packed_prompt_learning(name, trainer.model, trainer.padding_free)
     eval_dataset = trainer.eval_dataset
     eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     require_embeddings(trainer.model, trainer._tokenizer, {"train": trainer.train_dataset, **eval_sets})
@@ -187,17 +184,18 @@ def refuse_sequence_sharding(trainer_name: str, accelerator: Accelerator) -> Non
             )
 
 
-def refuse_packed_prompt_learning(trainer_name: str, model: PreTrainedModel, padding_free: bool) -> None:
+def _refuse_packed_prompt_learning(trainer_name: str, args: SFTConfig, peft_config: PeftConfig | None) -> None:
     """
-    Refuse several documents in a row where PEFT puts virtual tokens in front of the row: it drops `position_ids` (and
-    warns of that), without which the documents would attend to each other.
+    Refuse several documents in a row with prompt learning: PEFT then drops `position_ids` (with a warning), and
+    without them the documents would attend to each other.
 
     Raises:
         `InputError`: For prompt learning with `packing` or `padding_free`.
     """
-    if padding_free and is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+    is_padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+    if is_padding_free and peft_config is not None and peft_config.is_prompt_learning:
         raise InputError(
-            f"`{model.active_peft_config.peft_type.value}` does not keep the documents of a packed row apart, because "
+            f"`{peft_config.peft_type.value}` does not keep the documents of a packed row apart, because "
             f"PEFT drops their positions, so {trainer_name} would train them as one. Set `packing=False` and "
             "`padding_free=False`, or train a LoRA adapter."
         )

@@ -122,7 +122,6 @@ def write_data(folder: str | Path, splits: dict[str, list[dict]], overwrite: boo
             f"`{existing[0]}` holds data made with other settings: pass --overwrite (`overwrite=True`) to replace it, "
             "or choose another folder."
         )
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for path, content in changed.items():
         with atomic_write(path) as partial:
             partial.write_bytes(content)

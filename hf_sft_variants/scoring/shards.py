@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import PartialState
 
 from ..base.example_keys import EXAMPLE_KEY
 from ..errors import InputError
+from ..files import atomic_write
 
 
 # A process scores this many batches before it writes them; a crash loses no more
@@ -96,15 +96,8 @@ def write_scores(table: pa.Table, folder: Path, settings: dict) -> None:
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a Parquet file atomically."""
-    partial = path.with_name(f"{path.name}.{PartialState().process_index}.partial")
-    try:
-        with writing_to(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, partial)
-    except InputError:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
+    with writing_to(path.parent), atomic_write(path) as partial:
+        pq.write_table(table, partial)
 
 
 @contextmanager

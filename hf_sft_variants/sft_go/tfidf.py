@@ -15,6 +15,7 @@ from ..base.fingerprints import vocabulary_hash
 from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
+from ..files import atomic_write
 from .grouping import supervised_positions
 
 
@@ -84,12 +85,8 @@ class TokenTfidf:
 
     def save(self, path: str | Path) -> None:
         """Write a NumPy archive without pickled objects."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")  # a killed run leaves no half-written file
-        with open(partial, "wb") as file:
+        with atomic_write(path) as partial, open(partial, "wb") as file:
             np.savez_compressed(file, idf=self.idf, vocabulary=self.vocabulary)
-        partial.replace(path)
 
     def digest(self) -> str:
         """Hash of the document frequencies."""

@@ -80,7 +80,12 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     @wraps(AnnotatedSFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        arguments = self.bind_arguments(*args, **kwargs)
+        eval_dataset = arguments.get("eval_dataset")
+        eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        for name, dataset in {"train": arguments.get("train_dataset"), **eval_sets}.items():
+            _refuse_stream(dataset, arguments["args"], name)
+        super().__init__(**arguments)
         self._worst_group_flips = WorstGroupFlips()
         self.add_callback(self._worst_group_flips)
 
@@ -167,11 +172,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     def _add_model_scores(self, dataset, dataset_name):
         if self.args.group_by not in ("llmlingua2", "rho1"):
             return dataset
-        if isinstance(dataset, IterableDataset):
-            raise InputError(
-                f"The {dataset_name} dataset is a stream, but all its examples have to be scored before training. "
-                "Load it without streaming."
-            )
+        _refuse_stream(dataset, self.args, dataset_name)
         if self.args.group_by == "llmlingua2":
             scores = importance_scores(dataset, self.args, self._tokenizer, dataset_name)
             return add_token_scores(dataset, scores, "importance_scores")
@@ -271,3 +272,11 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         if self.args.worst_group_schedule == "cosine":
             return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
         return start
+
+
+def _refuse_stream(dataset, args, dataset_name):
+    if isinstance(dataset, IterableDataset) and args.group_by in ("llmlingua2", "rho1"):
+        raise InputError(
+            f"The {dataset_name} dataset is a stream, but all its examples have to be scored before training. Load it "
+            "without streaming."
+        )

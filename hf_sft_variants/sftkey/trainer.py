@@ -1,4 +1,3 @@
-import inspect
 import textwrap
 from copy import copy
 from functools import wraps
@@ -10,7 +9,6 @@ from datasets import Dataset
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
-from ..base.validation import resolve_args
 from ..errors import InputError
 from .answer_accuracy import AnswerAccuracyCallback
 from .config import FULL, KEY, SFTKeyConfig
@@ -82,9 +80,8 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
     @wraps(AnnotatedSFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
-        arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        config = resolve_args(arguments.get("args"), self.config_class, arguments["model"], self._name)
-        train_dataset = arguments.get("train_dataset")
+        arguments = self.bind_arguments(*args, **kwargs)
+        config, train_dataset = arguments["args"], arguments.get("train_dataset")
         if config.reasoning_column is not None and config.completion_only_loss is None and train_dataset is not None:
             config = copy(config)  # `SFTTrainer` would look for a `completion` before there is one
             config.completion_only_loss = "prompt" in get_dataset_column_names(train_dataset)

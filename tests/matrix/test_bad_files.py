@@ -268,9 +268,9 @@ def damaged_scores(start, folder):
 
 RHO1 = {"group_by": "rho1", "reference_model": "FOLDER", "score_cache_dir": "FOLDER"}
 MODELS = [
-    Case("sftmix", "`model` is a `BertForMaskedLM`, which is no causal language model", model=masked_model),
-    Case("sft_go", "`model` is a `T5ForConditionalGeneration`, which is no causal", model=encoder_decoder),
-    Case("poft", "`model` is a `LlamaModel`, which is no causal language model", model=backbone),
+    Case("sftmix", "`model` is a `BertForMaskedLM`, which is not a causal language model", model=masked_model),
+    Case("sft_go", "`model` is a `T5ForConditionalGeneration`, which is not a causal", model=encoder_decoder),
+    Case("poft", "`model` is a `LlamaModel`, which is not a causal language model", model=backbone),
     Case("sftkey", "`model` must be the id or folder of a model, .* got `Linear`", model=layer),
     Case("base", r"has the token id \d+, but the model has 100 embeddings. Pass the model's own tokenizer",
              model=fewer_embeddings),

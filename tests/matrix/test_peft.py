@@ -129,8 +129,9 @@ def test_quantized(method, layout, quantized_llama, tokenizer, rows, even_rows, 
 @every_method
 @pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True, "max_length": None}], ids=str)
 @pytest.mark.cell("PEFT", "virtual tokens, packed or padding-free", refused=True)
-def test_packed_prompts(method, layout, llama, tokenizer, rows, tmp_path):
-    """PEFT drops the positions that keep the documents of a row apart."""
+def test_packed_prompts(method, layout, llama, tokenizer, rows, tmp_path, monkeypatch):
+    """PEFT drops the positions that keep the documents of a row apart. Refused before the data is prepared."""
+    monkeypatch.setattr(METHODS[method].trainer_class, "_prepare_dataset", None)
     options = {**METHODS[method].options, **layout, "peft_config": PROMPTS["prompt tuning"]}
     with pytest.raises(ValueError, match="`PROMPT_TUNING` does not keep the documents of a packed row apart"):
         make_trainer(*METHODS[method].classes, llama, tokenizer, rows, tmp_path, **options)

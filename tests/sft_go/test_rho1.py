@@ -210,3 +210,9 @@ class TestBadInput:
         rows = token_rows.to_iterable_dataset()
         with pytest.raises(ValueError, match="The train dataset is a stream, but all its examples have to be scored"):
             make(rows, max_steps=1)
+
+    def test_an_evaluation_stream_is_refused_before_anything_is_scored(self, make, token_rows, monkeypatch):
+        monkeypatch.setattr("hf_sft_variants.sft_go.trainer.reference_log_probs", None)
+        evaluation = {"first": token_rows, "second": token_rows.to_iterable_dataset()}
+        with pytest.raises(InputError, match="The second dataset is a stream, but all its examples have to be scored"):
+            make(token_rows, eval_dataset=evaluation)
