@@ -46,7 +46,7 @@ class AnnotatedBatch:
             Number of `"tokens"`, `"samples"` and of whatever else
             [`AnnotatedSFTTrainer.count_items`] counts, over the whole optimizer step (all micro-batches, all
             processes); at least 1. Divide sums by them.
-        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
+        outputs ([`~hf_sft_variants.lm_head.forward.LabelledOutput`]):
             What the model returned.
         metrics (`dict[str, tuple]`):
             Filled by the loss: name to a pair (numerator, denominator), or to a [`~hf_sft_variants.base.Minimum`] or
@@ -147,8 +147,8 @@ def make_annotated_batch(
     Args:
         inputs (`dict[str, Any]`):
             Collated batch.
-        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
-            What the fused LM head made of it.
+        outputs ([`~hf_sft_variants.lm_head.forward.LabelledOutput`]):
+            What the model returned.
         annotations (`dict[str, torch.Tensor]`):
             Annotation columns, one value for each token of `input_ids`.
         padding_values (`dict[str, int | float]`):
@@ -199,17 +199,3 @@ def without_rows_from(
         },
         metrics={},
     )
-
-
-class RememberOutputs:
-    """Stands in for the model in one call of `SFTTrainer.compute_loss` and keeps the fused LM head's outputs."""
-
-    def __init__(self, model):
-        self.model = model
-        self.outputs = None
-
-    def __call__(self, **inputs):
-        outputs = self.model(**inputs)
-        if inputs.get("fused_lm_head"):
-            self.outputs = outputs
-        return outputs

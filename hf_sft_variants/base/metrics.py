@@ -1,11 +1,12 @@
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from ..lm_head.forward import LabelledOutput
 from .batch import AnnotatedBatch, align_with_labels, without_rows_from
 
 
@@ -124,6 +125,25 @@ class MetricSumsMixin:
         batch = without_rows_from(batch, remainder - rows_before, row_ids, self.annotation_columns)
         self.compute_annotated_loss(batch)  # for its metrics
         return batch
+
+    def log_as_sft_trainer(self, inputs: dict[str, Any], outputs: LabelledOutput) -> None:
+        """Log what `SFTTrainer` logs of a micro-batch, under its names: it means them over micro-batches."""
+        mode = "train" if self.model.training else "eval"
+        if "attention_mask" in inputs:
+            num_tokens = inputs["attention_mask"].sum()
+        else:  # padding-free
+            num_tokens = outputs.label_mask.new_full((), inputs["input_ids"].size(1), dtype=torch.long)
+        scalars = [outputs.label_mask.sum(), outputs.entropy.sum(), outputs.is_top1.sum(), num_tokens]
+        sums = self.accelerator.gather_for_metrics(torch.stack([scalar.float() for scalar in scalars])[None]).sum(0)
+        num_labels, entropy, num_correct, num_tokens = sums
+        metrics = self._metrics[mode]
+        metrics["entropy"].append((entropy / num_labels.clamp(min=1)).item())
+        metrics["mean_token_accuracy"].append((num_correct / num_labels.clamp(min=1)).item())
+        if mode == "train":
+            self._total_train_tokens += int(num_tokens) // self.get_tp_size()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:
+            metrics["aux_loss"].append(self.accelerator.gather_for_metrics(outputs.aux_loss).mean().item())
 
     def forget_metrics(self, mode: str) -> None:
         """Leave out of the next log what was computed so far."""

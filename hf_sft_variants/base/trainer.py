@@ -4,13 +4,14 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..lm_head.forward import add_lm_head
 from . import batch as batches
-from .batch import ROW_IDS, AnnotatedBatch, NumItems, RememberOutputs, make_annotated_batch
+from .batch import ROW_IDS, AnnotatedBatch, NumItems, make_annotated_batch
 from .checkpoints import ResumeCheckMixin
 from .collator import AnnotationCollator
 from .metrics import MetricSumsMixin
@@ -92,6 +93,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
         refuse_unsupported(type(self).__name__, arguments)
         super().__init__(**arguments)
         refuse_what_was_loaded(self)
+        add_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.annotation_columns or self.padding_free:
             self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
 
@@ -244,10 +246,9 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
         step_items = inputs.pop(_NUM_ITEMS, None)
         row_ids = inputs.pop(ROW_IDS, None)
         annotations = {name: inputs.pop(name) for name in self.annotation_columns}
-        model = RememberOutputs(model)
-        parent_result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model.outputs
-
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs, score_labels=True)
         if num_items_in_batch is None:  # evaluation, or a caller's own loop: the micro-batch counts for itself
             num_items = NumItems(self.count_items({**inputs, **annotations}), tokens=outputs.label_mask.sum())
         else:
@@ -262,4 +263,8 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
         self.sum_metrics(batch, row_ids)
-        return (loss, parent_result[1]) if return_outputs else loss
+        self.log_as_sft_trainer(inputs, outputs)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # the logits, for `compute_metrics`
+            return loss, model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)

@@ -5,25 +5,14 @@ What we use of TRL, and of the `Trainer` under it, beyond their documented names
 No other module imports names that TRL does not export.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import transformers.trainer
 from huggingface_hub import HfApi
-from transformers import PreTrainedModel
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import (
-    FusedCausalLMOutput,
-    add_fused_lm_head,
-    get_config_model_id,
-    global_then_local_main_first,
-    maybe_gather_lm_head_ctx,
-)
-
-from ..errors import InputError
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 
 # Methods of `SFTTrainer`, its own or inherited, that trainers here override or call, and the parameters they rely on
@@ -62,6 +51,7 @@ ATTRIBUTES = [
     "_signature_columns",
     "_tag_names",
     "_tokenizer",
+    "_total_train_tokens",
     "_train_batch_size",
     "accelerator",
     "aux_loss_enabled",
@@ -86,30 +76,11 @@ __all__ = [
     "ATTRIBUTES",
     "METHODS",
     "DataCollatorForLanguageModeling",
-    "FusedCausalLMOutput",
-    "add_fused_lm_head",
-    "fused_lm_head_settings",
     "get_config_model_id",
     "get_dataset_column_names",
     "global_then_local_main_first",
     "leave_out_of_push",
-    "maybe_gather_lm_head_ctx",
 ]
-
-
-def fused_lm_head_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """
-    What `add_fused_lm_head` made a model's fused LM head with: the closure of the forward it put there.
-
-    Among them `final_logit_softcapping` and `logit_scale`, which it reads off the configurations of all the families.
-
-    Raises:
-        `InputError`: If the model has no fused LM head, or not on top.
-    """
-    settings = inspect.getclosurevars(model.forward).nonlocals
-    if "final_logit_softcapping" not in settings:
-        raise InputError("The model's forward is not that of TRL's fused LM head. Call `add_fused_lm_head` first.")
-    return dict(settings)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class LabelledOutput(ModelOutput):
             Whether the label is the most likely next token.
         label_mask (`torch.Tensor` of shape `(B, L)`):
             Whether there is a label.
-        mixed_log_probs (`torch.Tensor` of shape `(P,)`):
+        mixed_log_probs (`torch.Tensor` of shape `(P,)`, *optional*):
             Of each mixture, see [`label_log_probs`].
         aux_loss (`torch.Tensor`, *optional*):
             Load-balancing loss of a mixture of experts, when called with `output_router_logits=True`.
@@ -52,7 +52,7 @@ class LabelledOutput(ModelOutput):
 
 def add_lm_head(model: PreTrainedModel) -> None:
     """
-    Let a causal language model return log-probabilities of labels instead of logits.
+    Let a causal language model return log-probabilities of labels instead of logits, if it does not yet.
 
     `model(..., labels=labels, score_labels=True)` returns a [`LabelledOutput`]. Without `score_labels`, the forward is
     the one before. Three more arguments mix pairs of positions, as [`label_log_probs`] does:
@@ -67,7 +67,9 @@ def add_lm_head(model: PreTrainedModel) -> None:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model, not wrapped with PEFT (`model.get_base_model()`).
     """
-    forward_before = model.forward.__func__
+    forward_before = model.forward
+    if getattr(forward_before, "scores_labels", False):
+        return
 
     @torch.compiler.disable(recursive=False)
     @functools.wraps(type(model).forward)  # keeps the signature, which `generate` looks at
@@ -78,8 +80,9 @@ def add_lm_head(model: PreTrainedModel) -> None:
             return _score_labels(self, labels, (mixup_first, mixup_second, mixup_weights), args, kwargs)
         if labels is not None:
             kwargs["labels"] = labels
-        return forward_before(self, *args, **kwargs)
+        return forward_before(*args, **kwargs)
 
+    forward.scores_labels = True
     model.forward = types.MethodType(forward, model)
 
 
@@ -101,7 +104,8 @@ def _score_labels(model, labels, mixup, args, kwargs) -> LabelledOutput:
     if kwargs.get("output_router_logits"):
         attention_mask = kwargs.get("attention_mask")
         aux_loss = _load_balancing_loss(model, text_config, backbone_outputs.router_logits, attention_mask)
-    return LabelledOutput(*grids, label_mask, scores.mixed_log_probs, aux_loss)
+    mixed_log_probs = None if mixup[0] is None else scores.mixed_log_probs
+    return LabelledOutput(*grids, label_mask, mixed_log_probs, aux_loss)
 
 
 def head_log_probs(

@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..base.trl_internals import DataCollatorForLanguageModeling, add_fused_lm_head, fused_lm_head_settings
+from ..base.trl_internals import DataCollatorForLanguageModeling
+from ..lm_head.forward import head_log_probs, head_settings
 
 
 # Elements of a tile of logits: 128 MiB in float32
@@ -31,9 +32,7 @@ class LogProbScorer:
 
     def __init__(self, model: PreTrainedModel, per_token: bool = False, padding_free: bool | None = None):
         self.base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        with _restored_forward(self.base_model):
-            add_fused_lm_head(self.base_model)
-            self.head_settings = fused_lm_head_settings(self.base_model)
+        self.text_config = self.base_model.config.get_text_config()
         self.model = model.eval()
         self.per_token = per_token
         if padding_free is None:
@@ -83,18 +82,23 @@ class LogProbScorer:
         # Counted from the right: prompt learning prepends virtual tokens
         hidden_states = hidden_states[:, -labels.size(1) : -1]
         hidden_states, targets = hidden_states[mask.to(hidden_states.device)], targets[mask]
-        size = max(_TILE // self.base_model.config.get_text_config().vocab_size, 1)
-        tiles = zip(hidden_states.split(size), targets.split(size), strict=True)
-        log_probs[:, 1:][mask.cpu()] = torch.cat([self._of_tile(*tile).cpu() for tile in tiles])
+        head = self.base_model.get_output_embeddings()
+        if type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook"):
+            targets = targets[None].to(hidden_states.device)
+            of_labels = head_log_probs(head, self.text_config, hidden_states[None], targets).log_probs
+        else:
+            size = max(_TILE // self.text_config.vocab_size, 1)
+            tiles = zip(hidden_states.split(size), targets.split(size), strict=True)
+            of_labels = torch.cat([self._of_module(head, *tile) for tile in tiles])
+        log_probs[:, 1:][mask.cpu()] = of_labels.cpu().float()
         return log_probs
 
-    def _of_tile(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # Called as a module, so that an adapter on it, its quantization and its offloading take effect
-        logits = self.base_model.get_output_embeddings()(hidden_states).float()
-        logits *= self.head_settings["logit_scale"]
-        soft_cap = self.head_settings["final_logit_softcapping"]
-        if soft_cap is not None:
-            logits = logits.div_(soft_cap).tanh_().mul_(soft_cap)
+    def _of_module(self, head: torch.nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of a head with an adapter, a quantized or an offloaded one: all of that is in the module's forward."""
+        settings = head_settings(self.text_config)
+        logits, softcap = head(hidden_states).float() * settings["scale"], settings["softcap"]
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
         targets = targets.to(logits.device)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object, is_peft_model, send_to_device
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -21,6 +21,7 @@ from ..base.processes import on_main_process
 from ..base.trl_internals import DataCollatorForLanguageModeling, global_then_local_main_first
 from ..errors import InputError
 from ..evaluation.generation import evaluation_mode
+from ..lm_head.forward import add_lm_head
 from ..scoring.shards import plan_shards, write_parquet
 from .confidence_file import confidence_table, require_unique_keys
 
@@ -104,6 +105,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
         self.measure = measure
         self.dataset = dataset
         self._steps: list[int] = []
+        add_lm_head(trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if (self.trainer.get_tp_size() or 1) > 1:
@@ -211,7 +213,7 @@ def _mean_nll(model, examples: list[dict], accelerator) -> list[float]:
     """Mean NLL of each example's labels, NaN without a label."""
     collator = DataCollatorForLanguageModeling(pad_token_id=0)  # padding is masked
     batch = collator([{"input_ids": example["input_ids"], "labels": example["labels"]} for example in examples])
-    outputs = model(**send_to_device(batch, accelerator.device), fused_lm_head=True)
+    outputs = model(**send_to_device(batch, accelerator.device), score_labels=True)
     # Counted here, since after the virtual tokens of prompt learning the first token is predicted, too
     return (-outputs.log_probs.float().cpu().double().sum(1) / outputs.label_mask.cpu().sum(1)).tolist()
 

@@ -27,7 +27,7 @@ class Document(NamedTuple):
         half (`int`):
             `CONFIDENT`, `UNCONFIDENT` or `NEITHER`.
         positions (`torch.Tensor` of shape `(n, 2)`):
-            Positions of its labels in order, as in `add_paired_lm_head`: the row, and the column counted from the end.
+            Positions of its labels in order, as in `add_lm_head`: the row, and the column counted from the end.
     """
 
     number: int
@@ -107,7 +107,7 @@ def mixup_inputs(
     pairs: list[tuple[Document, Document]], alpha: float, seed: int, step: int, device: torch.device
 ) -> dict[str, Any]:
     """
-    Inputs of `add_paired_lm_head`: the n-th label of a document is mixed with the n-th label of its partner, up to the
+    Inputs of `add_lm_head`: the n-th label of a document is mixed with the n-th label of its partner, up to the
     end of the shorter one, with λ ~ Beta(alpha, alpha) for each pair.
 
     Returns:

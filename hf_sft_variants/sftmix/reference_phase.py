@@ -165,7 +165,7 @@ class ReferencePhase:
             return {"peft_config": self.peft_config}
         model = copy.deepcopy(trainer.model)
         base_model = model.get_base_model() if is_peft_model(model) else model
-        vars(base_model).pop("forward")  # its fused LM head calls the forward of the model it was copied from
+        vars(base_model).pop("forward")  # it calls the forward of the model it was copied from
         return {"model": model, "peft_config": None, "quantization_config": None}
 
 

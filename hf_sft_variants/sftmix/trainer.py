@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import set_seed
 
@@ -17,7 +16,6 @@ from ..base.preparation import map_description
 from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
-from ..lm_head.paired_lm_head import add_paired_lm_head
 from .confidence_file import halves_from_file, require_unique_keys
 from .config import SFTMixConfig
 from .mixing import draw_mixup
@@ -49,7 +47,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     Differs from [`~trl.SFTTrainer`] in the loss and in the order of the examples, and takes the same arguments. Mixing
     takes no more products with the LM head than SFTTrainer's step, and with LoRA fewer
-    ([`~hf_sft_variants.lm_head.paired_lm_head.add_paired_lm_head`]). Method:
+    ([`~hf_sft_variants.lm_head.label_log_probs`]). Method:
     [SFTMix](https://huggingface.co/papers/2410.05248). No official code is known. The paper does not say when the
     reference is evaluated, nor how the mixup loss is reduced; ours is the mean over the mixed positions of the
     optimizer step. λ is drawn for each pair at each step, from the seed, the step and the pair's numbers, so a resumed
@@ -113,8 +111,6 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         super().__init__(*args, **kwargs)
         if self.args.needs_reference:
             self._reference_phase.check(self)
-        if self.args.mixup_weight > 0:
-            add_paired_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self.add_missing_callback(BeginEpochCallback(self))
 
     # Data: every example has a number, by which its half is looked up
@@ -233,7 +229,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         if self._has_numbers:
             self._add_nll_of_halves(batch)
         loss = self.args.ntp_weight * ntp_loss
-        mixed_log_probs = getattr(batch.outputs, "mixed_log_probs", None)
+        mixed_log_probs = batch.outputs.mixed_log_probs
         if mixed_log_probs is None:
             return loss
         mixup_loss = -at_least_float32(mixed_log_probs).sum()

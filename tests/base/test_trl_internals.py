@@ -72,13 +72,13 @@ def test_names_that_trl_does_not_export_are_imported_in_one_module():
 
 
 def test_a_name_that_is_gone_is_in_the_message(monkeypatch):
-    monkeypatch.delattr("trl.trainer.utils.add_fused_lm_head")
+    monkeypatch.delattr("trl.trainer.utils.get_config_model_id")
     messages = [message for name in sorted(imported_names()) if (message := missing_import(*name))]
     assert messages == [
-        f"trl {version('trl')} has no `trl.trainer.utils.add_fused_lm_head`, which base/trl_internals.py imports"
+        f"trl {version('trl')} has no `trl.trainer.utils.get_config_model_id`, which base/trl_internals.py imports"
     ]
-    gone = missing_import("base/trl_internals.py", "trl.trainer.moved", "add_fused_lm_head")
-    assert gone.startswith(f"trl {version('trl')} has no `trl.trainer.moved.add_fused_lm_head`")
+    gone = missing_import("base/trl_internals.py", "trl.trainer.moved", "get_config_model_id")
+    assert gone.startswith(f"trl {version('trl')} has no `trl.trainer.moved.get_config_model_id`")
 
 
 def test_methods_take_what_we_give_them(trl_internals):
@@ -132,19 +132,6 @@ def test_counts_are_made_with_the_batches():
     assert ".gather(" in inspect.getsource(Trainer._get_num_items_in_batch)
 
 
-def test_loss_calls_the_model_with_the_fused_head():
-    source = inspect.getsource(SFTTrainer.compute_loss)
-    assert "model(**inputs, fused_lm_head=True)" in source, "the loss no longer comes from the fused LM head"
-    assert "aux_loss_enabled" in source and "router_aux_loss_coef" in source
-
-
 def test_a_push_leaves_out_what_the_api_is_told_to():
     for method in (Trainer.push_to_hub, Trainer._push_from_checkpoint):
         assert "hf_api().upload_folder(" in inspect.getsource(method), "more than was asked for may go to the Hub"
-
-
-def test_settings_of_the_fused_head_are_in_its_closure(tiny_model, trl_internals):
-    trl_internals.add_fused_lm_head(tiny_model, temperature=0.5)
-    settings = trl_internals.fused_lm_head_settings(tiny_model)
-    read = ["temperature", "cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"]
-    assert [settings[name] for name in read] == [0.5, False, None, 1.0]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from helpers import GradientRecorder, assert_same_gradients, make_trainer, one_step_log
-from methods import METHODS, SFT, tolerance_of
+from methods import METHODS, SFT, TOLERANCE
 from trl import SFTConfig
 
 
@@ -267,6 +267,5 @@ def assert_control_is_sft_trainer(method, *arguments, **options):
     log, gradients = one_step_log(*SFT, *arguments, **options)
     options = {**options, **METHODS[method].control}
     our_log, our_gradients = one_step_log(*METHODS[method].classes, *arguments, **options)
-    tolerance = tolerance_of(method)
-    assert {name: our_log[name] for name in log} == pytest.approx(log, rel=tolerance, abs=0.0)
-    assert_same_gradients(gradients, our_gradients, tolerance=tolerance)
+    assert {name: our_log[name] for name in log} == pytest.approx(log, rel=TOLERANCE, abs=0.0)
+    assert_same_gradients(gradients, our_gradients, tolerance=TOLERANCE)

@@ -45,8 +45,9 @@ STEPS = {
 }
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 # On eleven rows the last batch is smaller, and accelerate repeats rows to give each process as many
-UNEVEN = {"max_steps": 3}
-SEPARATE_COUNTS = {"max_steps": 2, "average_tokens_across_devices": False}
+# With SGD: Adam makes steps of full size of gradients that are rounding errors
+UNEVEN = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.3}
+SEPARATE_COUNTS = {**UNEVEN, "max_steps": 2, "average_tokens_across_devices": False}
 
 RANDOM_PAIRS = {"confidence_split": "random"}
 AS_USED = {name: dict(method.options) for name, method in METHODS.items()}

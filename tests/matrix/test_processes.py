@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import is_deepspeed_available
 from fixtures.small_tokenizers import word_piece
 from helpers import LAUNCH, SMALL, STRATEGIES, make_trainer, scores_in
-from methods import METHODS, every_method, needs, only, tolerance_of
+from methods import METHODS, every_method, needs, only, TOLERANCE
 from processes import (
     AS_USED,
     RECIPE_METHODS,
@@ -195,8 +195,8 @@ def test_controls_with_counts_of_each_process(strategy, method, results):
 
 def assert_control_is_sft_trainer(results, name, method):
     ours, plain = results[f"{name}_{method}"], results[f"{name}_sft_{control_rows(method)}"]
-    assert ours["losses"] == pytest.approx(plain["losses"], rel=tolerance_of(method))
-    assert_same_weights(ours["weights"], plain["weights"], tolerance=tolerance_of(method))
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=TOLERANCE)
+    assert_same_weights(ours["weights"], plain["weights"], tolerance=TOLERANCE)
 
 
 @every_method
