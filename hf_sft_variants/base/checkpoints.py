@@ -93,13 +93,13 @@ class ResumeCheckMixin:
         self.begin_run(resume_from_checkpoint)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def checkpoint_folder(self, trial) -> Path:
+    def checkpoint_folder(self) -> Path:
         """Where the checkpoint of this step is written."""
-        return Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        return Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
-            write_run(self.checkpoint_folder(trial), self._run)
+            write_run(self.checkpoint_folder(), self._run)
         super()._save_checkpoint(model, trial)
 
 

@@ -142,7 +142,7 @@ class MetricSumsMixin:
         if mode == "train":
             self._total_train_tokens += int(num_tokens) // self.get_tp_size()
         metrics["num_tokens"] = [self._total_train_tokens]
-        if self.aux_loss_enabled:
+        if outputs.aux_loss is not None:
             metrics["aux_loss"].append(self.accelerator.gather_for_metrics(outputs.aux_loss).mean().item())
 
     def forget_metrics(self, mode: str) -> None:

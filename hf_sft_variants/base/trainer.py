@@ -246,8 +246,6 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
         step_items = inputs.pop(_NUM_ITEMS, None)
         row_ids = inputs.pop(ROW_IDS, None)
         annotations = {name: inputs.pop(name) for name in self.annotation_columns}
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
         outputs = model(**inputs, score_labels=True)
         if num_items_in_batch is None:  # evaluation, or a caller's own loop: the micro-batch counts for itself
             num_items = NumItems(self.count_items({**inputs, **annotations}), tokens=outputs.label_mask.sum())
@@ -258,7 +256,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
         # As in SFTTrainer: the counts are global and DDP averages the gradients over the processes
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:
+        if outputs.aux_loss is not None:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 

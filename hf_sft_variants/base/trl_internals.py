@@ -15,14 +15,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 
-# Methods of `SFTTrainer`, its own or inherited, that trainers here override or call, and the parameters they rely on
+# Undocumented methods of `SFTTrainer`, its own or inherited, that trainers here override or call, and their parameters
 METHODS = {
     "_build_accelerator_args": ["kwargs"],
-    "_get_num_items_in_batch": ["batch_samples", "device"],
-    "_get_output_dir": ["trial"],
     "_get_train_sampler": ["train_dataset"],
     "_inner_training_loop": ["batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
-    "_move_model_to_device": ["model", "device"],
     "_prepare_dataset": ["dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
     "_prepare_inputs": ["inputs"],
     "_push_from_checkpoint": ["checkpoint_folder"],
@@ -30,19 +27,9 @@ METHODS = {
     "_save": ["output_dir", "state_dict"],
     "_save_checkpoint": ["model", "trial"],
     "_set_signature_columns_if_needed": [],
-    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
-    "create_model_card": ["model_name", "dataset_name", "tags"],
-    "create_scheduler": ["num_training_steps", "optimizer"],
-    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
-    "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
-    "get_tp_size": [],
-    "log": ["logs", "start_time"],
-    "push_to_hub": ["commit_message", "blocking", "token", "revision", "private", "kwargs"],
-    "save_model": ["output_dir", "_internal_call"],
-    "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
 }
 
-# Attributes that an `SFTTrainer` has
+# Undocumented attributes of an `SFTTrainer`
 ATTRIBUTES = [
     "_created_lr_scheduler",
     "_metrics",
@@ -52,24 +39,10 @@ ATTRIBUTES = [
     "_tag_names",
     "_tokenizer",
     "_total_train_tokens",
-    "_train_batch_size",
-    "accelerator",
-    "aux_loss_enabled",
-    "callback_handler",
     "chat_template",
-    "completion_only_loss",
     "current_gradient_accumulation_steps",
-    "data_collator",
-    "is_deepspeed_enabled",
-    "lr_scheduler",
-    "model_wrapped",
-    "optimizer",
     "padding_free",
-    "place_model_on_device",
-    "processing_class",
     "router_aux_loss_coef",
-    "state",
-    "train_dataset",
 ]
 
 __all__ = [

@@ -238,4 +238,4 @@ def _on_the_cpu(trainer: AnnotatedSFTTrainer) -> Iterator[None]:
         yield
     finally:
         if moves:
-            trainer._move_model_to_device(trainer.model, trainer.args.device)
+            trainer.model.to(trainer.args.device)

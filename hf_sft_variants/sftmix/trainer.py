@@ -283,7 +283,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     def _save_checkpoint(self, model, trial):
         if self._online is not None:
-            self._online.save(self.checkpoint_folder(trial), self.accelerator)
+            self._online.save(self.checkpoint_folder(), self.accelerator)
         super()._save_checkpoint(model, trial)
 
     def not_pushed(self):

@@ -106,8 +106,19 @@ def test_what_we_override_is_listed(trainer, trl_internals):
     """An override of a method that is gone would never be called."""
     trainer_class = resolve_name(trainer)
     ours = [cls for cls in trainer_class.__mro__ if cls.__module__.startswith("hf_sft_variants.")]
-    of_trl = {name for cls in ours for name in vars(cls) if name in dir(SFTTrainer) and not name.startswith("__")}
-    assert of_trl <= {*trl_internals.METHODS, *trl_internals.ATTRIBUTES}
+    overridden = {
+        name: value
+        for cls in ours
+        for name, value in vars(cls).items()
+        if name in dir(SFTTrainer) and not name.startswith("__")
+    }
+    undocumented = {name for name in overridden if name.startswith("_")}
+    assert undocumented <= {*trl_internals.METHODS, *trl_internals.ATTRIBUTES}
+    for name in overridden.keys() - undocumented:
+        parameters, expected = (
+            inspect.signature(method).parameters for method in (overridden[name], getattr(SFTTrainer, name))
+        )
+        assert parameters.keys() in (expected.keys(), {"self", "args", "kwargs"}), name
 
 
 def test_attributes_are_there(tiny_model, tokenizer, token_rows, tmp_path, trl_internals):

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from helpers import make_trainer
 from losses import EVALUATION_LOSSES, assert_as_used_is_the_slow_loss, make_step, model_without_fused_head
-from methods import METHODS, SFT, cells, every_method, TOLERANCE
+from methods import METHODS, SFT, TOLERANCE, cells, every_method
 
 
 TWO_BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 200}

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import is_deepspeed_available
 from fixtures.small_tokenizers import word_piece
 from helpers import LAUNCH, SMALL, STRATEGIES, make_trainer, scores_in
-from methods import METHODS, every_method, needs, only, TOLERANCE
+from methods import METHODS, TOLERANCE, every_method, needs, only
 from processes import (
     AS_USED,
     RECIPE_METHODS,

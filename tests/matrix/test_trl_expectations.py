@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import SMALL, GradientRecorder, assert_same_gradients, make_trainer
-from methods import METHODS, SFT, Method, every_method, TOLERANCE
+from methods import METHODS, SFT, TOLERANCE, Method, every_method
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
