@@ -1,7 +1,7 @@
 """
 Throughput of scoring, against what it can't beat and what it has to beat.
 
-*bare*: forward passes (backbone and fused LM head, no gradient) over as many tokens in full batches without padding.
+*bare*: forward passes (backbone and LM head, no gradient) over as many tokens in full batches without padding.
 *naive*: one example a batch, padded to the maximum length, full logits and their log-softmax.
 
     python benchmarks/scoring_throughput.py --model quickstart/model --dataset quickstart/data --repeats 2
@@ -19,8 +19,8 @@ from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 
-from hf_sft_variants.base.trl_internals import add_fused_lm_head
 from hf_sft_variants.comparison.machine import describe_machine
+from hf_sft_variants.lm_head.forward import add_lm_head
 from hf_sft_variants.scoring import LogProbScorer, cached_scores, load_reference_model
 
 
@@ -45,7 +45,7 @@ def bare(rows: Dataset, model, options: argparse.Namespace) -> None:
     length = len(tokens) // len(rows)
     table = tokens[: len(tokens) // length * length].view(-1, length)
     for batch in table.split(max(options.batch_tokens // length, 1)):
-        model(input_ids=batch, labels=batch, fused_lm_head=True).log_probs.sum().item()
+        model(input_ids=batch, labels=batch, score_labels=True).log_probs.sum().item()
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def main() -> None:
     few = rows.select(range(options.naive_examples))
     ways = {"scoring": (score, rows), "bare": (bare, rows), "naive": (naive, few)}
     speeds = {name: [] for name in ways}
-    add_fused_lm_head(model)  # for the bare way
+    add_lm_head(model)  # for the bare way
     score(few, model, options)  # warms up
     for _ in range(options.repeats):
         for name, (way, examples) in ways.items():

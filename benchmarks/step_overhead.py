@@ -7,6 +7,9 @@ for each trainer (on a GPU, the peak the allocator saw).
 
     python benchmarks/step_overhead.py --model quickstart/model --batch_size 8 --length 256 --pairs 12
 
+Rows are random tokens of one length, all of them labels, or with `--rows quickstart` those of the quickstart, whose
+prompts are not. `--lora` trains an adapter with the settings of the quickstart's recipes, and the head is frozen.
+
 With `--vocab_sizes`, a model of Llama-3.2-1B's shape with random weights in bfloat16, once for each size; made for a
 GPU. `--packing off on` measures padded and packed rows; packed ones hold four samples each.
 
@@ -14,6 +17,7 @@ GPU. `--packing off on` measures padded and packed rows; packed ones hold four s
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import SFTConfig, SFTTrainer
@@ -60,6 +65,7 @@ class Setting:
 
     vocab_size: int | None  # of a model with random weights; None: `--model`
     packing: bool
+    rows: str  # "random" or "quickstart"
 
 
 def make_trainer(method: str, setting: Setting, options: argparse.Namespace, output_dir: str):
@@ -78,8 +84,13 @@ def make_trainer(method: str, setting: Setting, options: argparse.Namespace, out
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = options.model if setting.vocab_size is None else random_model(setting.vocab_size, options)
-    rows = random_rows(setting.vocab_size or len(tokenizer), setting.packing, options)
-    trainer = trainer_class(model, args, train_dataset=rows, processing_class=tokenizer)
+    if setting.rows == "quickstart":
+        rows = quickstart_rows(tokenizer, options)
+    else:
+        rows = random_rows(setting.vocab_size or len(tokenizer), setting.packing, options)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft_config = lora if options.lora else None
+    trainer = trainer_class(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     return trainer, iter(trainer.get_train_dataloader())
@@ -111,6 +122,27 @@ def random_rows(vocab_size: int, packing: bool, options: argparse.Namespace) -> 
     return Dataset.from_dict(
         {"input_ids": input_ids, "key_mask": key_mask, "ref_logps": [[-2.0, -2.5, -3.0]] * num_rows}
     )
+
+
+def quickstart_rows(tokenizer, options: argparse.Namespace) -> Dataset:
+    """Prompts without labels; the key is the end of the response."""
+    num_rows = options.batch_size * (options.pairs + options.warm_up)
+    rows = []
+    for row in load_dataset(options.dataset, split=f"train[:{num_rows}]"):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        start_of_key = len(ids) - max((len(ids) - len(prompt)) // 5, 1)
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": [-100] * len(prompt) + ids[len(prompt) :],
+                "key_mask": [int(position >= start_of_key) for position in range(len(ids))],
+                "ref_logps": [-2.0, -2.5, -3.0],
+            }
+        )
+    return Dataset.from_list(rows)
 
 
 def step(trainer, batches) -> float:
@@ -153,7 +185,7 @@ def memory_of_three_steps(method: str, setting: Setting, options: argparse.Names
 
 
 def memory_of_a_process(method: str, setting: Setting) -> float:
-    only = json.dumps([method, setting.vocab_size, setting.packing])
+    only = json.dumps([method, *vars(setting).values()])
     command = [sys.executable, __file__, *sys.argv[1:], "--only_memory_of", only]
     # Without it, what glibc keeps of freed memory changes from run to run, by up to a half of the peak
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -187,6 +219,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=12, help="timed pairs of steps")
     parser.add_argument("--warm_up", type=int, default=2, help="pairs before the timed ones")
     parser.add_argument("--packing", nargs="+", choices=("off", "on"), default=["off"])
+    parser.add_argument("--rows", nargs="+", choices=("random", "quickstart"), default=["random"])
+    parser.add_argument("--dataset", default="quickstart/data", help="for `--rows quickstart`")
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--only_memory_of", help=argparse.SUPPRESS)
     return parser
@@ -198,7 +233,10 @@ def main() -> None:
         method, *setting = json.loads(options.only_memory_of)
         print(memory_of_three_steps(method, Setting(*setting), options))
         return
-    settings = [Setting(size, word == "on") for size in options.vocab_sizes for word in options.packing]
+    settings = [
+        Setting(size, packing == "on", rows)
+        for size, packing, rows in itertools.product(options.vocab_sizes, options.packing, options.rows)
+    ]
     asked = {name: value for name, value in vars(options).items() if name not in ("output", "only_memory_of")}
     results = {
         "machine": describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
