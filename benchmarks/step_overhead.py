@@ -128,12 +128,10 @@ def random_rows(vocab_size: int, packing: bool, options: argparse.Namespace) -> 
 def quickstart_rows(tokenizer, options: argparse.Namespace) -> Dataset:
     """Prompts without labels; the key is the end of the response."""
     num_rows = options.batch_size * (options.pairs + options.warm_up)
-    rows = []
+    render, rows = partial(tokenizer.apply_chat_template, return_dict=True), []
     for row in load_dataset(options.dataset, split=f"train[:{num_rows}]"):
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        prompt = render(row["prompt"], add_generation_prompt=True)["input_ids"]
+        ids = render(row["prompt"] + row["completion"])["input_ids"]
         start_of_key = len(ids) - max((len(ids) - len(prompt)) // 5, 1)
         rows.append(
             {
