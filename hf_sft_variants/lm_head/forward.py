@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .log_probs import LabelLogProbs, label_log_probs
@@ -108,9 +108,10 @@ def _score_labels(model, labels, mixup, args, kwargs) -> LabelledOutput:
     return LabelledOutput(*grids, label_mask, mixed_log_probs, aux_loss)
 
 
+@torch.compiler.disable
 def head_log_probs(
     head: torch.nn.Module,
-    text_config: PreTrainedConfig,
+    text_config: PretrainedConfig,
     hidden_states: torch.Tensor,
     labels: torch.Tensor,
     mixup_first: torch.Tensor | None = None,
@@ -123,7 +124,7 @@ def head_log_probs(
     Args:
         head (`torch.nn.Module`):
             The LM head.
-        text_config ([`~transformers.PreTrainedConfig`]):
+        text_config ([`~transformers.PretrainedConfig`]):
             Configuration of the model.
         hidden_states (`torch.Tensor` of shape `(B, T, H)`):
             Last hidden states.
@@ -145,7 +146,7 @@ def head_log_probs(
         )
 
 
-def head_settings(text_config: PreTrainedConfig) -> dict[str, Any]:
+def head_settings(text_config: PretrainedConfig) -> dict[str, Any]:
     """`softcap` and `scale` of a model's logits."""
     softcaps = (getattr(text_config, name, None) for name in SOFTCAPS)
     scales = (getattr(text_config, name, None) for name in SCALES)

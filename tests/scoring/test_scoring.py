@@ -110,7 +110,7 @@ class TestLogProbs:
         tokens = list(range(num_tokens))
         with LargestTensor() as largest:
             scorer([{"input_ids": tokens, "labels": tokens}])
-        assert num_tokens * num_tokens < largest.numel < vocab_size * num_tokens / 2
+        assert num_tokens < largest.numel < vocab_size * num_tokens / 2
 
     def test_file_is_as_documented(self, tiny_model, token_rows, tmp_path):
         score(token_rows, tmp_path / "new", 100, scorer=LogProbScorer(tiny_model, per_token=True))
@@ -356,7 +356,7 @@ class TestReferenceModels:
             [result["sum_log_prob"] for result in LogProbScorer(model)(list(token_rows))]
             for model in (load_reference_model(name), dispatched)
         )
-        assert scores == expected
+        assert scores == pytest.approx(expected, rel=1e-6)  # heads that are not offloaded are run in tiles
         assert embeddings.weight.device.type == "meta"
         assert identify_model(name) == before
         adapter = str(tmp_path / "adapter")
