@@ -25,18 +25,9 @@ def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: s
     """
     Mark the scored tokens: 1 on the assistant's words and, optionally, the ends of its turns; 0 elsewhere.
 
-    Scored are the completion of a prompt, or all turns of the assistant that have words. Nothing predicts the first
-    token of an example, so it does not count.
-
-    Args:
-        example (`dict[str, Any]`):
-            Row with `messages`, or `prompt` and `completion`.
-        rendered ([`~hf_sft_variants.text.assistant_turns.RenderedExample`]):
-            The row in a model's template and tokens.
-        eos_token (`str`):
-            End of sequence, which follows the words of a plain completion.
-        end_of_turn (`bool`):
-            Whether the end-of-turn token, or the text that ends the turn, is scored.
+    Scored are the completion of a prompt, or all turns of the assistant that have words. The row has `messages`, or
+    `prompt` and `completion`; `rendered` is the row in a model's template and tokens. `eos_token` follows the words of
+    a plain completion.
 
     Raises:
         `InputError`: If the tokens differ from the assistant's words by more than white space around them.

@@ -1,5 +1,3 @@
-"""Confidence from the log-probabilities that training computes anyway, without an extra forward pass."""
-
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -10,17 +8,14 @@ from transformers import TrainerState
 
 from ..base import AnnotatedBatch
 from ..errors import InputError
-from .confidence_file import perplexity, split_in_halves
-from .pairing import NEITHER
-
-
-# In the folder of a checkpoint
-STATE_FILE = "sftmix_online.pt"
+from .confidence_file import perplexity
+from .pairing import NEITHER, split_in_halves
 
 
 class OnlineConfidence:
     """
-    Means of each example's NLL and perplexity over the epochs so far, and the halves of the current epoch.
+    Confidence from the log-probabilities that training computes anyway: means of each example's NLL and perplexity
+    over the epochs so far.
 
     Approximates [`ConfidenceTrackingCallback`]: examples early in an epoch are seen by less trained weights than later
     ones, and with dropout.
@@ -33,24 +28,15 @@ class OnlineConfidence:
     """
 
     def __init__(self, num_examples: int, measure: str):
+        self.num_examples = num_examples
         self.measure = measure
+        self._reset()
+
+    def _reset(self) -> None:
         self.epoch = 0
-        self.halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
+        self.halves = torch.full((self.num_examples,), NEITHER, dtype=torch.int8)
         # Of this process: sums of perplexities and of mean NLLs, and their number
-        self.sums = torch.zeros(3, num_examples, dtype=torch.float64)
-
-    def check(self, state: TrainerState) -> None:
-        """
-        Refuse a run without a second epoch.
-
-        Raises:
-            `InputError`: If the run ends in its first epoch.
-        """
-        if state.num_train_epochs < 2:
-            raise InputError(
-                f"`confidence_source='online'` mixes from the second epoch on, but the run of {state.max_steps} steps "
-                "ends in the first. Train longer, or choose another source."
-            )
+        self.sums = torch.zeros(3, self.num_examples, dtype=torch.float64)
 
     def add(self, batch: AnnotatedBatch) -> None:
         """Add a micro-batch with the annotation `example_number`."""
@@ -65,7 +51,7 @@ class OnlineConfidence:
         seen = torch.stack([torch.from_numpy(perplexity(nll.numpy())), nll, torch.ones_like(nll)])
         self.sums.index_add_(1, numbers[has_labels], seen)
 
-    def begin_epoch(self, epoch: int, accelerator: Accelerator) -> torch.Tensor:
+    def begin_epoch(self, state: TrainerState, accelerator: Accelerator) -> torch.Tensor:
         """
         Split the examples for an epoch by what was seen before it. Must be called by all processes.
 
@@ -73,8 +59,16 @@ class OnlineConfidence:
             `torch.Tensor` of shape `(num_examples,)`: `NEITHER` in the first epoch and for examples not seen yet.
 
         Raises:
-            `InputError`: If an example's perplexity is NaN.
+            `InputError`: If the run ends in its first epoch, or an example's perplexity is NaN.
         """
+        if state.num_train_epochs < 2:
+            raise InputError(
+                f"`confidence_source='online'` mixes from the second epoch on, but the run of {state.max_steps} steps "
+                "ends in the first. Train longer, or choose another source."
+            )
+        if state.global_step == 0:
+            self._reset()  # a new run, whatever this trainer has trained before
+        epoch = int(state.epoch)
         if epoch != self.epoch:  # the same after resuming within an epoch
             perplexity_sum, nll_sum, times = self._total(accelerator).numpy()
             wrong = np.flatnonzero(np.isnan(nll_sum))
@@ -89,33 +83,37 @@ class OnlineConfidence:
         return self.halves
 
     def _total(self, accelerator: Accelerator) -> torch.Tensor:
-        if accelerator.num_processes == 1:
+        if accelerator.num_processes == 1:  # not all devices have float64
             return self.sums
         return accelerator.reduce(self.sums.to(accelerator.device), "sum").cpu()
 
-    def save(self, folder: str | Path, accelerator: Accelerator) -> None:
+    def save(self, checkpoint: Path, accelerator: Accelerator) -> None:
         """Write the state into a checkpoint. Must be called by all processes."""
         state = {"epoch": self.epoch, "halves": self.halves, "sums": self._total(accelerator)}
         if accelerator.is_main_process:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            torch.save(state, Path(folder) / STATE_FILE)
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            torch.save(state, _state_file(checkpoint))
 
-    def load(self, folder: str | Path, accelerator: Accelerator) -> None:
+    def load(self, checkpoint: str, accelerator: Accelerator) -> None:
         """
         Read the state from a checkpoint.
 
         Raises:
             `InputError`: If it is missing, can't be read or belongs to another data set.
         """
-        path = Path(folder) / STATE_FILE
+        path = _state_file(checkpoint)
         try:
             state = torch.load(path, weights_only=True)
-            sums, self.halves, self.epoch = state["sums"], state["halves"], int(state["epoch"])
-        except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             raise InputError(f"{path} can't be read ({error!r}). Resume from another checkpoint.") from error
-        if sums.shape != self.sums.shape:
+        if len(state["halves"]) != self.num_examples:
             raise InputError(
-                f"The checkpoint {folder} was made with {sums.size(1)} training examples, but there are "
-                f"{self.sums.size(1)}. Resume with the same data set."
+                f"The checkpoint {checkpoint} was made with {len(state['halves'])} training examples, but there are "
+                f"{self.num_examples}. Resume with the same data set."
             )
-        self.sums = sums if accelerator.is_main_process else torch.zeros_like(sums)
+        self.epoch, self.halves = state["epoch"], state["halves"]
+        self.sums = state["sums"] if accelerator.is_main_process else torch.zeros_like(state["sums"])
+
+
+def _state_file(checkpoint: str | Path) -> Path:
+    return Path(checkpoint, "sftmix_online.pt")

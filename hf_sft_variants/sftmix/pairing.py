@@ -3,31 +3,18 @@ Assigns examples to halves and draws an order of pairs. Both are functions of th
 or another number of processes draws the same.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
 
-from ..errors import InputError
-
-
-logger = get_logger(__name__)
 
 CONFIDENT, UNCONFIDENT, NEITHER = 1, 0, -1
 
 
 def random_halves(num_examples: int, seed: int) -> torch.Tensor:
-    """
-    Random halves, the control.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`: `CONFIDENT` and `UNCONFIDENT` equally often; `NEITHER` for one
-        example of an odd number.
-    """
+    """Random halves, the control; `NEITHER` for one example of an odd number."""
     return halves_of_order(np.random.default_rng(seed % 2**64).permutation(num_examples), num_examples)
 
 
@@ -42,14 +29,29 @@ def halves_of_order(order: np.ndarray, num_examples: int) -> torch.Tensor:
             Total number of examples.
 
     Returns:
-        `torch.Tensor` of shape `(num_examples,)`: Half of each example; `NEITHER` for the middle one of an odd number
-        and for examples that are not in `order`.
+        `torch.Tensor` of shape `(num_examples,)`: `CONFIDENT` or `UNCONFIDENT`; `NEITHER` for the middle one of an odd
+        number and for examples that are not in `order`.
     """
     halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
     size = len(order) // 2
     halves[order[:size]] = CONFIDENT
     halves[order[len(order) - size :]] = UNCONFIDENT
     return halves
+
+
+def order_by_confidence(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> np.ndarray:
+    """
+    Numbers of the examples, the most confident one first. Ties go by mean NLL, then by number. Examples without a
+    value (NaN) are left out.
+    """
+    by = (mean_nll, mean_perplexity) if measure == "perplexity" else (mean_nll,)
+    order = np.lexsort(by)  # stable; the last key counts first
+    return order[~np.isnan(mean_nll[order])]
+
+
+def split_in_halves(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> torch.Tensor:
+    """Halves of examples by their confidence."""
+    return halves_of_order(order_by_confidence(mean_perplexity, mean_nll, measure), len(mean_nll))
 
 
 class PairSampler(Sampler[int]):
@@ -86,45 +88,3 @@ class PairSampler(Sampler[int]):
         size = min(len(confident), len(unconfident))
         pairs = np.stack([confident[:size], unconfident[:size]], axis=1).flatten()
         yield from np.concatenate([pairs, confident[size:], unconfident[size:], others]).tolist()
-
-
-class BeginEpochCallback(TrainerCallback):
-    """
-    Calls `begin_epoch` of a trainer. A data loader sets its sampler's epoch, but not in the first epoch after resuming
-    with several processes.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_epoch(int(state.epoch))
-
-
-def number_example(example: dict[str, Any], row: int, is_train: bool) -> dict[str, Any]:
-    """Number a training example by its row, on each token; examples for evaluation have no number."""
-    number = row if is_train else NEITHER
-    return {
-        "example_number": [number] * len(example["input_ids"]),
-        "example_row": row,
-        "num_labels": sum(label != -100 for label in example["labels"][1:]),
-    }
-
-
-def check_number(num_labels: Iterable[int]) -> None:
-    """
-    Warn of an odd number of training examples with labels.
-
-    Raises:
-        `InputError`: If there are fewer than two.
-    """
-    num_examples = sum(number > 0 for number in num_labels)
-    if num_examples < 2:
-        raise InputError(
-            f"{num_examples} example of the train dataset has labels, but a pair takes two. Add examples."
-        )
-    if num_examples % 2:
-        logger.warning(
-            f"{num_examples} examples with labels make no equal halves: one of them has no partner, and is trained on "
-            "without mixup."
-        )

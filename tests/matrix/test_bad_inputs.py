@@ -267,7 +267,7 @@ COLUMNS = [
     broken(r"column `ref_logps` has \[-1.0\]. Give a list of 2", "poft", only(ref_logps=[[-1.0, -1.0], [-1.0]])),
     broken("column `ref_logps` has -1.0. Give a list of 1", "poft", only(ref_logps=[-1.0, -1.0])),
     broken("column `ref_logps` has 'a'. Give a list of 1", "poft", only(ref_logps=["a", "b"])),
-    broken(r"`reference_models=\['a'\]` has 1 models", "poft", only(ref_logps=[[-1.0, -2.0]] * 2),
+    broken(r"`reference_models=\['a'\]` names 1", "poft", only(ref_logps=[[-1.0, -2.0]] * 2),
            reference_models=["a"]),
     broken("there is none for the train dataset: set `reference_models`", "poft", "raw chat"),
     broken("Row 0 .*: `score_end_of_turn=False` needs messages", "poft", only(ref_logps=[[-1.0]] * 2),

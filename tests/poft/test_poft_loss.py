@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from hf_sft_variants.base.metrics import MetricSums
 from hf_sft_variants.poft.loss import preference_loss
-from hf_sft_variants.poft.metrics import preference_metrics
 
 
 @st.composite
@@ -144,7 +143,7 @@ def test_metrics_over_micro_batches(batches):
     for batch in batches:
         batch["reference_log_probs"] = batch["reference_log_probs"][:1]
         result = preference_loss(**batch, weighting="poft")
-        sums.add("train", {"nll": (1.0, 1), **preference_metrics(result, ["a"])}, accelerator)
+        sums.add("train", {"nll": (1.0, 1), **result.metrics(["a"])}, accelerator)
         taus += slow_loss_and_gradient(batch, "poft")[2]
         margins += [sum(p) / len(p) - r[0] for _, p, r in examples_of(batch) if p]
     logged = sums.take("train")
@@ -169,5 +168,5 @@ def test_win_rate():
         log_probs, torch.ones(3, 1, dtype=torch.bool), torch.arange(3)[:, None], 3,
         torch.full((1, 3, 1), -2.5), 1.0, 0.0, "poft",
     )  # fmt: skip
-    wins, number = preference_metrics(result, ["a"])["poft/win_rate"]
+    wins, number = result.metrics(["a"])["poft/win_rate"]
     assert (wins.item(), number.item()) == (2, 3)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from helpers import make_trainer
 
 from hf_sft_variants import PoFTConfig, PoFTTrainer
-from hf_sft_variants.poft.references import add_reference_log_probs, reference_names
+from hf_sft_variants.poft.references import reference_names
 from hf_sft_variants.poft.score_files import SCHEMA, add_content_keys, keys_of_best, write_score_file
 from hf_sft_variants.scoring import EXAMPLE_KEY
 
@@ -122,10 +122,11 @@ class TestJoin:
         assert values(trainer) == [EXPECTED[0], *EXPECTED[3:]]
         assert "2 of 12 examples of the train dataset can't be scored: 1 by org/first, 1 by second" in caplog.text
 
-    def test_everything_unscored_by_one_or_another(self, chat_rows):
-        columns = {"a": [-1.0, None], "b": [None, -1.0]}
-        with pytest.raises(ValueError, match="2 of 2 examples of the eval dataset can't be scored: 1 by a, 1 by b. R"):
-            add_reference_log_probs(chat_rows.select(range(2)), columns, "c", "eval")
+    def test_everything_unscored_by_one_or_another(self, make, scores):
+        unscored = {"sum_log_prob": None, "num_tokens": None, "mean_log_prob": None}
+        scores = [{**score, **(unscored if row % 4 in (0, 3) else {})} for row, score in enumerate(scores)]
+        with pytest.raises(ValueError, match="12 of 12 .* can't be scored: 6 by org/first, 6 by second. Raise"):
+            make(scores)
 
     def test_another_end_of_turn(self, make, scores):
         with pytest.raises(

@@ -338,7 +338,7 @@ class TestBadInput:
             train_set(scored_rows, length_normalizer="target")
 
     def test_another_number_of_models(self, train_set, scored_rows, token_rows):
-        with pytest.raises(ValueError, match=r"has 2 values in its first row, but `reference_models=\['a'\]` has 1"):
+        with pytest.raises(ValueError, match=r"has the scores of 2 reference models, but `reference_models=\['a'\]` names 1"):
             train_set(scored_rows, reference_models=["a"])
         one = token_rows.add_column("ref_logps", [[-1.0]] * 16)
         with pytest.raises(

@@ -242,12 +242,11 @@ class TestTwoPhases:
             trainer = helpers.make_trainer(SFTMixTrainer, SFTMixConfig, *arguments, **options)
             phase = trainer._reference_phase
             start = describe_start(trainer, phase.arguments["model"])
-            described = (phase.arguments, phase.peft_config, start, trainer.train_examples, trainer.example_keys)
-            return describe_reference(trainer, *described)
+            return describe_reference(trainer, phase.arguments, phase.peft_config, start)
 
         path = tmp_path / "settings.json"
         path.write_text(json.dumps(settings()))
-        require_same_reference(path, settings(logging_steps=7, mixup_weight=0.5), path)
+        require_same_reference(path, settings(logging_steps=7, mixup_weight=0.5))
         for message, changed in (
             ("confidence_checkpoints=None`, but now it is [1]", {"confidence_checkpoints": [1]}),
             ("completion_only_loss=None`, but now it is False", {"completion_only_loss": False}),
@@ -261,7 +260,7 @@ class TestTwoPhases:
             ("batch_size=4`, but now it is 8", {"per_device_train_batch_size": 8}),
         ):
             with pytest.raises(InputError, match=f"was trained with `.*{re.escape(message)}"):
-                require_same_reference(path, settings(**changed), path)
+                require_same_reference(path, settings(**changed))
 
     def test_what_may_change(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
         """How a run is logged and saved, the second phase, the split of a batch, and where the start is."""
