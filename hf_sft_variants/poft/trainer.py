@@ -176,12 +176,11 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     def annotation_settings(self, columns, is_packed):
         args = self.args
-        settings = {
-            "score_end_of_turn": args.score_end_of_turn,
-            "preference_weighting": "not uniform" if args.needs_references else "uniform",
-            "num_references": len(self._reference_names),
-        }
-        if not args.needs_references or args.reference_score_column in columns:  # or the user's own scores
+        if not args.needs_references:
+            return {"score_end_of_turn": args.score_end_of_turn, "preference_weighting": "uniform"}
+        settings = {"score_end_of_turn": args.score_end_of_turn, "preference_weighting": "not uniform"}
+        settings["num_references"] = len(self._reference_names)
+        if args.reference_score_column in columns:  # the user's own scores
             return settings
         if args.reference_score_file:
             files = [describe_content(file) for file in args.reference_score_file]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+from transformers import Trainer
 
 
 CONFIDENT, UNCONFIDENT, NEITHER = 1, 0, -1
@@ -54,37 +55,35 @@ def split_in_halves(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: 
     return halves_of_order(order_by_confidence(mean_perplexity, mean_nll, measure), len(mean_nll))
 
 
+def draw_order(halves: torch.Tensor, seed: int, epoch: int) -> list[int]:
+    """
+    Order of the rows with these halves in an epoch: pairs of a confident row and an unconfident one, drawn anew each
+    epoch without replacement, and then in random order the rows without a partner.
+    """
+    generator = np.random.default_rng([seed % 2**64, epoch])
+    confident, unconfident, others = (
+        generator.permutation((halves == half).nonzero().flatten().numpy())
+        for half in (CONFIDENT, UNCONFIDENT, NEITHER)
+    )
+    size = min(len(confident), len(unconfident))
+    pairs = np.stack([confident[:size], unconfident[:size]], axis=1).flatten()
+    return np.concatenate([pairs, confident[size:], unconfident[size:], others]).tolist()
+
+
 class PairSampler(Sampler[int]):
     """
-    Yields rows in pairs, a confident one followed by an unconfident one.
-
-    Partners are drawn anew each epoch without replacement. Rows without a partner come last, in random order.
-
-    Args:
-        halves (`torch.Tensor` of shape `(num_rows,)`):
-            Half of each row. May be replaced between epochs.
-        seed (`int`):
-            Seed of the draw.
+    Yields the rows of an [`SFTMixTrainer`] in pairs, by the halves that it has when an epoch begins. The epoch is the
+    trainer's: a data loader sets none in the first epoch after resuming with several processes.
     """
 
-    def __init__(self, halves: torch.Tensor, seed: int):
-        self.halves = halves
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the pairs of this epoch from now on."""
-        self.epoch = epoch
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
 
     def __len__(self) -> int:
-        return len(self.halves)
+        return len(self.trainer.train_dataset)
 
     def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self.seed % 2**64, self.epoch])
-        confident, unconfident, others = (
-            generator.permutation((self.halves == half).nonzero().flatten().numpy())
-            for half in (CONFIDENT, UNCONFIDENT, NEITHER)
-        )
-        size = min(len(confident), len(unconfident))
-        pairs = np.stack([confident[:size], unconfident[:size]], axis=1).flatten()
-        yield from np.concatenate([pairs, confident[size:], unconfident[size:], others]).tolist()
+        args = self.trainer.args
+        halves = self.trainer.halves[torch.tensor(self.trainer.train_dataset["example_row"][:])]
+        seed = args.seed if args.data_seed is None else args.data_seed
+        yield from draw_order(halves, seed, int(self.trainer.state.epoch or 0))

@@ -7,7 +7,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import at_least_float32
@@ -107,7 +107,6 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     train_examples: Dataset | None = None
     example_keys: list[str] | None = None
     _online: OnlineConfidence | None = None
-    _pair_sampler: PairSampler | None = None
 
     @wraps(AnnotatedSFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
@@ -123,10 +122,10 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         if config.needs_reference:
             self._reference_phase.check(self)
         if config.needs_confidence and config.confidence_source == "online":
-            self._online = OnlineConfidence(len(self.train_examples), config.confidence_measure)
+            self._online = OnlineConfidence(self)
+            self.add_callback(self._online)
         if config.mixup_weight > 0:
             add_paired_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        self.add_callback(_BeginEpochCallback(self))
 
     def _refuse_train_dataset(self, config, train_dataset):
         if isinstance(train_dataset, IterableDataset) and config.needs_confidence:
@@ -199,20 +198,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self._has_numbers or self.args.packing:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._pair_sampler = PairSampler(self._halves_of_rows(), seed)
-        return self._pair_sampler
-
-    def _halves_of_rows(self):
-        return self.halves[torch.tensor(self.train_dataset["example_row"][:])]
-
-    def begin_epoch(self) -> None:
-        """Draw the pairs of this epoch from now on, and with `confidence_source="online"` split the examples anew."""
-        if self._online is not None:
-            self.halves = self._online.begin_epoch(self.state, self.accelerator)
-        if self._pair_sampler is not None:
-            self._pair_sampler.halves = self._halves_of_rows()
-            self._pair_sampler.set_epoch(int(self.state.epoch))
+        return PairSampler(self)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.args.mixup_weight == 0:
@@ -279,25 +265,16 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             )
             set_seed(args.seed)  # as if nothing had been before
         if self._online is not None and checkpoint is not None:
-            self._online.load(checkpoint, self.accelerator)
+            self._online.load(checkpoint)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model, trial):
         if self._online is not None:
-            self._online.save(self.checkpoint_folder(trial), self.accelerator)
+            self._online.save(self.checkpoint_folder(trial))
         super()._save_checkpoint(model, trial)
 
     def not_pushed(self):
         return [*super().not_pushed(), *not_pushed(self.args)]  # the reference; see `push_confidence`
-
-
-class _BeginEpochCallback(TrainerCallback):
-    # A data loader sets its sampler's epoch, but not in the first epoch after resuming with several processes
-    def __init__(self, trainer: SFTMixTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_epoch()
 
 
 def _number_example(example: dict[str, Any], row: int, is_train: bool) -> dict[str, Any]:

@@ -100,21 +100,12 @@ class TestJoin:
         for number, (row, found) in enumerate(zip(trainer.train_dataset, values(trainer), strict=True)):
             assert found == pytest.approx([-10.0 * (number + 1) / sum(row["scored_mask"])] * 2)
 
-    def test_conflicting_duplicates(self, make, scores, keys):
-        conflict = {**scores[4], "sum_log_prob": -1.0}
-        with pytest.raises(ValueError, match=f"key {keys[2]} has two different scores of 'org/first': .*-30.0.*-1.0"):
-            make([*scores, conflict])
-
     @pytest.mark.parametrize("model", MODELS)
     def test_missing_example(self, model, make, scores, keys):
         incomplete = [score for score in scores if (score["example_key"], score["model"]) != (keys[5], model)]
         message = rf"Row 5 of the train dataset \(key {keys[5]}\) has no score of the reference model '{model}'"
         with pytest.raises(ValueError, match=message):
             make(incomplete)
-
-    def test_missing_model(self, make, scores):
-        with pytest.raises(ValueError, match="Row 0 of the train .* has no score of the reference model 'third'"):
-            make(scores, reference_models=["second", "third"])
 
     def test_what_a_model_could_not_score_is_dropped_and_counted(self, make, scores, caplog):
         unscored = {"sum_log_prob": None, "num_tokens": None, "mean_log_prob": None}
@@ -145,46 +136,10 @@ class TestJoin:
         ):
             make(scores)
 
-    @pytest.mark.parametrize("column", ["example_key", "model", "score_end_of_turn"])
-    def test_missing_column(self, column, make, scores):
-        with pytest.raises(ValueError, match=rf"`reference_score_file` '.*' has no column `{column}`, only \["):
-            make([{name: score[name] for name in score if name != column} for score in scores])
-
-    def test_missing_score_columns(self, make, scores):
-        without = [{name: score[name] for name in ("example_key", "model", "score_end_of_turn")} for score in scores]
-        with pytest.raises(ValueError, match="has no column `sum_log_prob` and `num_tokens`"):
-            make(without)
-
-    def test_wrong_type(self, make, scores):
-        with pytest.raises(ValueError, match="has a value of the wrong type"):
-            make([{**score, "num_tokens": "many"} for score in scores])
-
-    @pytest.mark.parametrize("column", ["example_key", "model"])
-    def test_missing_names(self, column, make, scores):
-        scores[3] = {**scores[3], column: None}
-        with pytest.raises(ValueError, match=f"has no `{column}` in row 3"):
-            make(scores)
-
-    def test_nested_values(self, make, scores):
-        with pytest.raises(ValueError, match="has a value of the wrong type"):
-            make([{**score, "model": {"name": "a"}} for score in scores])
-
     def test_a_column_comes_before_the_file(self, make, scores, chat_rows, caplog):
         trainer = make(scores, data=chat_rows.add_column("ref_logps", [[-3.0, -4.0]] * len(chat_rows)))
         assert values(trainer) == [[-3.0, -4.0]] * len(chat_rows)
         assert "The train dataset has the column `ref_logps`, so `reference_score_file=[" in caplog.text
-
-    def test_files_that_can_not_be_read(self, make, tmp_path):
-        (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-        (tmp_path / "broken.jsonl").write_text("{")
-        for name, message in (
-            ("nowhere.parquet", "can't be read"),
-            ("broken.parquet", "can't be read"),
-            ("broken.jsonl", "can't be read"),
-            ("scores.csv", "is neither .parquet nor .jsonl"),
-        ):
-            with pytest.raises(ValueError, match=f"{name}' {message}"):
-                make([], reference_score_file=str(tmp_path / name))
 
 
 class TestKeys:

@@ -335,6 +335,23 @@ class TestInsideTheMicroBatch:
         assert len(set(trainer.batches[0]["mixup_weights"])) == 4
 
 
+def test_a_step_has_the_products_of_sft_trainer(tiny_model, tokenizer, tmp_path):
+    """Mixing takes no matrix product of its own."""
+    rows = Dataset.from_dict({"input_ids": torch.arange(3, 123).view(8, 15).tolist()})
+    products = []
+    for classes, method in (((SFTTrainer, SFTConfig), {}), ((SFTMixTrainer, SFTMixConfig), RANDOM)):
+        trainer = helpers.make_trainer(
+            *classes, tiny_model, tokenizer, rows, tmp_path, per_device_train_batch_size=8, **method
+        )
+        (inputs,), num_items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+        with helpers.Operations() as operations:
+            trainer.training_step(trainer.model, inputs, num_items)
+        products.append(operations.products)
+    assert len(inputs["mixup_weights"]) == 4 * 14  # all labels are mixed
+    assert products[0] == products[1]
+    assert products[1].count(8 * 14 * tiny_model.lm_head.weight.numel()) == 4
+
+
 def test_data_seed_decides_on_the_pairs(tiny_model, tokenizer, token_rows, tmp_path):
     orders = [
         list(make_trainer(tiny_model, tokenizer, token_rows, tmp_path, **seeds, **RANDOM)._get_train_sampler())
@@ -376,13 +393,16 @@ class TestRefusals:
 
     @pytest.mark.parametrize("trainer_class", [SFTMixTrainer, SFTTrainer])
     def test_packed_already(self, trainer_class, tiny_model, tokenizer, token_rows, tmp_path):
+        """Refused before the model is loaded, as streams are."""
         config_class, method = (SFTMixConfig, RANDOM) if trainer_class is SFTMixTrainer else (SFTConfig, {})
-        make = partial(helpers.make_trainer, model=tiny_model, tokenizer=tokenizer, output_dir=tmp_path, packing=True)
-        packed = make(trainer_class, config_class, rows=token_rows, **method).train_dataset
+        arguments = (tiny_model, tokenizer, token_rows, tmp_path)
+        packed = helpers.make_trainer(trainer_class, config_class, *arguments, packing=True, **method).train_dataset
         for method in ({}, RANDOM):
             with pytest.raises(InputError, match="`train_dataset` is packed already"):
-                make(SFTMixTrainer, SFTMixConfig, rows=packed, **method)
-
-    def test_streams(self, tiny_model, tokenizer, token_rows, tmp_path):
+                make_trainer("nowhere", tokenizer, packed, tmp_path, packing=True, **method)
         with pytest.raises(InputError, match="`confidence_split='confidence'` needs all examples before training"):
-            make_trainer(tiny_model, tokenizer, token_rows.to_iterable_dataset(), tmp_path, max_steps=1)
+            make_trainer("nowhere", tokenizer, token_rows.to_iterable_dataset(), tmp_path, max_steps=1)
+
+    def test_checkpoints_after_the_last_step(self, tmp_path):
+        with pytest.raises(InputError, match=r"`confidence_checkpoints=\[2, 9\]` must be at most `max_steps=8`"):
+            SFTMixConfig(str(tmp_path), **SMALL, max_steps=8, confidence_checkpoints=[2, 9])
