@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
 from ..base.preparation import map_description
+from ..base.prepared_sets import MADE_WITH
 from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
 from .config import PoFTConfig
@@ -31,7 +32,8 @@ def number_in_data(dataset: Dataset | IterableDataset, args: PoFTConfig, dataset
     columns, models = get_dataset_column_names(dataset), args.reference_models
     prepared = itertools.takewhile(columns.__contains__, map(COLUMN.format, itertools.count()))
     number = len(list(prepared)) if "input_ids" in columns else 0
-    if not number and (args.dataset_kwargs or {}).get("skip_prepare_dataset", False):
+    is_raw = not number and MADE_WITH not in columns  # a trainer's set is compared by its settings
+    if is_raw and (args.dataset_kwargs or {}).get("skip_prepare_dataset", False):
         raise InputError(
             f"With `skip_prepare_dataset=True` the {dataset_name} dataset must bring the columns "
             f"`{COLUMN.format(0)}`, ... with each reference model's mean log-probability on every token, and "

@@ -49,12 +49,11 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     Requirements:
         1. Reference models, a score file, or a column of scores ([`PoFTConfig`]); for streams the column.
-        2. Chat templates that show the assistant's words as they are.
 
     Inputs:
-        - In the loss are the assistant's words and its end-of-turn tokens, of all its turns; of a prompt and a
-          completion those of the completion; of rows that come as tokens, the labels. Examples whose words
-          `max_length` cuts, or that are too long for a reference model, are dropped and counted.
+        - Scored are the assistant's words and its end-of-turn tokens, of all its turns; of a prompt and a completion
+          those of the completion; of rows that come as tokens, the labels. Examples whose words `max_length` cuts, or
+          that are too long for a reference model, are dropped and counted.
 
     Logs, in addition to SFTTrainer's metrics and `nll` (of all labels), means over examples:
         - `poft/loss`: the loss, also in evaluation on packed rows, where `eval_loss` is a mean over batches;
@@ -117,23 +116,21 @@ class PoFTTrainer(AnnotatedSFTTrainer):
     def _make_scoring(self, callbacks) -> ReferenceScoringCallback | None:
         """What scores the data: the user's callback, or one from the configuration."""
         args = self.args
-        given = [callback for callback in callbacks if isinstance(callback, ReferenceScoringCallback)]
-        if given and args.needs_references:
-            for name in ("reference_models", "reference_score_file"):
-                if getattr(args, name):
-                    raise InputError(
-                        f"`{name}={getattr(args, name)}` and a `ReferenceScoringCallback` among the `callbacks` both "
-                        "bring reference models. Remove one of them."
-                    )
-            return given[0]
-        if args.reference_score_file or not args.reference_models or not args.needs_references:
+        if not args.needs_references:
             return None
-        return ReferenceScoringCallback(
-            args.reference_models,
-            model_init_kwargs=args.reference_model_init_kwargs,
-            score_cache_dir=args.score_cache_dir,
-            batch_tokens=args.reference_batch_tokens,
-        )
+        for callback in callbacks:
+            if isinstance(callback, ReferenceScoringCallback):
+                for name in ("reference_models", "reference_score_file"):
+                    if getattr(args, name):
+                        raise InputError(
+                            f"`{name}={getattr(args, name)}` and a `ReferenceScoringCallback` among the `callbacks` "
+                            "both bring reference models. Remove one of them."
+                        )
+                return callback
+        if args.reference_score_file or not args.reference_models:
+            return None
+        models, kwargs = args.reference_models, args.reference_model_init_kwargs
+        return ReferenceScoringCallback(models, kwargs, args.score_cache_dir, args.reference_batch_tokens)
 
     def _check_eval_datasets(self, eval_dataset) -> None:
         """Before the reference models score the training set, which may take hours."""
@@ -204,7 +201,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             "dataset_name": dataset_name,
         }
         map_kwargs = map_description(dataset, args, f"Finding responses of {dataset_name} dataset")
-        return dataset.map(add_scored_mask, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+        return dataset.map(add_scored_mask, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def annotate(self, dataset, dataset_name):
         args = self.args
