@@ -103,11 +103,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
         self.dataset = dataset
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if (self.trainer.get_tp_size() or 1) > 1:
-            raise InputError(
-                "ConfidenceTrackingCallback gives each process different examples, which tensor parallelism does not "
-                "allow. Run it without, or use `confidence_source='file'`."
-            )
+        refuse_tensor_parallelism(self.trainer)
         steps_per_epoch = None  # of a stream
         if has_length(train_dataloader):
             steps_per_epoch = max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
@@ -200,6 +196,15 @@ class ConfidenceTrackingCallback(TrainerCallback):
                 f"{len(nll)} are. Training has diverged: lower `learning_rate`, or look at the row."
             )
         return nll
+
+
+def refuse_tensor_parallelism(trainer: SFTTrainer) -> None:
+    """Evaluation gives each process different examples, but its processes need the same."""
+    if (trainer.get_tp_size() or 1) > 1:
+        raise InputError(
+            "ConfidenceTrackingCallback gives each process different examples, which tensor parallelism does not "
+            "allow. Run it without, or use `confidence_source='file'`."
+        )
 
 
 def _mean_nll(model, examples: list[dict], device: torch.device) -> list[float]:

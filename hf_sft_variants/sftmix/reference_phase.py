@@ -23,7 +23,7 @@ from ..base.example_keys import EXAMPLE_KEY
 from ..base.processes import on_main_process
 from ..errors import InputError
 from ..scoring import require_same_vocabulary
-from .confidence import ConfidenceTrackingCallback
+from .confidence import ConfidenceTrackingCallback, refuse_tensor_parallelism
 from .config import SFTMixConfig
 from .reference_settings import describe_reference, describe_start, require_same_reference
 
@@ -55,7 +55,8 @@ class ReferencePhase:
         self.start: dict[str, Any] | None = None
 
     def check(self, trainer: AnnotatedSFTTrainer) -> None:
-        """Refuse in advance an optimizer, a model that can't be copied, and tokens that `reference_model` lacks."""
+        """Refuse in advance what would fail once the reference model is loaded."""
+        refuse_tensor_parallelism(trainer)
         model, name = self.arguments["model"], trainer.args.reference_model
         if trainer.optimizer is not None or trainer.lr_scheduler is not None:
             raise InputError(

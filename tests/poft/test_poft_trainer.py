@@ -20,13 +20,8 @@ CLASSES = (PoFTTrainer, PoFTConfig)
 LAYOUTS = {
     "padded": {},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-    "one_by_one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-    "packed": {"packing": True, "per_device_train_batch_size": 3},
-    "packed_accumulated": {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
-    "padding_free": {
-        "padding_free": True, "max_length": None, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-    },
-}  # fmt: skip
+    "packed": {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
+}
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 7 plus 5?"},
@@ -148,19 +143,6 @@ class TestLoss:
         alone, gradients_alone = one_step(*CLASSES, tiny_model, tokenizer, prepared, tmp_path, **options)
         assert loss == pytest.approx(alone)
         assert_same_gradients(gradients, gradients_alone, tolerance=1e-6)
-
-    def test_prepared_data_is_taken_as_it_is(self, tiny_model, tokenizer, scored_rows, tmp_path):
-        prepared = make_trainer(*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path).train_dataset
-        loss, _ = one_step(*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path)
-        again = prepared.remove_columns("ref_logps")
-        for options in ({}, {"dataset_kwargs": {"skip_prepare_dataset": True}}):
-            assert one_step(*CLASSES, tiny_model, tokenizer, again, tmp_path, **options)[0] == loss
-
-    def test_streaming_with_the_column(self, tiny_model, tokenizer, scored_rows, tmp_path):
-        options = {"max_steps": 1, "per_device_train_batch_size": 8}
-        loss, _ = one_step(*CLASSES, tiny_model, tokenizer, scored_rows, tmp_path, **options)
-        stream = scored_rows.to_iterable_dataset()
-        assert one_step(*CLASSES, tiny_model, tokenizer, stream, tmp_path, **options)[0] == loss
 
 
 class TestControls:

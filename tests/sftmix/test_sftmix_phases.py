@@ -333,15 +333,16 @@ class TestTwoPhases:
         monkeypatch.setattr(SFTTrainer, "training_step", look)
         train(tiny_model, tokenizer, chat_rows, tmp_path, save_strategy="no")
 
-    def test_refusals(self, tiny_model, tokenizer, chat_rows, tmp_path):
-        with pytest.raises(InputError, match="`resume_from_checkpoint=True`, but `output_dir='.*'` has no checkpoint"):
+    def test_refusals(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
+        with pytest.raises(InputError, match="`resume_from_checkpoint=True`, but `output_dir='.*' has no checkpoint"):
             train(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
-        args = SFTMixConfig(str(tmp_path), **SMALL)
-        optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.1)
+        make = partial(SFTMixTrainer, tiny_model, train_dataset=chat_rows, processing_class=tokenizer)
+        args, optimizer = SFTMixConfig(str(tmp_path), **SMALL), torch.optim.SGD(tiny_model.parameters(), lr=0.1)
         with pytest.raises(InputError, match="`optimizers` belong to the model that is trained"):
-            SFTMixTrainer(
-                tiny_model, args, train_dataset=chat_rows, processing_class=tokenizer, optimizers=(optimizer, None)
-            )
+            make(args, optimizers=(optimizer, None))
+        monkeypatch.setattr(SFTMixTrainer, "get_tp_size", lambda self: 2)
+        with pytest.raises(InputError, match="which tensor parallelism does not allow"):
+            make(args)
 
 
 def as_text(row):
@@ -375,8 +376,11 @@ class TestKilledAndResumed:
     @pytest.mark.parametrize(
         "kind, step, steps_left",
         [
-            *[("full", 2, 12), ("full", 7, 6), ("full", 11, 2), ("lora", 6, 8), ("lora", 10, 4)],
-            *[("packed", 4, 10), ("packed", 9, 4)],
+            ("lora", 6, 8),
+            ("lora", 7, 6),
+            ("lora", 10, 4),
+            ("packed", 4, 10),
+            ("packed", 9, 4),
         ],
     )
     def test_same_weights(
