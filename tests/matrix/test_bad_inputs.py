@@ -287,7 +287,7 @@ ARGUMENTS = [
     argument("must be a `Dataset` or `IterableDataset`, got `DatasetDict`", "sftkey", TypeError,
              train_dataset=DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})),
     argument("`train_dataset` is empty", "poft", train_dataset=Dataset.from_dict({"text": []})),
-    argument("`train_dataset` is empty", "sftmix", train_dataset=IterableDataset.from_generator(no_rows)),
+    argument("`train_dataset` is empty", "base", train_dataset=IterableDataset.from_generator(no_rows)),
     argument("`eval_dataset` must be a `Dataset` or .* got `list`", "base", eval_dataset=[1]),
     argument("The a dataset has the column `labels`, but no `input_ids`", "sft_go",
              eval_dataset={"a": Dataset.from_dict({"text": ["a b"], "labels": [1]})}),
