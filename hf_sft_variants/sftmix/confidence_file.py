@@ -47,17 +47,8 @@ def confidence_table(
     keys: list[str], num_labels: np.ndarray, nll: dict[int, np.ndarray], measure: str, keys_of: str
 ) -> pa.Table:
     """
-    Rank examples by their NLL at checkpoints.
-
-    Args:
-        keys (`list[str]`), num_labels (`np.ndarray`):
-            Key and number of labels of each example.
-        nll (`dict[int, np.ndarray]`):
-            For each checkpoint's step the mean NLL of each example's labels, in nats; NaN without a label.
-        measure (`str`):
-            `"perplexity"` or `"mean_nll"`.
-        keys_of (`str`):
-            What the keys are made of: `"text"`, `"tokens"` or `"column"`.
+    Rank examples by their NLL at checkpoints: for each checkpoint's step `nll` has the mean over each example's labels
+    in nats, NaN without a label. `keys_of` is what the keys are made of: `"text"`, `"tokens"` or `"column"`.
 
     Returns:
         `pa.Table`: The columns documented in [`ConfidenceTrackingCallback`].

@@ -21,17 +21,8 @@ def random_halves(num_examples: int, seed: int) -> torch.Tensor:
 
 def halves_of_order(order: np.ndarray, num_examples: int) -> torch.Tensor:
     """
-    Split ordered examples into two equal halves.
-
-    Args:
-        order (`np.ndarray`):
-            Numbers of the examples to split, the most confident one first.
-        num_examples (`int`):
-            Total number of examples.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`: `CONFIDENT` or `UNCONFIDENT`; `NEITHER` for the middle one of an odd
-        number and for examples that are not in `order`.
+    Split examples into two equal halves by their order, the numbers of those to split with the most confident one
+    first. `NEITHER` are the middle one of an odd number and examples that are not in `order`.
     """
     halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
     size = len(order) // 2

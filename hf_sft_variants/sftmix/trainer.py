@@ -85,7 +85,8 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     ```
 
     Raises:
-        `InputError`: For fewer than two examples; with a confidence split for streams; for a file of other data.
+        `InputError`: For fewer than two examples; with a confidence split for streams; for a file of other data; for a
+            training set that is packed already.
     """
 
     _tag_names = ["trl", "sft", "sftmix", "hf_sft_variants"]
