@@ -39,7 +39,8 @@ def pieces_of(messages, start, end, after="\n", trims=False, assistant="assistan
         yield start.format(role), None
         yield message["content"].strip() if trims else message["content"], words
         yield end, ending
-        yield after, None
+        if after:
+            yield after, None
 
 
 def chatml(messages, tokenizer):

@@ -334,7 +334,7 @@ class TestTwoPhases:
         train(tiny_model, tokenizer, chat_rows, tmp_path, save_strategy="no")
 
     def test_refusals(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
-        with pytest.raises(InputError, match="`resume_from_checkpoint=True`, but `output_dir='.*' has no checkpoint"):
+        with pytest.raises(InputError, match="`resume_from_checkpoint=True`, but `output_dir='.*'` has no checkpoint"):
             train(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
         make = partial(SFTMixTrainer, tiny_model, train_dataset=chat_rows, processing_class=tokenizer)
         args, optimizer = SFTMixConfig(str(tmp_path), **SMALL), torch.optim.SGD(tiny_model.parameters(), lr=0.1)
