@@ -74,9 +74,6 @@ class ReferenceScoringCallback(TrainerCallback):
             Scores of each data set by its name, as in a score file (`docs/score_file.md`).
         key_of_row (`dict[str, dict[int, str]]`):
             For each data set the keys of its scored rows, by their numbers.
-
-    Raises:
-        `InputError`: If there is no model, or one is given twice.
     """
 
     def __init__(

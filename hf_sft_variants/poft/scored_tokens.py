@@ -16,11 +16,6 @@ class ScoredMask(IntEnum):
     SCORED = 1
 
 
-def has_responses(columns: list[str]) -> bool:
-    """Whether rows are conversations, or prompts and completions, rather than plain texts."""
-    return "messages" in columns or {"prompt", "completion"} <= set(columns)
-
-
 def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: str, end_of_turn: bool) -> list[int]:
     """
     Mark the scored tokens: 1 on the assistant's words and, optionally, the ends of its turns; 0 elsewhere.

@@ -21,7 +21,7 @@ from .loss import preference_loss
 from .reference_scoring import ReferenceScoringCallback
 from .references import COLUMN, drop_unscored, number_in_data, reference_names, spread_over_tokens
 from .score_files import join_by_key, read_score_files
-from .scored_tokens import ScoredMask, add_scored_mask, has_responses
+from .scored_tokens import ScoredMask, add_scored_mask
 
 
 logger = get_logger(__name__)
@@ -193,10 +193,11 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         if self._is_to_be_scored(dataset, dataset_name):  # keyed by content, whatever model is trained
             text_options = (args.dataset_text_field, self._tokenizer.eos_token)
             dataset = add_content_keys(dataset, args.dataset_num_proc, *text_options, is_prepared=from_text)
+        has_turns = "messages" in columns or {"prompt", "completion"} <= set(columns)
         fn_kwargs = {
             "tokenizer": self._tokenizer,
             "chat_template": self.chat_template,
-            "has_responses": from_text and has_responses(columns),
+            "has_responses": from_text and has_turns,
             "end_of_turn": args.score_end_of_turn,
             "dataset_name": dataset_name,
         }
