@@ -1,7 +1,10 @@
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from ..base.metrics import Maximum, Minimum
 
 
 @dataclass
@@ -23,6 +26,39 @@ class PreferenceLoss:
     log_prob: torch.Tensor
     reference_log_probs: torch.Tensor
     tau: torch.Tensor
+
+    def metrics(self, reference_names: list[str]) -> dict[str, tuple]:
+        """What is logged, as sums and numbers of examples; without references, loss and r_θ alone."""
+        number = self.is_scored.sum()
+        metrics = {"poft/loss": (self.loss_sum.detach(), number), "poft/r_theta": (self.log_prob.sum(), number)}
+        if not reference_names:
+            return metrics
+        reference_mean = self.reference_log_probs.mean(dim=0)
+        for name, values in zip(reference_names, self.reference_log_probs, strict=True):
+            metrics[f"poft/reference_{name}"] = (values.sum(), number)
+        wins = (self.log_prob > reference_mean) & self.is_scored
+        return {
+            **metrics,
+            "poft/reference_mean": (reference_mean.sum(), number),
+            "poft/margin": ((self.log_prob - reference_mean).sum(), number),
+            "poft/win_rate": (wins.sum(), number),
+            "poft/tau_mean": (self.tau.sum(), number),
+            "poft/tau_min": Minimum(self.tau.where(self.is_scored, torch.inf).amin()),
+            "poft/tau_max": Maximum(self.tau.where(self.is_scored, -torch.inf).amax()),
+            "poft/effective_sample_size": EffectiveSampleSize(self.tau.sum(), self.tau.square().sum(), number),
+        }
+
+
+class EffectiveSampleSize(NamedTuple):
+    """(Σ τ)² / (n Σ τ²): the share of the examples that would weigh as much if all weighed the same."""
+
+    tau_sum: torch.Tensor | float
+    square_sum: torch.Tensor | float
+    number: torch.Tensor | float
+    combine = torch.sum
+
+    def value(self) -> float | None:
+        return self.tau_sum**2 / (self.number * self.square_sum) if self.square_sum > 0 else None
 
 
 def preference_loss(

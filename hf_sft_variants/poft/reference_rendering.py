@@ -22,17 +22,8 @@ def render_for_reference(
     """
     Render an example for a reference model: its tokens as `input_ids`, `labels` on the scored ones. For `Dataset.map`.
 
-    Args:
-        example (`dict[str, Any]`):
-            Prepared row with `messages`, or `prompt` and `completion`, and `example_row`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the reference model.
-        target_eos (`str`):
-            End of sequence that `SFTTrainer` has appended to a plain completion; replaced by the reference model's.
-        end_of_turn (`bool`):
-            Whether the end-of-turn token is scored.
-        model (`str`), dataset_name (`str`):
-            Names for messages.
+    The example has `messages`, or `prompt` and `completion`, and `example_row`. `target_eos` is the end of sequence
+    that `SFTTrainer` has appended to a plain completion; it is replaced by the reference model's.
 
     Raises:
         `InputError`: If the chat template can't render the messages or changes the assistant's words, naming the row

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -75,9 +74,6 @@ class ReferenceScoringCallback(TrainerCallback):
             Scores of each data set by its name, as in a score file (`docs/score_file.md`).
         key_of_row (`dict[str, dict[int, str]]`):
             For each data set the keys of its scored rows, by their numbers.
-
-    Raises:
-        `InputError`: If there is no model, or one is given twice.
     """
 
     def __init__(
@@ -121,25 +117,11 @@ class ReferenceScoringCallback(TrainerCallback):
         return lines
 
     def score(
-        self,
-        dataset: Dataset,
-        dataset_name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        args: PoFTConfig,
+        self, dataset: Dataset, dataset_name: str, tokenizer: PreTrainedTokenizerBase, args: PoFTConfig
     ) -> pa.Table:
         """
-        Score every example with every model. Must be called by all processes at once.
-
-        Args:
-            dataset ([`~datasets.Dataset`]):
-                Prepared rows with `example_key` and what [`add_scored_mask`] adds; where they have no responses, their
-                tokens are scored.
-            dataset_name (`str`):
-                Name of the data set, for messages.
-            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                Tokenizer of the trained model.
-            args ([`PoFTConfig`]):
-                Configuration with `max_length` and `score_end_of_turn`.
+        Score every example of a prepared data set with every model; where rows have no responses, their tokens are
+        scored. Must be called by all processes at once.
 
         Returns:
             `pa.Table`: A row for each example and model, null where the example is too long for the model.
@@ -153,6 +135,7 @@ class ReferenceScoringCallback(TrainerCallback):
         tables = []
         for model, own_tokenizer in zip(self.models, tokenizers, strict=True):
             if has_responses:
+                render, template = render_for_reference, own_tokenizer.chat_template
                 fn_kwargs = {
                     "tokenizer": own_tokenizer,
                     "target_eos": tokenizer.eos_token or "",
@@ -160,23 +143,19 @@ class ReferenceScoringCallback(TrainerCallback):
                     "model": model,
                     "dataset_name": dataset_name,
                 }
-                render, template = partial(render_for_reference, **fn_kwargs), own_tokenizer.chat_template
             else:
                 require_same_vocabulary(model, tokenizer, self.model_init_kwargs)
-                render, template = label_scored_tokens, None
-            description = map_description(dataset, args, f"Rendering {dataset_name} dataset for {model}")
+                render, template, fn_kwargs = label_scored_tokens, None, {}
+            map_kwargs = map_description(dataset, args, f"Rendering {dataset_name} dataset for {model}")
+            others = [name for name in dataset.column_names if name != EXAMPLE_KEY]
             with global_then_local_main_first():
-                rendered = dataset.map(
-                    render,
-                    remove_columns=[name for name in dataset.column_names if name != EXAMPLE_KEY],
-                    **description,
-                )
-            tables.append(self._score(rendered, template, dataset_name, model, args))
+                rendered = dataset.map(render, fn_kwargs=fn_kwargs, remove_columns=others, **map_kwargs)
+            tables.append(self._score_rendered(rendered, template, dataset_name, model, args))
         self.key_of_row[dataset_name] = dict(zip(dataset["example_row"], dataset[EXAMPLE_KEY], strict=True))
         self.scores[dataset_name] = pa.concat_tables(tables)
         return self.scores[dataset_name]
 
-    def _score(self, rendered, template, dataset_name, model, args) -> pa.Table:
+    def _score_rendered(self, rendered, template, dataset_name, model, args) -> pa.Table:
         limits = [args.max_length, max_positions(model, self.model_init_kwargs)]
         settings = {
             "kind": "response_log_probs",
@@ -187,7 +166,7 @@ class ReferenceScoringCallback(TrainerCallback):
         }
         scores = cached_scores(
             rendered,
-            partial(self._load_scorer, model),
+            lambda: LogProbScorer(load_reference_model(model, self.model_init_kwargs)),
             self.score_cache_dir,
             settings,
             self.batch_tokens,
@@ -203,6 +182,3 @@ class ReferenceScoringCallback(TrainerCallback):
             "score_end_of_turn": [args.score_end_of_turn] * len(rendered),
         }
         return pa.table(columns, schema=SCHEMA)
-
-    def _load_scorer(self, model: str) -> LogProbScorer:
-        return LogProbScorer(load_reference_model(model, self.model_init_kwargs))

@@ -8,7 +8,9 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
-from ..base.preparation import keep_scorable, map_description
+from ..base.preparation import map_description
+from ..base.prepared_sets import MADE_WITH
+from ..base.trl_internals import get_dataset_column_names
 from ..errors import InputError
 from .config import PoFTConfig
 
@@ -25,31 +27,31 @@ def reference_names(models: list[str]) -> list[str]:
     return names if unique else [str(number) for number in range(len(names))]
 
 
-def names_of_prepared(columns: list[str]) -> list[str]:
-    """Numbers of the reference models that a prepared data set has columns of."""
+def number_in_data(dataset: Dataset | IterableDataset, args: PoFTConfig, dataset_name: str) -> int:
+    """Number of reference models whose scores a data set has, by its columns or its first row; 0 without scores."""
+    columns, models = get_dataset_column_names(dataset), args.reference_models
     prepared = itertools.takewhile(columns.__contains__, map(COLUMN.format, itertools.count()))
-    return [str(number) for number, _ in enumerate(prepared)]
-
-
-def number_in_column(dataset: Dataset | IterableDataset, args: PoFTConfig, dataset_name: str) -> int:
-    """
-    Number of reference models in `reference_score_column`, by its first row.
-
-    Raises:
-        `InputError`: If the configuration needs sums, or names another number of models.
-    """
-    column, models = args.reference_score_column, args.reference_models
-    if args.length_normalizer == "target":
+    number = len(list(prepared)) if "input_ids" in columns else 0
+    is_raw = not number and MADE_WITH not in columns  # a trainer's set is compared by its settings
+    if is_raw and (args.dataset_kwargs or {}).get("skip_prepare_dataset", False):
         raise InputError(
-            f"`length_normalizer='target'` needs summed log-probabilities, but the column `{column}` of the "
-            f"{dataset_name} dataset has means. Set `length_normalizer='own'`, or use `reference_score_file`."
+            f"With `skip_prepare_dataset=True` the {dataset_name} dataset must bring the columns "
+            f"`{COLUMN.format(0)}`, ... with each reference model's mean log-probability on every token, and "
+            "`scored_mask`."
         )
-    first = next(iter(dataset))[column]
-    number = len(first) if isinstance(first, list) and first else 1
-    if models and len(models) != number:
+    if not number and args.reference_score_column in columns:
+        if args.length_normalizer == "target":
+            raise InputError(
+                "`length_normalizer='target'` needs summed log-probabilities, but the column "
+                f"`{args.reference_score_column}` of the {dataset_name} dataset has means. Set "
+                "`length_normalizer='own'`, or use `reference_score_file`."
+            )
+        first = next(iter(dataset))[args.reference_score_column]
+        number = len(first) if isinstance(first, list) and first else 1
+    if number and models and len(models) != number:
         raise InputError(
-            f"Column `{column}` of the {dataset_name} dataset has {number} values in its first row, but "
-            f"`reference_models={models}` has {len(models)} models. Give one value for each."
+            f"The {dataset_name} dataset has the scores of {number} reference models, but `reference_models={models}` "
+            f"names {len(models)}. Name those, or none."
         )
     return number
 
@@ -57,12 +59,7 @@ def number_in_column(dataset: Dataset | IterableDataset, args: PoFTConfig, datas
 def spread_over_tokens(
     example: dict[str, Any], column: str, num_references: int, dataset_name: str
 ) -> dict[str, np.ndarray]:
-    """
-    Make a column for each reference model, with the example's value on every token. For `Dataset.map`.
-
-    Raises:
-        `InputError`: If the values are not `num_references` finite numbers of at most 0, naming the row.
-    """
+    """Make a column for each reference model, with the example's value on every token. For `Dataset.map`."""
     values = example[column]
     is_list = isinstance(values, list | tuple) and all(map(is_log_prob, values))
     if not is_list or len(values) != num_references:
@@ -115,29 +112,3 @@ def _where_words_are(example: dict[str, Any]) -> str:
 def _is_scored(example: dict[str, Any], needs_whole: bool) -> bool:
     num_left = sum(example["scored_mask"][1:])
     return num_left == example["num_scored_tokens"] > 0 if needs_whole else num_left > 0
-
-
-def add_reference_log_probs(
-    dataset: Dataset, columns: dict[str, list[float | None]], name: str, dataset_name: str
-) -> Dataset:
-    """
-    Add a column `name` with a list of the models' values; drop examples that one of the models could not score.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The examples.
-        columns (`dict[str, list[float | None]]`):
-            For each reference model its value of each example, `None` for one that it could not score.
-        name (`str`):
-            Column to add.
-        dataset_name (`str`):
-            Name of the data set, for messages.
-
-    Raises:
-        `InputError`: If none is left.
-    """
-    if name in dataset.column_names:
-        dataset = dataset.remove_columns(name)
-    dataset = dataset.add_column(name, [list(values) for values in zip(*columns.values(), strict=True)])
-    can_score = {model: [value is not None for value in values] for model, values in columns.items()}
-    return keep_scorable(dataset, can_score, dataset_name)

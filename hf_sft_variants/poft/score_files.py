@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..errors import InputError
 from ..scoring.joins import find_conflict
 from ..scoring.shards import write_parquet
+from ..scoring.user_tables import read_user_table
 from .references import is_log_prob
 
 
@@ -41,13 +40,8 @@ def write_score_file(scores: pa.Table, path: str | Path) -> None:
 
 def read_score_files(paths: Sequence[str], score_end_of_turn: bool) -> pa.Table:
     """
-    Read score files, Parquet or JSON lines, into one table with `SCHEMA`; missing columns are filled with nulls.
-
-    Args:
-        paths (`Sequence[str]`):
-            Files that end in `.parquet` or `.jsonl`.
-        score_end_of_turn (`bool`):
-            Setting that the files must have been made with.
+    Read score files that were made with a setting of `score_end_of_turn`, Parquet or JSON lines, into one table with
+    `SCHEMA`; missing columns are filled with nulls.
 
     Raises:
         `InputError`: If a file can't be read, lacks columns, or was made with another `score_end_of_turn`.
@@ -60,28 +54,16 @@ def _read_score_file(path: str, score_end_of_turn: bool) -> pa.Table:
     where = f"`reference_score_file` {path!r}"
     if Path(path).suffix not in (".parquet", ".jsonl"):
         raise InputError(f"{where} is neither .parquet nor .jsonl: give one of these. {_SEE_DOCS}")
-    if not Path(path).is_file():
-        raise InputError(f"{where} can't be read: there is no such file. {_SEE_DOCS}")
-    try:
-        table = pq.read_table(path) if path.endswith(".parquet") else pyarrow.json.read_json(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{where} can't be read: {error} {_SEE_DOCS}") from error
-    found = [name for name in SCHEMA.names if name in table.column_names]
-    missing = [name for name in (EXAMPLE_KEY, "model", "score_end_of_turn") if name not in found]
-    if not {"sum_log_prob", "num_tokens"} <= set(found) and "mean_log_prob" not in found:
-        missing.append("sum_log_prob` and `num_tokens")
-    if missing:
-        raise InputError(f"{where} has no column `{missing[0]}`, only {table.column_names}. {_SEE_DOCS}")
+    table = read_user_table(path, where, SCHEMA, [EXAMPLE_KEY, "model", "score_end_of_turn"], _SEE_DOCS)
+    table = table.replace_schema_metadata(None)
+    if not {"sum_log_prob", "num_tokens"} <= {*table.column_names} and "mean_log_prob" not in table.column_names:
+        raise InputError(f"{where} has no column `sum_log_prob` and `num_tokens`, or `mean_log_prob`. {_SEE_DOCS}")
     settings = pc.unique(table["score_end_of_turn"]).to_pylist()
     if settings != [score_end_of_turn]:
         raise InputError(
             f"{where} has `score_end_of_turn` {settings}, but `score_end_of_turn={score_end_of_turn}` is set. Set it "
             "to the value the scores were made with, or score again."
         )
-    try:
-        table = table.select(found).cast(pa.schema([SCHEMA.field(name) for name in found]))
-    except pa.ArrowException as error:
-        raise InputError(f"{where} has a value of the wrong type: {error} {_SEE_DOCS}") from error
     for name in (EXAMPLE_KEY, "model"):
         if table[name].null_count:
             row = pc.index(table[name].is_null(), True).as_py()
@@ -95,18 +77,8 @@ def join_by_key(
     """
     Score r_j of each example by a reference model, in nats per token; `None` if the model could not score the example.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Examples with `example_key`, `example_row` and `num_scored_tokens`.
-        scores (`pa.Table`):
-            Table with `SCHEMA`, in any order; may have other examples and models.
-        model (`str`):
-            Name of the reference model in the table.
-        length_normalizer (`str`):
-            `"own"`: the mean over the model's own tokens. `"target"`: its summed log-probability divided by the number
-            of the trained model's tokens.
-        dataset_name (`str`):
-            Name of the data set, for messages.
+    The examples have `example_key`, `example_row` and `num_scored_tokens`; the table, with `SCHEMA`, is in any order
+    and may have other examples and models.
 
     Raises:
         `InputError`: If an example has no score or two different ones, or a score is not a finite number of at most 0.

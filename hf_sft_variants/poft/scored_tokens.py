@@ -16,27 +16,13 @@ class ScoredMask(IntEnum):
     SCORED = 1
 
 
-def has_responses(columns: list[str]) -> bool:
-    """Whether rows are conversations, or prompts and completions, rather than plain texts."""
-    return "messages" in columns or {"prompt", "completion"} <= set(columns)
-
-
 def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: str, end_of_turn: bool) -> list[int]:
     """
     Mark the scored tokens: 1 on the assistant's words and, optionally, the ends of its turns; 0 elsewhere.
 
-    Scored are the completion of a prompt, or all turns of the assistant that have words. Nothing predicts the first
-    token of an example, so it does not count.
-
-    Args:
-        example (`dict[str, Any]`):
-            Row with `messages`, or `prompt` and `completion`.
-        rendered ([`~hf_sft_variants.text.assistant_turns.RenderedExample`]):
-            The row in a model's template and tokens.
-        eos_token (`str`):
-            End of sequence, which follows the words of a plain completion.
-        end_of_turn (`bool`):
-            Whether the end-of-turn token, or the text that ends the turn, is scored.
+    Scored are the completion of a prompt, or all turns of the assistant that have words. The row has `messages`, or
+    `prompt` and `completion`; `rendered` is the row in a model's template and tokens. `eos_token` follows the words of
+    a plain completion.
 
     Raises:
         `InputError`: If the tokens differ from the assistant's words by more than white space around them.
@@ -49,14 +35,14 @@ def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: s
     for turn, (content, has_calls) in zip(turns, words, strict=True):
         tokens = rendered.tokens_in(turn.content)
         if not tokens:
-            raise InputError(f"there is no token for the assistant's words {_shortened(content)}")
+            raise InputError(f"there is no token for the assistant's words {content[:80]!r}")
         first, last = min(tokens), max(tokens)
         # Without a template the end of a prompt may share a token with the start of the completion
         start = turn.content[0] if isinstance(example.get("completion"), str) else rendered.offsets[first][0]
         text = rendered.text[start : rendered.offsets[last][1]]
         if text.strip() != content.strip():
             raise InputError(
-                f"the scored tokens say {_shortened(text)}, but the assistant said {_shortened(content)}. Use a chat "
+                f"the scored tokens say {text[:80]!r}, but the assistant said {content[:80]!r}. Use a chat "
                 "template that shows its words as they are"
             )
         for i in [*tokens, *range(last + 1, turn.end_token if end_of_turn and not has_calls else 0)]:
@@ -74,22 +60,18 @@ def _assistant_words(example: dict[str, Any], eos_token: str) -> list[tuple[str,
     return [(content, has_calls) for content, has_calls in contents if isinstance(content, str) and content.strip()]
 
 
-def _shortened(text: str) -> str:
-    return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
-
-
 def add_scored_mask(
-    examples: dict[str, list],
-    rows: list[int],
+    example: dict[str, Any],
+    row: int,
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None,
     has_responses: bool,
     end_of_turn: bool,
     dataset_name: str,
-) -> dict[str, list]:
+) -> dict[str, Any]:
     """
     Add the columns `scored_mask`, `num_scored_tokens`, `example_row` (the row's number) and `has_responses`. For
-    batched `Dataset.map`.
+    `Dataset.map`.
 
     An existing `scored_mask` is kept. Scored are the tokens of [`scored_mask`], or the supervised ones of rows that
     came as tokens or plain texts.
@@ -97,27 +79,24 @@ def add_scored_mask(
     Raises:
         `InputError`: If the scored tokens can't be found or have no label, naming the row.
     """
-    masks = []
-    for i, row in enumerate(rows):
-        example = {column: values[i] for column, values in examples.items() if values[i] is not None}
-        try:
-            if "scored_mask" in example:
-                mask = example["scored_mask"]
-            elif has_responses:
-                rendered = render_example(example, tokenizer, chat_template, text_field="")
-                require_same_tokens(rendered, example["input_ids"])
-                mask = scored_mask(example, rendered, tokenizer.eos_token or "", end_of_turn)
-            else:
-                mask = _supervised_mask(example["labels"], end_of_turn)
-            _require_labels(mask, example)
-        except InputError as problem:
-            raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
-        masks.append(mask)
+    example = {column: value for column, value in example.items() if value is not None}
+    try:
+        if "scored_mask" in example:
+            mask = example["scored_mask"]
+        elif has_responses:
+            rendered = render_example(example, tokenizer, chat_template, text_field="")
+            require_same_tokens(rendered, example["input_ids"])
+            mask = scored_mask(example, rendered, tokenizer.eos_token or "", end_of_turn)
+        else:
+            mask = _supervised_mask(example["labels"], end_of_turn)
+        _require_labels(mask, example)
+    except InputError as problem:
+        raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
     return {
-        "scored_mask": masks,
-        "num_scored_tokens": [sum(mask[1:]) for mask in masks],
-        "example_row": rows,
-        "has_responses": examples.get("has_responses", [has_responses] * len(rows)),
+        "scored_mask": mask,
+        "num_scored_tokens": sum(mask[1:]),
+        "example_row": row,
+        "has_responses": example.get("has_responses", has_responses),
     }
 
 

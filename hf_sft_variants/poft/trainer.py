@@ -4,30 +4,24 @@ from functools import cached_property, wraps
 
 import torch
 from accelerate.logging import get_logger
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import count_supervised_samples
+from ..base.example_keys import add_content_keys
 from ..base.fingerprints import describe_content
-from ..base.preparation import map_description
+from ..base.preparation import keep_scorable, map_description
+from ..base.row_checks import require_row
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
+from ..base.validation import resolve_args
 from ..errors import InputError
 from ..scoring import describe_model
 from .config import PoFTConfig
 from .loss import preference_loss
-from .metrics import preference_metrics
 from .reference_scoring import ReferenceScoringCallback
-from .references import (
-    COLUMN,
-    add_reference_log_probs,
-    drop_unscored,
-    names_of_prepared,
-    number_in_column,
-    reference_names,
-    spread_over_tokens,
-)
-from .score_files import add_content_keys, join_by_key, read_score_files
-from .scored_tokens import ScoredMask, add_scored_mask, has_responses
+from .references import COLUMN, drop_unscored, number_in_data, reference_names, spread_over_tokens
+from .score_files import join_by_key, read_score_files
+from .scored_tokens import ScoredMask, add_scored_mask
 
 
 logger = get_logger(__name__)
@@ -37,25 +31,41 @@ _JOINED_COLUMN = "reference_log_probs"
 
 
 class PoFTTrainer(AnnotatedSFTTrainer):
-    """
+    r"""
     Trainer for PoFT, preference-oriented supervised fine-tuning.
 
     Trains the model to find each response more likely than aligned reference models find it: an example's
     cross-entropy weighs little where the model is ahead of them already, or where they, too, find the response
     unlikely, as they do with bad data. The reference models score the data once, before training, each in its own chat
-    template ([`ReferenceScoringCallback`]); no example weighs more for being longer. Differs from [`~trl.SFTTrainer`]
-    in the loss, and takes the same arguments. Method: [PoFT](https://huggingface.co/papers/2412.12865).
+    template ([`ReferenceScoringCallback`]). With \\( r_\theta \\) the model's mean log-probability of a response and
+    \\( \overline{r} \\) the mean of the reference models', the loss is the mean over examples of
 
-    In the loss are the assistant's words and its end-of-turn tokens, of all its turns; of a prompt and a completion
-    those of the completion; of rows that come as tokens, the labels. Examples whose words `max_length` cuts, or that
-    are too long for a reference model, are dropped and counted.
+    $$ -\log \sigma(\beta (r_\theta - \overline{r}) + \gamma) $$
 
-    Logs beside SFTTrainer's metrics and `nll` (of all labels) means over examples: `poft/loss` (the loss, also in
-    evaluation on packed rows, where `eval_loss` is a mean over batches); in nats per token
-    `poft/r_theta` (log-probability of the model), `poft/reference_mean`, `poft/reference_<name>` of each reference
-    model, `poft/margin` (the model's minus the references' mean); of the weights τ `poft/tau_mean`, `poft/tau_min`,
-    `poft/tau_max` and `poft/effective_sample_size` (share of the examples that would weigh as much if all weighed the
-    same); and `poft/win_rate`, the share of examples with a positive margin.
+    Takes the arguments of [`~trl.SFTTrainer`]. No example weighs more for being longer.
+
+    References:
+        - [PoFT](https://huggingface.co/papers/2412.12865)
+
+    Requirements:
+        1. Reference models, a score file, or a column of scores ([`PoFTConfig`]); for streams the column.
+
+    Inputs:
+        - Scored are the assistant's words and its end-of-turn tokens, of all its turns; of a prompt and a completion
+          those of the completion; of rows that come as tokens, the labels. Examples whose words `max_length` cuts, or
+          that are too long for a reference model, are dropped and counted.
+
+    Logs, in addition to SFTTrainer's metrics and `nll` (of all labels), means over examples:
+        - `poft/loss`: the loss, also in evaluation on packed rows, where `eval_loss` is a mean over batches;
+        - in nats per token `poft/r_theta` (log-probability of the model), `poft/reference_mean`,
+          `poft/reference_<name>` of each reference model, `poft/margin` (the model's minus the references' mean);
+        - of the weights τ `poft/tau_mean`, `poft/tau_min`, `poft/tau_max` and `poft/effective_sample_size` (share of
+          the examples that would weigh as much if all weighed the same);
+        - `poft/win_rate`: the share of examples with a positive margin.
+
+    Relations:
+        - With `preference_weighting="uniform"`, the mean cross-entropy of examples, which is [`~trl.SFTTrainer`]'s
+          loss where all responses have the same length.
 
     Example:
 
@@ -70,10 +80,6 @@ class PoFTTrainer(AnnotatedSFTTrainer):
     )
     trainer.train()
     ```
-
-    Raises:
-        `InputError`: If there are no reference scores, or not for all examples; for streams without
-            `reference_score_column`; if the assistant's words can't be found in what a chat template makes of them.
     """
 
     _tag_names = ["trl", "sft", "poft", "hf_sft_variants"]
@@ -99,45 +105,55 @@ class PoFTTrainer(AnnotatedSFTTrainer):
     @wraps(AnnotatedSFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
         arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        self._given_callbacks = list(arguments.get("callbacks") or [])
+        self.args = resolve_args(arguments.get("args"), self.config_class, arguments["model"], self._name)
+        self.reference_scoring = self._make_scoring(arguments.get("callbacks") or [])
         self._given_train_dataset = arguments.get("train_dataset")
-        super().__init__(*args, **kwargs)
+        self._check_eval_datasets(arguments.get("eval_dataset"))
+        super().__init__(**{**arguments, "args": self.args})
         if self.reference_scoring:
             self.add_missing_callback(self.reference_scoring)
 
-    @cached_property
-    def reference_scoring(self) -> ReferenceScoringCallback | None:
+    def _make_scoring(self, callbacks) -> ReferenceScoringCallback | None:
         """What scores the data: the user's callback, or one from the configuration."""
-        args, others = self.args, ("reference_models", "reference_score_file")
+        args = self.args
         if not args.needs_references:
             return None
-        given = [callback for callback in self._given_callbacks if isinstance(callback, ReferenceScoringCallback)]
-        if given:
-            for name in others:
-                if getattr(args, name):
-                    raise InputError(
-                        f"`{name}={getattr(args, name)}` and a `ReferenceScoringCallback` among the `callbacks` both "
-                        "bring reference models. Remove one of them."
-                    )
-            return given[0]
+        for callback in callbacks:
+            if isinstance(callback, ReferenceScoringCallback):
+                for name in ("reference_models", "reference_score_file"):
+                    if getattr(args, name):
+                        raise InputError(
+                            f"`{name}={getattr(args, name)}` and a `ReferenceScoringCallback` among the `callbacks` "
+                            "both bring reference models. Remove one of them."
+                        )
+                return callback
         if args.reference_score_file or not args.reference_models:
             return None
-        return ReferenceScoringCallback(
-            args.reference_models,
-            model_init_kwargs=args.reference_model_init_kwargs,
-            score_cache_dir=args.score_cache_dir,
-            batch_tokens=args.reference_batch_tokens,
-        )
+        models, kwargs = args.reference_models, args.reference_model_init_kwargs
+        return ReferenceScoringCallback(models, kwargs, args.score_cache_dir, args.reference_batch_tokens)
+
+    def _check_eval_datasets(self, eval_dataset) -> None:
+        """Before the reference models score the training set, which may take hours."""
+        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        datasets = [self._given_train_dataset, *named.values()]
+        if not self.args.needs_references or not all(isinstance(each, Dataset | IterableDataset) for each in datasets):
+            return  # what is not a data set is refused for itself
+        for name, dataset in named.items():
+            require_row(f"The {name} dataset", dataset)
+            number = len(self._references_of(dataset, name))
+            self._is_to_be_scored(dataset, name)
+            if number != len(self._reference_names):
+                raise InputError(
+                    f"The {name} dataset has scores of {number} reference models, the train dataset of "
+                    f"{len(self._reference_names)}. Give both the same."
+                )
 
     # Annotation: which tokens are scored, and what the reference models found
 
     @property
     def annotation_columns(self):
-        return {"scored_mask": ScoredMask.NOT_SCORED, **{COLUMN.format(j): 0.0 for j in range(self._num_references)}}
-
-    @property
-    def _num_references(self):
-        return len(self._reference_names)
+        references = {COLUMN.format(j): 0.0 for j in range(len(self._reference_names))}
+        return {"scored_mask": ScoredMask.NOT_SCORED, **references}
 
     @cached_property
     def _reference_names(self) -> list[str]:
@@ -147,39 +163,20 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         return reference_names(self._references_of(self._given_train_dataset, "train"))
 
     def _references_of(self, dataset, dataset_name) -> list[str]:
-        """The reference models that score a data set, or has scored it; numbers where they have no names."""
-        args, columns = self.args, get_dataset_column_names(dataset)
-        scoring = self.reference_scoring  # refuses two sources of models
-        prepared = names_of_prepared(columns) if "input_ids" in columns else []
-        if prepared:
-            models = args.reference_models or prepared
-            return models if len(models) == len(prepared) else prepared
-        if self._skip_prepare_dataset:
-            raise InputError(
-                f"With `skip_prepare_dataset=True` the {dataset_name} dataset must bring the columns "
-                f"`{COLUMN.format(0)}`, ... with each reference model's mean log-probability on every token, and "
-                "`scored_mask`."
-            )
-        if args.reference_score_column in columns:
-            number = number_in_column(dataset, args, dataset_name)
+        """The reference models that score a data set, or have scored it; numbers where they have no names."""
+        args, number = self.args, number_in_data(dataset, self.args, dataset_name)
+        if number:
             return args.reference_models or [str(j) for j in range(number)]
         if args.reference_score_file:
             return args.reference_models or self._scores_of_files["model"].unique().to_pylist()
-        return scoring.models if scoring else []
-
-    def _require_as_many_references(self, dataset, dataset_name) -> None:
-        number = len(self._references_of(dataset, dataset_name)) if self.args.needs_references else 0
-        if number != self._num_references:
-            raise InputError(
-                f"The {dataset_name} dataset has scores of {number} reference models, the train dataset of "
-                f"{self._num_references}. Give both the same."
-            )
+        return self.reference_scoring.models if self.reference_scoring else []
 
     def annotation_settings(self, columns, is_packed):
         args = self.args
         if not args.needs_references:
             return {"score_end_of_turn": args.score_end_of_turn, "preference_weighting": "uniform"}
         settings = {"score_end_of_turn": args.score_end_of_turn, "preference_weighting": "not uniform"}
+        settings["num_references"] = len(self._reference_names)
         if args.reference_score_column in columns:  # the user's own scores
             return settings
         if args.reference_score_file:
@@ -191,39 +188,27 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             settings |= {"reference_models": models, "length_normalizer": args.length_normalizer}
         return settings
 
-    def check_prepared(self, dataset, packing, dataset_name):
-        made_with = super().check_prepared(dataset, packing, dataset_name)
-        models, prepared = self.args.reference_models, names_of_prepared(get_dataset_column_names(dataset))
-        if self.args.needs_references and models and prepared and len(models) != len(prepared):
-            raise InputError(
-                f"The {dataset_name} dataset is prepared with the scores of {len(prepared)} reference models, but "
-                f"`reference_models={models}` names {len(models)}. Name those, or none."
-            )
-        if prepared:
-            self._require_as_many_references(dataset, dataset_name)
-        return made_with
-
     def annotate_untruncated(self, dataset, dataset_name, from_text):
         args, columns = self.args, get_dataset_column_names(dataset)
         if self._is_to_be_scored(dataset, dataset_name):  # keyed by content, whatever model is trained
             text_options = (args.dataset_text_field, self._tokenizer.eos_token)
             dataset = add_content_keys(dataset, args.dataset_num_proc, *text_options, is_prepared=from_text)
+        has_turns = "messages" in columns or {"prompt", "completion"} <= set(columns)
         fn_kwargs = {
             "tokenizer": self._tokenizer,
             "chat_template": self.chat_template,
-            "has_responses": from_text and has_responses(columns),
+            "has_responses": from_text and has_turns,
             "end_of_turn": args.score_end_of_turn,
             "dataset_name": dataset_name,
         }
         map_kwargs = map_description(dataset, args, f"Finding responses of {dataset_name} dataset")
-        return dataset.map(add_scored_mask, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+        return dataset.map(add_scored_mask, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def annotate(self, dataset, dataset_name):
         args = self.args
         with global_then_local_main_first():
             dataset = drop_unscored(dataset, args, dataset_name)
         columns = get_dataset_column_names(dataset)
-        self._require_as_many_references(dataset, dataset_name)
         if not args.needs_references or COLUMN.format(0) in columns:  # the latter was prepared before
             return dataset
         column = args.reference_score_column
@@ -234,7 +219,8 @@ class PoFTTrainer(AnnotatedSFTTrainer):
                 f"The {dataset_name} dataset has the column `{column}`, so "
                 f"`reference_score_file={args.reference_score_file}` is not read for it."
             )
-        fn_kwargs = {"column": column, "num_references": self._num_references, "dataset_name": dataset_name}
+        number = len(self._reference_names)
+        fn_kwargs = {"column": column, "num_references": number, "dataset_name": dataset_name}
         map_kwargs = map_description(dataset, args, f"Adding reference scores to {dataset_name} dataset")
         with global_then_local_main_first():
             return dataset.map(spread_over_tokens, fn_kwargs=fn_kwargs, **map_kwargs)
@@ -246,8 +232,12 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         else:
             scores = self.reference_scoring.score(dataset, dataset_name, self._tokenizer, args)
         values = {model: join_by_key(dataset, scores, model, args.length_normalizer, dataset_name) for model in models}
+        can_score = {model: [value is not None for value in of_model] for model, of_model in values.items()}
         with global_then_local_main_first():
-            return add_reference_log_probs(dataset, values, _JOINED_COLUMN, dataset_name)
+            if _JOINED_COLUMN in dataset.column_names:
+                dataset = dataset.remove_columns(_JOINED_COLUMN)
+            rows = [list(of_row) for of_row in zip(*values.values(), strict=True)]
+            return keep_scorable(dataset.add_column(_JOINED_COLUMN, rows), can_score, dataset_name)
 
     @cached_property
     def _scores_of_files(self):
@@ -277,7 +267,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         return {"samples": count_supervised_samples({**inputs, "labels": labels})}
 
     def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
-        references = [batch.annotations[COLUMN.format(j)] for j in range(self._num_references)]
+        references = [batch.annotations[COLUMN.format(j)] for j in range(len(self._reference_names))]
         result = preference_loss(
             batch.log_probs,
             (batch.annotations["scored_mask"] == ScoredMask.SCORED) & batch.label_mask,
@@ -288,5 +278,5 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             self.args.gamma,
             self.args.preference_weighting,
         )
-        batch.metrics.update(preference_metrics(result, self._reference_names))
+        batch.metrics.update(result.metrics(self._reference_names))
         return result.loss_sum / batch.num_items["samples"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model, send_to_device
 from datasets import Dataset
@@ -27,9 +28,6 @@ from .confidence_file import confidence_table, require_unique_keys
 
 
 logger = get_logger(__name__)
-
-# For fewer than three epochs; each costs a forward pass over the data
-NUM_CHECKPOINTS = 3
 
 
 class ConfidenceTrackingCallback(TrainerCallback):
@@ -104,19 +102,16 @@ class ConfidenceTrackingCallback(TrainerCallback):
         self.checkpoints = checkpoints
         self.measure = measure
         self.dataset = dataset
-        self._steps: list[int] = []
         add_lm_head(trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if (self.trainer.get_tp_size() or 1) > 1:
-            raise InputError(
-                "ConfidenceTrackingCallback gives each process different examples, which tensor parallelism does not "
-                "allow. Run it without, or use `confidence_source='file'`."
-            )
-        self._steps = checkpoint_steps(self.checkpoints, state.max_steps, _steps_per_epoch(train_dataloader, args))
-        self._remove_later_parts(state.global_step)
+        refuse_tensor_parallelism(self.trainer)
+        steps_per_epoch = None  # of a stream
+        if has_length(train_dataloader):
+            steps_per_epoch = max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
+        self._steps = checkpoint_steps(self.checkpoints, state.max_steps, steps_per_epoch)
         with global_then_local_main_first():
-            self._examples = self._keyed_examples(args)
+            self._examples, self._keys_of = self._keyed_examples(args)
             token_keys = add_content_keys(self._examples.remove_columns(EXAMPLE_KEY), args.dataset_num_proc)
         on_main_process(partial(self._check_parts, state.global_step))
         self._num_labels = np.array([sum(label != -100 for label in row[1:]) for row in self._examples["labels"]])
@@ -127,19 +122,40 @@ class ConfidenceTrackingCallback(TrainerCallback):
         shards = plan_shards([lengths[row] for row in rows], args.per_device_eval_batch_size * max(lengths))
         self._batches = [[rows[number] for number in batch] for shard in shards for batch in shard]
 
-    def _keyed_examples(self, args) -> Dataset:
+    def _keyed_examples(self, args) -> tuple[Dataset, str]:
+        """The examples with their keys, and what these are made of."""
         examples = trained_examples(self.trainer) if self.dataset is None else self.dataset
         examples = examples.with_format(None)  # the user's may be another
         if EXAMPLE_KEY in examples.column_names:
-            self._keys_of = "column"
+            keys_of = "column"
             if self.dataset is None:
                 require_unique_keys(examples)
         else:
-            self._keys_of = keys_are_of(examples.column_names, args.dataset_text_field, is_prepared=True)
-            tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
-            options = {"text_field": args.dataset_text_field, "eos_token": tokenizer.eos_token, "is_prepared": True}
-            examples = add_content_keys(examples, args.dataset_num_proc, **options)
-        return examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"])
+            keys_of = keys_are_of(examples.column_names, args.dataset_text_field, is_prepared=True)
+            options = {"text_field": args.dataset_text_field, "eos_token": self.trainer._tokenizer.eos_token}
+            examples = add_content_keys(examples, args.dataset_num_proc, **options, is_prepared=True)
+        return examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"]), keys_of
+
+    def _part(self, step: int) -> Path:
+        """Where the values of one checkpoint are kept, for a run that is resumed."""
+        return self.output_file.with_name(f"{self.output_file.name}.checkpoints") / f"step-{step}.parquet"
+
+    def _check_parts(self, global_step: int) -> None:
+        """Remove the parts of an earlier run or of steps lost in a crash, and check the others."""
+        for part in self._part(0).parent.glob("step-*.parquet"):
+            if int(part.stem.removeprefix("step-")) > global_step:
+                part.unlink()
+        for part in (self._part(step) for step in self._steps if step <= global_step):
+            if not part.is_file():
+                raise InputError(
+                    f"The run is resumed at step {global_step}, but {part} is missing: the data was not evaluated "
+                    "then. Start from the beginning, or from a checkpoint before that step."
+                )
+            if pq.read_table(part)[EXAMPLE_KEY].to_pylist() != self._examples[EXAMPLE_KEY][:]:
+                raise InputError(
+                    f"{part} was written for other examples than those of the run that is resumed, or in another "
+                    "order. Resume with the same data set, or start from the beginning."
+                )
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self._steps:
@@ -158,43 +174,18 @@ class ConfidenceTrackingCallback(TrainerCallback):
             write_parquet(confidence_table(keys, self._num_labels, nll, self.measure, self._keys_of), self.output_file)
         self.trainer.accelerator.wait_for_everyone()
 
-    def _part(self, step: int) -> Path:
-        return self.output_file.with_name(f"{self.output_file.name}.checkpoints") / f"step-{step}.parquet"
-
-    def _check_parts(self, global_step: int) -> None:
-        for part in (self._part(step) for step in self._steps if step <= global_step):
-            if not part.is_file():
-                raise InputError(
-                    f"The run is resumed at step {global_step}, but {part} is missing: the data was not evaluated "
-                    "then. Start from the beginning, or from a checkpoint before that step."
-                )
-            if pq.read_table(part)[EXAMPLE_KEY].to_pylist() != self._examples[EXAMPLE_KEY][:]:
-                raise InputError(
-                    f"{part} was written for other examples than those of the run that is resumed, or in another "
-                    "order. Resume with the same data set, or start from the beginning."
-                )
-
-    def _remove_later_parts(self, global_step: int) -> None:
-        """Remove the parts of an earlier run, or of steps lost in a crash."""
-        if self.trainer.is_world_process_zero():
-            for part in self._part(0).parent.glob("step-*.parquet"):
-                if int(part.stem.removeprefix("step-")) > global_step:
-                    part.unlink()
-        self.trainer.accelerator.wait_for_everyone()
-
     def _evaluate(self, step: int) -> np.ndarray:
         """Mean NLL of each example's labels, NaN without a label; the same on all processes."""
         accelerator, model = self.trainer.accelerator, self.trainer.model_wrapped
         num_processes, found = accelerator.num_processes, []
         # All processes must call a sharded model equally often
-        num_rounds = math.ceil(len(self._batches) / num_processes)
-        show_progress = accelerator.is_main_process and not self.trainer.args.disable_tqdm
+        rounds = range(math.ceil(len(self._batches) / num_processes))
+        hide_progress = not accelerator.is_main_process or self.trainer.args.disable_tqdm
         with evaluation_mode(model):
-            for number in tqdm(
-                range(num_rounds), desc=f"Confidence at step {step}", leave=False, disable=not show_progress
-            ):
+            for number in tqdm(rounds, desc=f"Confidence at step {step}", leave=False, disable=hide_progress):
                 rows = self._batches[(number * num_processes + accelerator.process_index) % len(self._batches)]
-                found += zip(rows, _mean_nll(model, [self._examples[row] for row in rows], accelerator), strict=True)
+                examples = [self._examples[row] for row in rows]
+                found += zip(rows, _mean_nll(model, examples, accelerator.device), strict=True)
         nll = np.full(len(self._examples), np.nan)
         for row, value in gather_object(found):
             nll[row] = value
@@ -209,11 +200,19 @@ class ConfidenceTrackingCallback(TrainerCallback):
         return nll
 
 
-def _mean_nll(model, examples: list[dict], accelerator) -> list[float]:
+def refuse_tensor_parallelism(trainer: SFTTrainer) -> None:
+    """Evaluation gives each process different examples, but its processes need the same."""
+    if (trainer.get_tp_size() or 1) > 1:
+        raise InputError(
+            "ConfidenceTrackingCallback gives each process different examples, which tensor parallelism does not "
+            "allow. Run it without, or use `confidence_source='file'`."
+        )
+
+
+def _mean_nll(model, examples: list[dict], device: torch.device) -> list[float]:
     """Mean NLL of each example's labels, NaN without a label."""
-    collator = DataCollatorForLanguageModeling(pad_token_id=0)  # padding is masked
-    batch = collator([{"input_ids": example["input_ids"], "labels": example["labels"]} for example in examples])
-    outputs = model(**send_to_device(batch, accelerator.device), score_labels=True)
+    batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)  # padding is masked
+    outputs = model(**send_to_device(batch, device), score_labels=True)
     # Counted here, since after the virtual tokens of prompt learning the first token is predicted, too
     return (-outputs.log_probs.float().cpu().double().sum(1) / outputs.label_mask.cpu().sum(1)).tolist()
 
@@ -221,7 +220,7 @@ def _mean_nll(model, examples: list[dict], accelerator) -> list[float]:
 def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epoch: int | None) -> list[int]:
     """
     Optimizer steps after which a run evaluates its data: those `wanted` or, by default, the ends of three or more
-    epochs, or else three evenly spaced steps.
+    epochs, or else three evenly spaced steps, since each evaluation is a forward pass over the data.
 
     Raises:
         `InputError`: If the run has no such step.
@@ -233,22 +232,11 @@ def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epo
         return steps
     if steps_per_epoch and max_steps >= 3 * steps_per_epoch:
         return sorted({*range(steps_per_epoch, max_steps, steps_per_epoch), max_steps})
-    return sorted({max(round(max_steps * part / NUM_CHECKPOINTS), 1) for part in range(1, NUM_CHECKPOINTS + 1)})
-
-
-def _steps_per_epoch(train_dataloader, args) -> int | None:
-    if not has_length(train_dataloader):  # a stream
-        return None
-    return max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
+    return sorted({max(round(max_steps * part / 3), 1) for part in (1, 2, 3)})
 
 
 def trained_examples(trainer: SFTTrainer) -> Dataset:
-    """
-    The examples that a trainer trains on, one in each row.
-
-    Raises:
-        `InputError`: For streams, and for packing that cuts examples.
-    """
+    """The examples that a trainer trains on, one in each row; refuses streams, and packing that cuts examples."""
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset):
         raise InputError("`train_dataset` is a stream, whose examples can't be ranked. Load it without streaming.")
@@ -259,12 +247,7 @@ def trained_examples(trainer: SFTTrainer) -> Dataset:
             f"`packing_strategy={trainer.args.packing_strategy!r}` cuts examples, so they can't be ranked. Use 'bfd', "
             "or give ConfidenceTrackingCallback the `dataset` before packing."
         )
-    return dataset.map(
-        _cut_into_documents,
-        batched=True,
-        remove_columns=dataset.column_names,
-        desc="Cutting packed rows into documents",
-    )
+    return dataset.map(_cut_into_documents, batched=True, remove_columns=dataset.column_names, desc="Unpacking")
 
 
 def _cut_into_documents(rows: dict[str, list]) -> dict[str, list]:

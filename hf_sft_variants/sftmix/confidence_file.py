@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
@@ -14,7 +13,8 @@ from datasets import Dataset
 from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..errors import InputError
 from ..scoring.joins import find_conflict, rows_of_keys
-from .pairing import CONFIDENT, NEITHER, UNCONFIDENT, halves_of_order
+from ..scoring.user_tables import read_user_table
+from .pairing import CONFIDENT, NEITHER, UNCONFIDENT, halves_of_order, order_by_confidence, split_in_halves
 
 
 logger = get_logger(__name__)
@@ -33,12 +33,7 @@ _SCHEMA = pa.schema({EXAMPLE_KEY: pa.string(), "mean_nll": pa.float64(), "mean_p
 
 
 def require_unique_keys(dataset: Dataset) -> None:
-    """
-    Check the user's own keys.
-
-    Raises:
-        `InputError`: If two examples have the same key.
-    """
+    """Refuse a column `example_key` of the user in which two examples have the same key."""
     if len(set(dataset[EXAMPLE_KEY])) < len(dataset):
         raise InputError(f"Column `{EXAMPLE_KEY}` names two examples the same. Give each a key of its own.")
 
@@ -48,33 +43,12 @@ def perplexity(nll: np.ndarray) -> np.ndarray:
     return np.exp(np.minimum(nll, MAX_NLL))
 
 
-def order_by_confidence(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> np.ndarray:
-    """
-    Numbers of the examples, the most confident one first. Ties go by mean NLL, then by number. Examples without a
-    value (NaN) are left out.
-    """
-    by = (mean_nll, mean_perplexity) if measure == "perplexity" else (mean_nll,)
-    order = np.lexsort(by)  # stable; the last key counts first
-    return order[~np.isnan(mean_nll[order])]
-
-
 def confidence_table(
     keys: list[str], num_labels: np.ndarray, nll: dict[int, np.ndarray], measure: str, keys_of: str
 ) -> pa.Table:
     """
-    Rank examples by their NLL at checkpoints.
-
-    Args:
-        keys (`list[str]`):
-            Keys of the examples.
-        num_labels (`np.ndarray`):
-            Number of labels of each example.
-        nll (`dict[int, np.ndarray]`):
-            For each checkpoint's step the mean NLL of each example's labels, in nats; NaN without a label.
-        measure (`str`):
-            `"perplexity"` or `"mean_nll"`.
-        keys_of (`str`):
-            What the keys are made of: `"text"`, `"tokens"` or `"column"`.
+    Rank examples by their NLL at checkpoints: for each checkpoint's step `nll` has the mean over each example's labels
+    in nats, NaN without a label. `keys_of` is what the keys are made of: `"text"`, `"tokens"` or `"column"`.
 
     Returns:
         `pa.Table`: The columns documented in [`ConfidenceTrackingCallback`].
@@ -105,41 +79,33 @@ def halves_from_file(
     eos_token: str | None = None,
 ) -> torch.Tensor:
     """
-    Split the examples of a data set by a confidence file, which may be in another order and have more examples.
+    Split prepared examples by a confidence file, which may be in another order and have more examples.
 
-    Args:
-        path (`str` or `Path`):
-            File written by [`ConfidenceTrackingCallback`], or any with its columns `example_key`, `mean_nll` and
-            `mean_perplexity`.
-        examples ([`~datasets.Dataset`]):
-            Prepared examples with `example_key`, `input_ids`, `labels` and `num_labels`.
-        measure (`str`):
-            `"perplexity"` or `"mean_nll"`.
-        skip_missing (`bool`, *optional*, defaults to `False`):
-            Whether an example that is not in the file belongs to neither half; otherwise it is an error.
-        text_field (`str`, *optional*, defaults to `"text"`), eos_token (`str`, *optional*):
-            As in [`~hf_sft_variants.base.example_keys.add_content_keys`].
-
-    Returns:
-        `torch.Tensor` of shape `(len(examples),)`: Half of each example.
-
-    Raises:
-        `InputError`: If the file can't be read, or lacks a column, an example or a value.
+    With `skip_missing` examples that are not in the file belong to neither half; otherwise they are refused.
+    `text_field` and `eos_token` are those of [`~hf_sft_variants.base.example_keys.add_content_keys`].
     """
     table, keys_of = _read(path)
     if keys_of != "column":
         content = examples.select_columns(["input_ids", "labels"]) if keys_of == "tokens" else examples
-        examples = examples.select_columns(["num_labels"]).add_column(
-            EXAMPLE_KEY, add_content_keys(content, None, text_field, eos_token, is_prepared=True)[EXAMPLE_KEY][:]
-        )
-    keys, has_labels = examples[EXAMPLE_KEY][:], np.array(examples["num_labels"]) > 0
+        keys = add_content_keys(content, None, text_field, eos_token, is_prepared=True)[EXAMPLE_KEY][:]
+    else:
+        keys = examples[EXAMPLE_KEY][:]
+    has_labels = np.array(examples["num_labels"]) > 0
     rows = rows_of_keys(keys, table)
     is_found = rows.is_valid().to_numpy(zero_copy_only=False)
-    missing = np.flatnonzero(has_labels & ~is_found)
-    if len(missing) and (not skip_missing or len(missing) == has_labels.sum()):
-        _refuse_missing(path, missing[0], keys[missing[0]], len(missing), has_labels.sum())
+    missing, num_examples = np.flatnonzero(has_labels & ~is_found), has_labels.sum()
+    if len(missing) == num_examples:
+        raise InputError(
+            f"The confidence in {path} is that of another data set: none of the {num_examples} examples of the train "
+            f"dataset is in it (the first has the key {keys[missing[0]]}). Give the file of this data set."
+        )
+    if len(missing) and not skip_missing:
+        raise InputError(
+            f"Row {missing[0]} of the train dataset (key {keys[missing[0]]}) is not in {path}, and {len(missing)} of "
+            f"{num_examples} are not. Give the file of this data set, or remove the rows."
+        )
     if len(missing):
-        logger.warning(f"{len(missing)} of {len(examples)} examples are not in {path}; they have no partner.")
+        logger.warning(f"{len(missing)} of {len(keys)} examples are not in {path}; they have no partner.")
     found = table.take(rows)
     mean_perplexity, mean_nll = (
         np.where(has_labels, found[name].to_numpy(), np.nan) for name in ("mean_perplexity", "mean_nll")
@@ -154,21 +120,13 @@ def halves_from_file(
 
 
 def _read(path: str | Path) -> tuple[pa.Table, str]:
+    """The columns of a confidence file, and what its keys are made of."""
     where, fix = f"`confidence_file={str(path)!r}`", "Give a file that `ConfidenceTrackingCallback` wrote."
-    if not Path(path).is_file():
-        raise InputError(f"{where} can't be read: there is no such file. {fix}")
+    table = read_user_table(path, where, _SCHEMA, _SCHEMA.names, fix)
     try:
-        table = pq.read_table(path)
         description = dict(json.loads((table.schema.metadata or {}).get(_METADATA_KEY, "{}")))
-    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{where} can't be read: {error} {fix}") from error
-    missing = [name for name in _SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise InputError(f"{where} has no column `{missing[0]}`, only {table.column_names}. {fix}")
-    try:
-        table = table.select(_SCHEMA.names).cast(_SCHEMA)
-    except pa.ArrowException as error:
-        raise InputError(f"{where} has a value of the wrong type: {error} {fix}") from error
     if description.get("version", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(
             f"{where} has the format {description['version']!r}, but this version of hf_sft_variants reads "
@@ -188,31 +146,3 @@ def _read(path: str | Path) -> tuple[pa.Table, str]:
             f"log-probability has the other sign. {fix}"
         )
     return table, description.get("keys", "column")
-
-
-def _refuse_missing(path, row: int, key: str, num_missing: int, num_examples: int):
-    if num_missing == num_examples:
-        raise InputError(
-            f"The confidence in {path} is that of another data set: none of the {num_examples} examples of the train "
-            f"dataset is in it (the first has the key {key}). Give the file of this data set."
-        )
-    raise InputError(
-        f"Row {row} of the train dataset (key {key}) is not in {path}, and {num_missing} of {num_examples} are not. "
-        "Give the file of this data set, or remove the rows."
-    )
-
-
-def split_in_halves(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> torch.Tensor:
-    """
-    Split examples at the median of their confidence, by rank.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`: `CONFIDENT`, `UNCONFIDENT` or `NEITHER`.
-
-    Raises:
-        `InputError`: If fewer than two examples have a confidence.
-    """
-    order = order_by_confidence(mean_perplexity, mean_nll, measure)
-    if len(order) < 2:
-        raise InputError(f"{len(order)} example of the train dataset has labels, but a pair takes two. Add examples.")
-    return halves_of_order(order, len(mean_nll))

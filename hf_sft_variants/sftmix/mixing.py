@@ -35,31 +35,6 @@ class Document(NamedTuple):
     positions: torch.Tensor
 
 
-def draw_mixup(
-    inputs: dict[str, Any], halves: torch.Tensor | None, is_packed: bool, alpha: float, seed: int, step: int
-) -> dict[str, Any]:
-    """
-    Draw pairs among the documents of a micro-batch, and λ for each.
-
-    Args:
-        inputs (`dict[str, Any]`):
-            Collated batch, with the column `example_number` if `halves` is given.
-        halves (`torch.Tensor` of shape `(num_examples,)`, *optional*):
-            Half of each example. Without it, consecutive documents are paired.
-        is_packed (`bool`):
-            Whether rows are packed. Their documents are always in the same places, so partners are drawn at random.
-        alpha (`float`):
-            λ ~ Beta(alpha, alpha).
-        seed (`int`), step (`int`):
-            Seed of the draw, and number of the optimizer step.
-
-    Returns:
-        `dict[str, Any]`: Inputs of the paired LM head, see [`mixup_inputs`].
-    """
-    pairs = draw_pairs(documents_of(inputs, halves), seed, step, shuffle=is_packed and halves is not None)
-    return mixup_inputs(pairs, alpha, seed, step, inputs["labels"].device)
-
-
 def documents_of(inputs: dict[str, Any], halves: torch.Tensor | None) -> list[Document]:
     """
     Documents of a collated batch that have labels. Without `halves` their numbers are hashes of their tokens, and they

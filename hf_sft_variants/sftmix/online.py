@@ -1,56 +1,33 @@
-"""Confidence from the log-probabilities that training computes anyway, without an extra forward pass."""
-
 from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from transformers import TrainerState
+from transformers import Trainer, TrainerCallback
 
 from ..base import AnnotatedBatch
 from ..errors import InputError
-from .confidence_file import perplexity, split_in_halves
-from .pairing import NEITHER
+from .confidence_file import perplexity
+from .pairing import NEITHER, split_in_halves
 
 
-# In the folder of a checkpoint
-STATE_FILE = "sftmix_online.pt"
-
-
-class OnlineConfidence:
+class OnlineConfidence(TrainerCallback):
     """
-    Means of each example's NLL and perplexity over the epochs so far, and the halves of the current epoch.
+    Splits the examples of an [`SFTMixTrainer`] before each epoch, by the means of their NLL and perplexity over the
+    epochs so far, which it takes from the log-probabilities that training computes anyway.
 
     Approximates [`ConfidenceTrackingCallback`]: examples early in an epoch are seen by less trained weights than later
     ones, and with dropout.
-
-    Args:
-        num_examples (`int`):
-            Number of training examples.
-        measure (`str`):
-            `"perplexity"` or `"mean_nll"`.
     """
 
-    def __init__(self, num_examples: int, measure: str):
-        self.measure = measure
-        self.epoch = 0
-        self.halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self._reset()
+
+    def _reset(self) -> None:
         # Of this process: sums of perplexities and of mean NLLs, and their number
-        self.sums = torch.zeros(3, num_examples, dtype=torch.float64)
-
-    def check(self, state: TrainerState) -> None:
-        """
-        Refuse a run without a second epoch.
-
-        Raises:
-            `InputError`: If the run ends in its first epoch.
-        """
-        if state.num_train_epochs < 2:
-            raise InputError(
-                f"`confidence_source='online'` mixes from the second epoch on, but the run of {state.max_steps} steps "
-                "ends in the first. Train longer, or choose another source."
-            )
+        self.sums = torch.zeros(3, len(self.trainer.train_examples), dtype=torch.float64)
+        self.trainer.halves = torch.full((self.sums.size(1),), NEITHER, dtype=torch.int8)
 
     def add(self, batch: AnnotatedBatch) -> None:
         """Add a micro-batch with the annotation `example_number`."""
@@ -65,57 +42,64 @@ class OnlineConfidence:
         seen = torch.stack([torch.from_numpy(perplexity(nll.numpy())), nll, torch.ones_like(nll)])
         self.sums.index_add_(1, numbers[has_labels], seen)
 
-    def begin_epoch(self, epoch: int, accelerator: Accelerator) -> torch.Tensor:
-        """
-        Split the examples for an epoch by what was seen before it. Must be called by all processes.
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.num_train_epochs < 2:
+            raise InputError(
+                f"`confidence_source='online'` mixes from the second epoch on, but the run of {state.max_steps} steps "
+                "ends in the first. Train longer, or choose another source."
+            )
+        if state.global_step == 0:
+            self._reset()  # a new run, whatever this trainer has trained before
+        elif state.epoch.is_integer():  # otherwise the run is resumed within the epoch
+            self._split()
 
-        Returns:
-            `torch.Tensor` of shape `(num_examples,)`: `NEITHER` in the first epoch and for examples not seen yet.
+    def _split(self) -> None:
+        perplexity_sum, nll_sum, times = self._total().numpy()
+        wrong = np.flatnonzero(np.isnan(nll_sum))
+        if len(wrong):
+            raise InputError(
+                f"The perplexity of example {wrong[0]} of the prepared train dataset is NaN, and {len(wrong)} of "
+                f"{len(times)} are. Training has diverged: lower `learning_rate`, or look at the example."
+            )
+        with np.errstate(invalid="ignore"):  # 0 / 0 for examples not seen
+            means = perplexity_sum / times, nll_sum / times
+        self.trainer.halves = split_in_halves(*means, self.trainer.args.confidence_measure)
 
-        Raises:
-            `InputError`: If an example's perplexity is NaN.
-        """
-        if epoch != self.epoch:  # the same after resuming within an epoch
-            perplexity_sum, nll_sum, times = self._total(accelerator).numpy()
-            wrong = np.flatnonzero(np.isnan(nll_sum))
-            if len(wrong):
-                raise InputError(
-                    f"The perplexity of example {wrong[0]} of the prepared train dataset is NaN, and {len(wrong)} of "
-                    f"{len(times)} are. Training has diverged: lower `learning_rate`, or look at the example."
-                )
-            with np.errstate(invalid="ignore"):  # 0 / 0 for examples not seen
-                self.halves = split_in_halves(perplexity_sum / times, nll_sum / times, self.measure)
-            self.epoch = epoch
-        return self.halves
-
-    def _total(self, accelerator: Accelerator) -> torch.Tensor:
-        if accelerator.num_processes == 1:
+    def _total(self) -> torch.Tensor:
+        """The sums of all processes, which must call it at once."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:  # not all devices have float64
             return self.sums
         return accelerator.reduce(self.sums.to(accelerator.device), "sum").cpu()
 
-    def save(self, folder: str | Path, accelerator: Accelerator) -> None:
+    def save(self, checkpoint: Path) -> None:
         """Write the state into a checkpoint. Must be called by all processes."""
-        state = {"epoch": self.epoch, "halves": self.halves, "sums": self._total(accelerator)}
-        if accelerator.is_main_process:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            torch.save(state, Path(folder) / STATE_FILE)
+        state = {"halves": self.trainer.halves, "sums": self._total()}
+        if self.trainer.accelerator.is_main_process:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            torch.save(state, _state_file(checkpoint))
 
-    def load(self, folder: str | Path, accelerator: Accelerator) -> None:
+    def load(self, checkpoint: str) -> None:
         """
         Read the state from a checkpoint.
 
         Raises:
             `InputError`: If it is missing, can't be read or belongs to another data set.
         """
-        path = Path(folder) / STATE_FILE
+        path = _state_file(checkpoint)
         try:
             state = torch.load(path, weights_only=True)
-            sums, self.halves, self.epoch = state["sums"], state["halves"], int(state["epoch"])
-        except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             raise InputError(f"{path} can't be read ({error!r}). Resume from another checkpoint.") from error
+        sums = state["sums"]
         if sums.shape != self.sums.shape:
             raise InputError(
-                f"The checkpoint {folder} was made with {sums.size(1)} training examples, but there are "
+                f"The checkpoint {checkpoint} was made with {sums.size(1)} training examples, but there are "
                 f"{self.sums.size(1)}. Resume with the same data set."
             )
-        self.sums = sums if accelerator.is_main_process else torch.zeros_like(sums)
+        self.trainer.halves = state["halves"]
+        self.sums = sums if self.trainer.accelerator.is_main_process else torch.zeros_like(sums)
+
+
+def _state_file(checkpoint: str | Path) -> Path:
+    return Path(checkpoint, "sftmix_online.pt")

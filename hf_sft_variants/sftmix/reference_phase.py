@@ -12,9 +12,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model, release_memory
-from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -25,7 +23,7 @@ from ..base.example_keys import EXAMPLE_KEY
 from ..base.processes import on_main_process
 from ..errors import InputError
 from ..scoring import require_same_vocabulary
-from .confidence import ConfidenceTrackingCallback
+from .confidence import ConfidenceTrackingCallback, refuse_tensor_parallelism
 from .config import SFTMixConfig
 from .reference_settings import describe_reference, describe_start, require_same_reference
 
@@ -57,13 +55,8 @@ class ReferencePhase:
         self.start: dict[str, Any] | None = None
 
     def check(self, trainer: AnnotatedSFTTrainer) -> None:
-        """
-        Refuse in advance what the phase can't do.
-
-        Raises:
-            `InputError`: For an optimizer, a model that can't be copied, or tokens that the reference model does not
-                have.
-        """
+        """Refuse in advance what would fail once the reference model is loaded."""
+        refuse_tensor_parallelism(trainer)
         model, name = self.arguments["model"], trainer.args.reference_model
         if trainer.optimizer is not None or trainer.lr_scheduler is not None:
             raise InputError(
@@ -79,64 +72,52 @@ class ReferencePhase:
         if name is not None and "input_ids" in self.arguments["train_dataset"].column_names:
             require_same_vocabulary(name, trainer.processing_class, trainer.args.model_init_kwargs)
 
-    def run(
-        self,
-        trainer: AnnotatedSFTTrainer,
-        examples: Dataset,
-        keys: list[str],
-        resume: bool,
-        checkpoint: str | None,
-    ) -> Path:
+    def run(self, trainer: AnnotatedSFTTrainer, resume: bool, checkpoint: str | None) -> Path:
         """
-        Train the reference unless it is trained already. Must be called by all processes at once. The main process
-        decides by its files: other machines may have folders of their own.
+        Train the reference unless it is trained already, and return its confidence file. Must be called by all
+        processes at once. The main process decides by its files: other machines may have folders of their own.
 
         Args:
             trainer ([`AnnotatedSFTTrainer`]):
                 Trainer that needs the reference.
-            examples ([`~datasets.Dataset`]), keys (`list[str]`):
-                Its prepared training examples, and keys of the rows they were made of.
             resume (`bool`):
                 Whether to resume from the reference's last checkpoint, if there is one.
             checkpoint (`str`, *optional*):
                 Checkpoint of the second phase from which the run resumes.
-
-        Returns:
-            `Path`: The confidence file.
 
         Raises:
             `InputError`: If the folder's reference was trained with other settings or other data.
         """
         if self.start is None:  # a second `train()` finds the model trained
             self.start = describe_start(trainer, self.arguments["model"])
-        settings = describe_reference(trainer, self.arguments, self.peft_config, self.start, examples, keys)
-        path = reference_folder(trainer.args) / _CONFIDENCE_FILE
-        settings_path = path.with_name(_SETTINGS_FILE)
+        settings = describe_reference(trainer, self.arguments, self.peft_config, self.start)
+        folder = reference_folder(trainer.args)
+        path, settings_path = folder / _CONFIDENCE_FILE, folder / _SETTINGS_FILE
         is_done = on_main_process(path.is_file)
         # A checkpoint of the second phase is compared by itself
         if checkpoint is None if is_done else resume and on_main_process(settings_path.is_file):
-            on_main_process(partial(require_same_reference, settings_path, settings, path))
+            on_main_process(partial(require_same_reference, settings_path, settings))
         if is_done:
             logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
         else:
             if trainer.is_world_process_zero():
-                path.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            logger.info(f"SFTMix, first phase: the reference model is trained, {path.parent}.")
+            logger.info(f"SFTMix, first phase: the reference model is trained, {folder}.")
             with _on_the_cpu(trainer):
-                self._train(trainer, keys, path, resume)
+                self._train(trainer, path, resume)
                 release_memory()
         if trainer.is_world_process_zero():
-            for leftover in sort_checkpoints(str(path.parent)):
+            for leftover in sort_checkpoints(str(folder)):
                 shutil.rmtree(leftover)
         return path
 
-    def _train(self, trainer: AnnotatedSFTTrainer, keys: list[str], path: Path, resume: bool) -> None:
+    def _train(self, trainer: AnnotatedSFTTrainer, path: Path, resume: bool) -> None:
         rows = self.arguments["train_dataset"].with_format(None)
         formatting_func = self.arguments.get("formatting_func")
         if EXAMPLE_KEY not in rows.column_names:
             # The trainer's keys, since the reference's tokenizer may end texts differently
-            rows = rows.add_column(EXAMPLE_KEY, keys)
+            rows = rows.add_column(EXAMPLE_KEY, trainer.example_keys)
             formatting_func = formatting_func and partial(_format_without_key, formatting_func)
         arguments = {**self.arguments, **self._start(trainer)}
         args = _reference_args(trainer.args, loads_model=isinstance(arguments["model"], str))
@@ -149,9 +130,8 @@ class ReferencePhase:
             unpacked.truncation_mode = "keep_start"  # as packing does
             tokenizer = reference.processing_class
             examples = reference._prepare_dataset(rows, tokenizer, unpacked, False, formatting_func, "train")
-        reference.add_callback(_SaveModelCallback(reference))
         checkpoints, measure = trainer.args.confidence_checkpoints, trainer.args.confidence_measure
-        reference.add_callback(ConfidenceTrackingCallback(reference, path, checkpoints, measure, examples))
+        reference.add_callback(_SavingCallback(reference, path, checkpoints, measure, examples))
         reference.train(
             resume_from_checkpoint=on_main_process(partial(last_checkpoint, path.parent)) if resume else None
         )
@@ -169,18 +149,6 @@ class ReferencePhase:
         return {"model": model, "peft_config": None, "quantization_config": None}
 
 
-def _format_without_key(function: Callable[[dict], str], row: dict) -> str:
-    return function({name: value for name, value in row.items() if name != EXAMPLE_KEY})
-
-
-def _cast_as(model, reference) -> None:
-    """Give the reference the dtypes of the trained model, whose user may have made its adapter float32."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, parameter in reference.named_parameters():
-        if parameter.requires_grad and dtypes.get(name, parameter.dtype) != parameter.dtype:
-            parameter.data = parameter.data.to(dtypes[name])
-
-
 class ReferenceTrainer(SFTTrainer):
     """A plain `SFTTrainer`, created while another trainer has set up DeepSpeed."""
 
@@ -189,15 +157,13 @@ class ReferenceTrainer(SFTTrainer):
         return {**super()._build_accelerator_args(**kwargs), "deepspeed_plugin": None}
 
 
-class _SaveModelCallback(TrainerCallback):
+class _SavingCallback(ConfidenceTrackingCallback):
     """Saves the trained model before the confidence, which marks the end of the phase."""
-
-    def __init__(self, trainer: SFTTrainer):
-        self.trainer = trainer
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.save_model()
         self.trainer.save_state()
+        super().on_train_end(args, state, control, **kwargs)
 
 
 def reference_folder(args: SFTConfig) -> Path:
@@ -224,6 +190,18 @@ def _reference_args(args: SFTConfig, loads_model: bool) -> SFTConfig:
     if args.metric_for_best_model is not None:  # `SFTTrainer` logs the next-token loss only as its loss
         args.metric_for_best_model = re.sub("nll$", "loss", args.metric_for_best_model)
     return args
+
+
+def _format_without_key(function: Callable[[dict], str], row: dict) -> str:
+    return function({name: value for name, value in row.items() if name != EXAMPLE_KEY})
+
+
+def _cast_as(model, reference) -> None:
+    """Give the reference the dtypes of the trained model, whose user may have made its adapter float32."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in reference.named_parameters():
+        if parameter.requires_grad and name in dtypes:
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
@@ -45,27 +44,11 @@ _SAMPLES = 4096
 
 
 def describe_reference(
-    trainer: AnnotatedSFTTrainer,
-    arguments: dict[str, Any],
-    peft_config: PeftConfig | None,
-    start: dict[str, Any],
-    examples: Dataset,
-    keys: list[str],
+    trainer: AnnotatedSFTTrainer, arguments: dict[str, Any], peft_config: PeftConfig | None, start: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Settings that a reference depends on, as JSON values without paths.
-
-    Args:
-        trainer ([`AnnotatedSFTTrainer`]):
-            Trainer that needs the reference.
-        arguments (`dict[str, Any]`):
-            Arguments that the trainer was created with.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter among these arguments.
-        start (`dict[str, Any]`):
-            Initial model of the reference, see [`describe_start`].
-        examples ([`~datasets.Dataset`]), keys (`list[str]`):
-            Prepared training examples, and keys of the rows they were made of.
+    Settings that a trainer's reference depends on, as JSON values without paths: those of its `arguments` and of the
+    adapter among them as it was before it was used, and its initial model ([`describe_start`]).
     """
     args, tokenizer = trainer.args, trainer._tokenizer
     settings = {field.name: getattr(args, field.name) for field in fields(args)}
@@ -82,7 +65,7 @@ def describe_reference(
     quantization = arguments.get("quantization_config")
     optimizer_class, options = arguments.get("optimizer_cls_and_kwargs") or (None, None)
     with global_then_local_main_first():
-        token_keys = add_content_keys(examples.select_columns(["input_ids", "labels"]))
+        token_keys = add_content_keys(trainer.train_examples.select_columns(["input_ids", "labels"]))
     return as_json_values(
         {
             **settings,
@@ -95,7 +78,7 @@ def describe_reference(
             "chat_template": _hash(trainer.chat_template or tokenizer.chat_template),
             **start,  # after the adapter, which is part of a loaded model
             # Both: keys may be the user's own
-            "examples": f"{len(keys)} with the hash {_hash(keys)}",
+            "examples": f"{len(trainer.example_keys)} with the hash {_hash(trainer.example_keys)}",
             "tokens": _hash(token_keys[EXAMPLE_KEY][:]),
         }
     )
@@ -128,32 +111,20 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def require_same_reference(path: Path, settings: dict[str, Any], confidence: Path) -> None:
-    """
-    Refuse a reference that was trained with other settings.
-
-    Args:
-        path (`Path`):
-            File with the settings of the reference.
-        settings (`dict[str, Any]`):
-            Settings that this run needs.
-        confidence (`Path`):
-            Confidence file of the reference.
-
-    Raises:
-        `InputError`: If a setting differs, naming it, or the file can't be read.
-    """
+def require_same_reference(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse a reference whose recorded settings, the file at `path`, differ from those that a run needs."""
+    folder = path.parent
     fix = (
         "Remove the folder to train it again, choose another `output_dir`, or use this one with "
-        f"`confidence_source='file'` and `confidence_file={str(confidence)!r}`."
+        f"`confidence_source='file'` and `confidence_file={str(folder / 'confidence.parquet')!r}`."
     )
     try:
         recorded = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"How the reference in {path.parent} was trained can't be read ({error!r}). {fix}") from error
+        raise InputError(f"How the reference in {folder} was trained can't be read ({error!r}). {fix}") from error
     for name in {**settings, **recorded}:
         if settings.get(name) != recorded.get(name):
             raise InputError(
-                f"{path.parent} has a reference that was trained with `{name}={recorded.get(name)!r}`, but now it is "
+                f"{folder} has a reference that was trained with `{name}={recorded.get(name)!r}`, but now it is "
                 f"{settings.get(name)!r}. {fix}"
             )

@@ -1,11 +1,11 @@
 import inspect
 import textwrap
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from transformers import set_seed
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
@@ -15,22 +15,17 @@ from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..base.preparation import map_description
 from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
+from ..base.validation import resolve_args
 from ..errors import InputError
 from .confidence_file import halves_from_file, require_unique_keys
 from .config import SFTMixConfig
-from .mixing import draw_mixup
+from .mixing import documents_of, draw_pairs, mixup_inputs
 from .online import OnlineConfidence
-from .pairing import (
-    CONFIDENT,
-    NEITHER,
-    UNCONFIDENT,
-    BeginEpochCallback,
-    PairSampler,
-    check_number,
-    number_example,
-    random_halves,
-)
+from .pairing import CONFIDENT, NEITHER, UNCONFIDENT, PairSampler, random_halves
 from .reference_phase import ReferencePhase, not_pushed, reference_folder
+
+
+logger = get_logger(__name__)
 
 
 class SFTMixTrainer(AnnotatedSFTTrainer):
@@ -45,20 +40,27 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     $$ L = L_\text{NTP} + \mu \, \text{CE}(\text{head}(\lambda z^c + (1-\lambda) z^u), \; \lambda y^c +
     (1-\lambda) y^u), \quad \lambda \sim \text{Beta}(\alpha, \alpha) $$
 
-    Differs from [`~trl.SFTTrainer`] in the loss and in the order of the examples, and takes the same arguments. Mixing
-    takes no more products with the LM head than SFTTrainer's step, and with LoRA fewer
-    ([`~hf_sft_variants.lm_head.label_log_probs`]). Method:
-    [SFTMix](https://huggingface.co/papers/2410.05248). No official code is known. The paper does not say when the
-    reference is evaluated, nor how the mixup loss is reduced; ours is the mean over the mixed positions of the
-    optimizer step. λ is drawn for each pair at each step, from the seed, the step and the pair's numbers, so a resumed
-    run, other numbers of processes and other accumulation mix the same.
+    Takes the arguments of [`~trl.SFTTrainer`] and differs from it in the loss and in the order of the examples.
+    Evaluation reports the next-token loss.
 
-    Evaluation reports the next-token loss. A reference is trained by `train()` alone: in a loop of your own, use
-    `confidence_source="file"`.
+    References:
+        - [SFTMix](https://huggingface.co/papers/2410.05248). No official code is known. The paper does not say when
+          the reference is evaluated, nor how the mixup loss is reduced: we take the mean over the mixed positions of
+          the optimizer step. λ is drawn for each pair at each step, from the seed, the step and the pair's numbers, so
+          it does not depend on resuming, the number of processes or the accumulation.
 
-    Logs beside SFTTrainer's metrics and `nll`: `sftmix/mixup_loss` (nats per mixed position), `sftmix/mean_lambda`
-    (over the mixed positions), `sftmix/mixed_fraction` (share of the labels that are mixed), and of the tokens of each
-    half `sftmix/confident_nll` and `sftmix/unconfident_nll`.
+    Requirements:
+        1. A map-style training set of at least two examples; streams with `confidence_split="random"` only.
+        2. Training by `train()`, which trains the reference. In a loop of your own, use `confidence_source="file"`.
+
+    Logs, in addition to SFTTrainer's metrics and `nll`:
+        - `sftmix/mixup_loss` (nats per mixed position), `sftmix/mean_lambda` (over the mixed positions) and
+          `sftmix/mixed_fraction` (share of the labels that are mixed);
+        - `sftmix/confident_nll` and `sftmix/unconfident_nll` of the tokens of each half.
+
+    Relations:
+        - With `mixup_weight=0` and `pair_sampling=False`, [`~trl.SFTTrainer`]. Mixing takes no more products with the
+          LM head than its step, and with LoRA fewer ([`~hf_sft_variants.lm_head.label_log_probs`]).
 
     Attributes:
         halves (`torch.Tensor` of shape `(num_examples,)`):
@@ -81,7 +83,8 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     ```
 
     Raises:
-        `InputError`: For fewer than two examples; with a confidence split for streams; for a file of other data.
+        `InputError`: For fewer than two examples; with a confidence split for streams; for a file of other data; for a
+            training set that is packed already.
     """
 
     _tag_names = ["trl", "sft", "sftmix", "hf_sft_variants"]
@@ -103,44 +106,44 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     train_examples: Dataset | None = None
     example_keys: list[str] | None = None
     _online: OnlineConfidence | None = None
-    _pair_sampler: PairSampler | None = None
 
     @wraps(AnnotatedSFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
-        self._reference_phase = ReferencePhase(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
-        super().__init__(*args, **kwargs)
-        if self.args.needs_reference:
+        arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        config = resolve_args(arguments.get("args"), self.config_class, arguments["model"], self._name)
+        train_dataset = arguments.get("train_dataset")
+        self._has_numbers = config.numbers_examples and not isinstance(train_dataset, IterableDataset)
+        self._refuse_train_dataset(config, train_dataset)
+        self._reference_phase = ReferencePhase(arguments)
+        super().__init__(**{**arguments, "args": config})
+        if self._has_numbers:
+            self.halves = self._halves_at_the_start()
+        if config.needs_reference:
             self._reference_phase.check(self)
-        self.add_missing_callback(BeginEpochCallback(self))
+        if config.needs_confidence and config.confidence_source == "online":
+            self._online = OnlineConfidence(self)
+            self.add_callback(self._online)
 
-    # Data: every example has a number, by which its half is looked up
+    def _refuse_train_dataset(self, config, train_dataset):
+        if isinstance(train_dataset, IterableDataset) and config.needs_confidence:
+            raise InputError(
+                "`confidence_split='confidence'` needs all examples before training, but `train_dataset` is a stream. "
+                "Load it without streaming, or set `confidence_split='random'`."
+            )
+        is_map_style = isinstance(train_dataset, Dataset)  # SFTTrainer refuses anything else
+        if is_map_style and self._has_numbers and "seq_lengths" in get_dataset_column_names(train_dataset):
+            raise InputError(
+                "`train_dataset` is packed already (it has the column `seq_lengths`), so its examples have no numbers "
+                "that pairs go by. Give the rows before packing."
+            )
 
-    @property
-    def _has_numbers(self):
-        """Streams, and packing that cuts examples, have no numbers: their pairs are drawn inside the micro-batch."""
-        args = self.args
-        is_whole = not args.packing or args.packing_strategy == "bfd"
-        is_prepared = not (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
-        return args.pair_sampling and is_whole and is_prepared and not self._is_streaming
+    # Data: every example has a number, by which its half is looked up; without one, pairs are drawn in the micro-batch
 
     @property
     def annotation_columns(self):
         return {"example_number": NEITHER} if self._has_numbers else {}
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        if dataset_name == "train" and self._has_numbers and "seq_lengths" in get_dataset_column_names(dataset):
-            raise InputError(
-                "`train_dataset` is packed already (it has the column `seq_lengths`), so its examples have no numbers "
-                "that pairs go by. Give the rows before packing."
-            )
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
     def annotate_untruncated(self, dataset, dataset_name, from_text):
-        if self._is_streaming and self.args.needs_confidence:
-            raise InputError(
-                "`confidence_split='confidence'` needs all examples before training, but `train_dataset` is a stream. "
-                "Load it without streaming, or set `confidence_split='random'`."
-            )
         if self.args.needs_confidence and dataset_name == "train" and self.example_keys is None:
             if EXAMPLE_KEY in dataset.column_names:
                 require_unique_keys(dataset)
@@ -160,11 +163,9 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         is_train = dataset_name == "train" and self.train_examples is None
         map_kwargs = map_description(dataset, self.args, f"Numbering examples of {dataset_name} dataset")
         with global_then_local_main_first():
-            dataset = dataset.map(number_example, with_indices=True, fn_kwargs={"is_train": is_train}, **map_kwargs)
+            dataset = dataset.map(_number_example, with_indices=True, fn_kwargs={"is_train": is_train}, **map_kwargs)
         if is_train:
-            check_number(dataset["num_labels"])
             self.train_examples = dataset
-            self.halves = self._halves_at_the_start()
         return dataset
 
     def annotation_settings(self, columns, is_packed):
@@ -172,6 +173,16 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     def _halves_at_the_start(self) -> torch.Tensor:
         args, num_examples = self.args, len(self.train_examples)
+        num_with_labels = sum(number > 0 for number in self.train_examples["num_labels"])
+        if num_with_labels < 2:
+            raise InputError(
+                f"{num_with_labels} example of the train dataset has labels, but a pair takes two. Add examples."
+            )
+        if num_with_labels % 2:
+            logger.warning(
+                f"{num_with_labels} examples with labels make no equal halves: one of them has no partner, and is "
+                "trained on without mixup."
+            )
         if not args.needs_confidence:
             return random_halves(num_examples, args.seed)
         if args.confidence_source == "file":
@@ -184,21 +195,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self._has_numbers or self.args.packing:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._pair_sampler = PairSampler(self._halves_of_rows(), seed)
-        return self._pair_sampler
-
-    def _halves_of_rows(self):
-        return self.halves[torch.tensor(self.train_dataset["example_row"][:])]
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Draw the pairs of this epoch from now on, and with `confidence_source="online"` split the examples anew."""
-        if self._online is not None:
-            self._online.check(self.state)
-            self.halves = self._online.begin_epoch(epoch, self.accelerator)
-        if self._pair_sampler is not None:
-            self._pair_sampler.halves = self._halves_of_rows()
-            self._pair_sampler.set_epoch(epoch)
+        return PairSampler(self)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.args.mixup_weight == 0:
@@ -213,7 +210,10 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     def _with_pairs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         args, step = self.args, self.state.global_step
-        return {**inputs, **draw_mixup(inputs, self.halves, args.packing, args.mixup_alpha, args.seed, step)}
+        # Documents of a packed row are always together, so among them partners are drawn at random
+        shuffle = args.packing and self.halves is not None
+        pairs = draw_pairs(documents_of(inputs, self.halves), args.seed, step, shuffle)
+        return {**inputs, **mixup_inputs(pairs, args.mixup_alpha, args.seed, step, inputs["labels"].device)}
 
     # Loss
 
@@ -248,43 +248,37 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """As [`AnnotatedSFTTrainer.train`]; `resume_from_checkpoint=True` goes on in the phase that was stopped."""
-        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        if self.args.needs_reference:
-            path = self._reference_phase.run(
-                self, self.train_examples, self.example_keys, bool(resume_from_checkpoint), checkpoint
-            )
-            measure = self.args.confidence_measure
+        args = self.args
+        is_begun = args.needs_reference and on_main_process(reference_folder(args).is_dir)
+        checkpoint = None  # of a run that was stopped in its first phase, or between the two
+        if resume_from_checkpoint is not True or not is_begun or last_checkpoint(args.output_dir) is not None:
+            checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        if args.needs_reference:
+            path = self._reference_phase.run(self, bool(resume_from_checkpoint), checkpoint)
+            measure = args.confidence_measure
             # Other machines may have no such file
             self.halves = on_main_process(
                 partial(halves_from_file, path, self.train_examples, measure, skip_missing=True)
             )
-            set_seed(self.args.seed)  # as if nothing had been before
+            set_seed(args.seed)  # as if nothing had been before
+        if self._online is not None and checkpoint is not None:
+            self._online.load(checkpoint)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
-
-    def begin_run(self, checkpoint):
-        super().begin_run(checkpoint)
-        if self.args.needs_confidence and self.args.confidence_source == "online":
-            self._online = OnlineConfidence(len(self.train_examples), self.args.confidence_measure)
-            if checkpoint is not None:
-                self._online.load(checkpoint, self.accelerator)
-
-    def checkpoint_to_resume(self, resume_from_checkpoint):
-        is_begun = self.args.needs_reference and on_main_process(reference_folder(self.args).is_dir)
-        if resume_from_checkpoint is True and is_begun and last_checkpoint(self.args.output_dir) is None:
-            return None  # the run was stopped in its first phase, or between the two
-        if isinstance(resume_from_checkpoint, str | Path) and Path(resume_from_checkpoint).resolve().is_relative_to(
-            reference_folder(self.args).resolve()
-        ):
-            raise InputError(
-                f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is a checkpoint of the reference, which is "
-                "not the model that is trained now. Set it to True to go on in the phase that was stopped."
-            )
-        return super().checkpoint_to_resume(resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial):
         if self._online is not None:
-            self._online.save(self.checkpoint_folder(), self.accelerator)
+            self._online.save(self.checkpoint_folder())
         super()._save_checkpoint(model, trial)
 
     def not_pushed(self):
         return [*super().not_pushed(), *not_pushed(self.args)]  # the reference; see `push_confidence`
+
+
+def _number_example(example: dict[str, Any], row: int, is_train: bool) -> dict[str, Any]:
+    """Number a training example by its row, on each token; examples for evaluation have no number."""
+    number = row if is_train else NEITHER
+    return {
+        "example_number": [number] * len(example["input_ids"]),
+        "example_row": row,
+        "num_labels": sum(label != -100 for label in example["labels"][1:]),
+    }

@@ -192,7 +192,7 @@ FILES = [
     Case("poft", "has a value of the wrong type", SCORES, file=wrong(scores, num_tokens=[5.5] * 16)),
     Case("poft", "has no `example_key` in row 2", SCORES,
              file=wrong(scores, example_key=["a", "b", None] + ["c"] * 13)),
-    Case("poft", r"has `score_end_of_turn` \['yes'\], but `score_end_of_turn=True`", SCORES,
+    Case("poft", "has a value of the wrong type: .*yes", SCORES,
              file=wrong(scores, score_end_of_turn=["yes"] * 16)),
     Case("poft", "the score .* gives no finite mean log-probability of 0 or less", SCORES,
              file=wrong(scores, sum_log_prob=[math.nan] * 16)),

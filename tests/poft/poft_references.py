@@ -30,34 +30,30 @@ NO_SYSTEM = (
 )
 
 
-# Each conversation as pieces of text, with what is scored: "words", "end" or nothing
+def pieces_of(messages, start, end, after="\n", trims=False, assistant="assistant"):
+    """A conversation as pieces of text, with what is scored: "words", "end" or nothing."""
+    for message in messages:
+        role, words, ending = message["role"], None, None
+        if role == "assistant":
+            role, words, ending = assistant, "words", "end"
+        yield start.format(role), None
+        yield message["content"].strip() if trims else message["content"], words
+        yield end, ending
+        if after:
+            yield after, None
 
 
 def chatml(messages, tokenizer):
-    for message in messages:
-        scored = ("words", "end") if message["role"] == "assistant" else (None, None)
-        yield f"<|im_start|>{message['role']}\n", None
-        yield message["content"], scored[0]
-        yield "<|im_end|>", scored[1]
-        yield "\n", None
+    return pieces_of(messages, "<|im_start|>{}\n", "<|im_end|>")
 
 
 def llama_3(messages, tokenizer):
-    yield tokenizer.bos_token, None
-    for message in messages:
-        scored = ("words", "end") if message["role"] == "assistant" else (None, None)
-        yield f"<|start_header_id|>{message['role']}<|end_header_id|>\n\n", None
-        yield message["content"].strip(), scored[0]
-        yield "<|eot_id|>", scored[1]
+    start = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    return [(tokenizer.bos_token, None), *pieces_of(messages, start, "<|eot_id|>", after="", trims=True)]
 
 
 def zephyr(messages, tokenizer):
-    for message in messages:
-        scored = ("words", "end") if message["role"] == "assistant" else (None, None)
-        yield f"<|{message['role']}|>\n", None
-        yield message["content"], scored[0]
-        yield tokenizer.eos_token, scored[1]
-        yield "\n", None
+    return pieces_of(messages, "<|{}|>\n", tokenizer.eos_token)
 
 
 def no_system(messages, tokenizer):
@@ -65,12 +61,7 @@ def no_system(messages, tokenizer):
         merged = f"{messages[0]['content']}\n\n{messages[1]['content']}"
         messages = [{"role": "user", "content": merged}, *messages[2:]]
     yield tokenizer.bos_token, None
-    for message in messages:
-        scored = ("words", "end") if message["role"] == "assistant" else (None, None)
-        yield f"<start_of_turn>{'model' if message['role'] == 'assistant' else 'user'}\n", None
-        yield message["content"].strip(), scored[0]
-        yield "<end_of_turn>", scored[1]
-        yield "\n", None
+    yield from pieces_of(messages, "<start_of_turn>{}\n", "<end_of_turn>", trims=True, assistant="model")
 
 
 # Tokenizer, special tokens, template, the same by hand

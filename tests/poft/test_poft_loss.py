@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from hf_sft_variants.base.metrics import MetricSums
 from hf_sft_variants.poft.loss import preference_loss
-from hf_sft_variants.poft.metrics import preference_metrics
 
 
 @st.composite
@@ -100,13 +99,18 @@ def test_gradient_is_that_of_cross_entropy_with_detached_weights(batch):
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)
 
 
+def loss_of(log_probs, is_scored, references, weighting="poft"):
+    """Loss of one example in each row."""
+    rows, length = log_probs.shape
+    sample_ids = torch.arange(rows)[:, None].expand(rows, length)
+    scored_mask = torch.full((rows, length), is_scored)
+    return preference_loss(log_probs, scored_mask, sample_ids, rows, references, 1.0, 0.0, weighting)
+
+
 @pytest.mark.parametrize(("margin", "tau"), [(1e4, 0.0), (-1e4, 1.0)])
 def test_finite_at_large_margins(margin, tau):
     log_probs = torch.full((1, 4), -1.0, requires_grad=True)
-    result = preference_loss(
-        log_probs, torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.long), 1,
-        torch.full((1, 1, 4), -1.0 - margin), 1.0, 0.0, "poft",
-    )  # fmt: skip
+    result = loss_of(log_probs, True, torch.full((1, 1, 4), -1.0 - margin))
     assert result.loss_sum.item() == pytest.approx(max(-margin, 0))
     assert result.tau.tolist() == [tau]
     result.loss_sum.backward()
@@ -115,24 +119,16 @@ def test_finite_at_large_margins(margin, tau):
 
 @pytest.mark.parametrize(("reference", "tau"), [(-1, 0.5), (-2, 0.27), (-3, 0.12)])
 def test_weights_of_the_paper(reference, tau):
-    shape = (1, 1)
-    result = preference_loss(
-        torch.full(shape, -1.0), torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long), 1,
-        torch.full((2, *shape), float(reference)), 1.0, 0.0, "poft",
-    )  # fmt: skip
+    result = loss_of(torch.full((1, 1), -1.0), True, torch.full((2, 1, 1), float(reference)))
     assert result.tau.item() == pytest.approx(tau, abs=0.005)
 
 
-def test_nothing_scored_is_a_differentiable_zero():
+@pytest.mark.parametrize(("num_references", "weighting"), [(2, "poft"), (0, "uniform")])
+def test_nothing_scored_is_a_differentiable_zero(num_references, weighting):
     log_probs = torch.full((2, 3), -1.0, requires_grad=True)
-    for references in (torch.full((2, 2, 3), -1.0), torch.empty(0, 2, 3)):
-        weighting = "poft" if len(references) else "uniform"
-        result = preference_loss(
-            log_probs, torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.long), 2,
-            references, 1.0, 0.0, weighting,
-        )  # fmt: skip
-        (gradient,) = torch.autograd.grad(result.loss_sum, log_probs)
-        assert result.loss_sum == 0 and not gradient.any()
+    result = loss_of(log_probs, False, torch.full((num_references, 2, 3), -1.0), weighting)
+    (gradient,) = torch.autograd.grad(result.loss_sum, log_probs)
+    assert result.loss_sum == 0 and not gradient.any()
 
 
 @given(batches=st.lists(batches(), min_size=1, max_size=4))
@@ -144,7 +140,7 @@ def test_metrics_over_micro_batches(batches):
     for batch in batches:
         batch["reference_log_probs"] = batch["reference_log_probs"][:1]
         result = preference_loss(**batch, weighting="poft")
-        sums.add("train", {"nll": (1.0, 1), **preference_metrics(result, ["a"])}, accelerator)
+        sums.add("train", {"nll": (1.0, 1), **result.metrics(["a"])}, accelerator)
         taus += slow_loss_and_gradient(batch, "poft")[2]
         margins += [sum(p) / len(p) - r[0] for _, p, r in examples_of(batch) if p]
     logged = sums.take("train")
@@ -161,13 +157,3 @@ def test_metrics_over_micro_batches(batches):
     size = sum(taus) ** 2 / (len(taus) * sum(tau**2 for tau in taus))
     assert logged["poft/effective_sample_size"] == pytest.approx(size)
     assert "poft/tau_square_mean" not in logged
-
-
-def test_win_rate():
-    log_probs = torch.tensor([[-1.0], [-2.0], [-3.0]])
-    result = preference_loss(
-        log_probs, torch.ones(3, 1, dtype=torch.bool), torch.arange(3)[:, None], 3,
-        torch.full((1, 3, 1), -2.5), 1.0, 0.0, "poft",
-    )  # fmt: skip
-    wins, number = preference_metrics(result, ["a"])["poft/win_rate"]
-    assert (wins.item(), number.item()) == (2, 3)

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import json
 import logging
 import shutil
 import weakref
@@ -266,9 +267,8 @@ class TestCache:
         (path,) = (tmp_path / "scores").glob("*/*.parquet")
         table = pq.read_table(path)
         assert table.column_names == ["example_key", "sum_log_prob", "num_tokens"]
-        assert {"version", "options", "chat_template", "score_end_of_turn"} <= set(
-            eval(table.schema.metadata[b"hf_sft_variants"].decode().replace("null", "None").replace("true", "True"))
-        )
+        described = json.loads(table.schema.metadata[b"hf_sft_variants"])
+        assert {"version", "options", "chat_template", "score_end_of_turn"} <= described.keys()
 
     def test_second_start_prepares_nothing_again(self, folders, conversations, make, tmp_path):
         conversations.save_to_disk(tmp_path / "data")
@@ -362,10 +362,6 @@ class TestCallback:
 
 
 class TestBadReferences:
-    def test_no_model(self, conversations, make, tmp_path):
-        with pytest.raises(ValueError, match="The reference model .*nowhere' can't be loaded"):
-            make(conversations, [str(tmp_path / "nowhere")])
-
     def test_no_second_model(self, folders, conversations, make, tmp_path):
         """Found before the first one scores."""
         with pytest.raises(ValueError, match="nowhere' can't be loaded"):
@@ -385,9 +381,3 @@ class TestBadReferences:
             ValueError, match="has another vocabulary than the trained model: .* Tokens, unlike messages"
         ):
             make(token_rows, [folders["chatml"]])
-
-    def test_weights_that_are_missing(self, folders, conversations, make, tmp_path):
-        shutil.copytree(folders["chatml"], tmp_path / "base")
-        (tmp_path / "base" / "model.safetensors").unlink()
-        with pytest.raises(ValueError, match="The reference model .*base' can't be loaded"):
-            make(conversations, [str(tmp_path / "base")])

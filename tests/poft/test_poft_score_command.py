@@ -95,14 +95,6 @@ def test_keeps_rows_of_tokens(packing, folder, token_rows, tiny_model, tokenizer
     assert load_dataset("json", data_files="kept.jsonl", split="train")["row"] == sorted(best)
 
 
-def test_help_fits_a_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit, match="0"):
-        main(["score", "--help"])
-    text = capsys.readouterr().out
-    assert "example: hf-sft-variants" in text and len(text.splitlines()) <= 30
-
-
 def test_bad_input(folder, capsys):
     assert main(["score", "--config", "recipe.yaml", "--keep-top", "0.5"]) == 2
     assert "`--keep-top` is 0.5 and `--kept` None: give both, or neither" in capsys.readouterr().err

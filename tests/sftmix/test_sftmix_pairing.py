@@ -1,4 +1,4 @@
-"""Halves, the sampler of pairs, partners inside a micro-batch, and λ."""
+"""Halves, the order of pairs, partners inside a micro-batch, and λ."""
 
 from collections import Counter
 from itertools import chain
@@ -17,7 +17,7 @@ from hf_sft_variants.sftmix.pairing import (
     CONFIDENT,
     NEITHER,
     UNCONFIDENT,
-    PairSampler,
+    draw_order,
     halves_of_order,
     random_halves,
 )
@@ -26,6 +26,7 @@ from hf_sft_variants.sftmix.pairing import (
 halves_strategy = st.lists(st.sampled_from([CONFIDENT, UNCONFIDENT, NEITHER]), min_size=1, max_size=60).map(
     lambda halves: torch.tensor(halves, dtype=torch.int8)
 )
+unknown = torch.full((50,), NEITHER, dtype=torch.int8)
 
 
 @given(num_examples=st.integers(0, 50), seed=st.integers(-5, 5))
@@ -42,42 +43,33 @@ def test_halves_of_an_order():
     assert halves.tolist() == [NEITHER, NEITHER, NEITHER, UNCONFIDENT, CONFIDENT, NEITHER]
 
 
-class TestSampler:
+class TestOrder:
     @given(halves=halves_strategy, seed=st.integers(0, 3), epoch=st.integers(0, 3))
     @settings(deadline=None)
     def test_whole_pairs_without_replacement(self, halves, seed, epoch):
-        sampler = PairSampler(halves, seed)
-        sampler.set_epoch(epoch)
-        rows = list(sampler)
-        assert sorted(rows) == list(range(len(sampler))) == list(range(len(halves)))
-        assert rows == list(sampler)  # the epoch's order, however often it is asked for
+        rows = draw_order(halves, seed, epoch)
+        assert sorted(rows) == list(range(len(halves)))
+        assert rows == draw_order(halves, seed, epoch)
         num_pairs = min((halves == half).sum() for half in (CONFIDENT, UNCONFIDENT))
         in_order = halves[rows].tolist()
         assert in_order[: 2 * num_pairs] == [CONFIDENT, UNCONFIDENT] * num_pairs
         assert len(set(in_order[2 * num_pairs :]) - {NEITHER}) <= 1  # no two of the others could be partners
 
     def test_partners_are_drawn_anew_each_epoch(self):
-        sampler = PairSampler(random_halves(200, 0), 0)
-        partners = []
-        for epoch in range(3):
-            sampler.set_epoch(epoch)
-            rows = list(sampler)
-            partners.append(set(zip(rows[::2], rows[1::2], strict=True)))
-        assert max(len(partners[i] & partners[j]) for i, j in ((0, 1), (0, 2), (1, 2))) < 30
-        assert list(PairSampler(random_halves(200, 0), 1)) != list(PairSampler(random_halves(200, 0), 0))
+        orders = [draw_order(random_halves(200, 0), seed, epoch) for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 0))]
+        partners = [set(zip(rows[::2], rows[1::2], strict=True)) for rows in orders]
+        assert max(len(partners[i] & partners[j]) for i in range(4) for j in range(i)) < 30
+        rows = draw_order(unknown, 0, 0)  # before the split is known
+        assert sorted(rows) == list(range(50)) != rows
 
     @pytest.mark.parametrize("batch_size", [2, 4])
     @pytest.mark.parametrize("num_examples", [16, 24, 22])
     def test_whole_pairs_on_each_process(self, batch_size, num_examples):
         halves = random_halves(num_examples, 5)
         for process in range(3):
-            batches = BatchSampler(PairSampler(halves, 0), batch_size, drop_last=False)
+            batches = BatchSampler(draw_order(halves, 0, 0), batch_size, drop_last=False)
             for rows in BatchSamplerShard(batches, num_processes=3, process_index=process):
                 assert halves[rows].tolist() == [CONFIDENT, UNCONFIDENT] * (batch_size // 2)
-
-    def test_before_the_split_is_known_all_rows_come_in_random_order(self):
-        rows = list(PairSampler(torch.full((50,), NEITHER, dtype=torch.int8), 0))
-        assert sorted(rows) == list(range(50)) != rows
 
 
 # Inside a micro-batch
@@ -101,38 +93,33 @@ def collate(rows, **options):
     return inputs
 
 
-def labels_at(inputs, positions):
-    return inputs["labels"][:, 1:][positions[:, 0], positions[:, 1]].tolist()
-
-
 @pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"padding_free": True, "pad_to_multiple_of": 8}])
 def test_documents(options):
     inputs = collate(ROWS, **options)
     documents = documents_of(inputs, torch.tensor([1, 1, 0, -1], dtype=torch.int8))
     assert [(document.number, document.half) for document in documents] == [(0, 1), (2, 0), (3, -1)]
-    assert [labels_at(inputs, document.positions) for document in documents] == [[12, 13, 14], [33], [43, 44, 45]]
+    labels = [inputs["labels"][:, 1:][tuple(document.positions.T)].tolist() for document in documents]
+    assert labels == [[12, 13, 14], [33], [43, 44, 45]]
     assert all((document.positions[:, 1] < 0).all() for document in documents)  # from the end of the row
-
-
-def test_documents_without_numbers_are_known_by_their_labels():
-    padded, packed = (documents_of(collate(ROWS, **o), None) for o in ({}, {"padding_free": True}))
-    assert [document.half for document in padded] == [CONFIDENT, UNCONFIDENT, CONFIDENT]
-    assert [document.number for document in padded] == [document.number for document in packed]
+    without_numbers = documents_of(inputs, None)  # known by their tokens
+    assert [document.half for document in without_numbers] == [CONFIDENT, UNCONFIDENT, CONFIDENT]
+    padded = documents_of(collate(ROWS), None)
+    assert [document.number for document in without_numbers] == [document.number for document in padded]
     assert len({document.number for document in padded}) == 3
 
 
-def made_up_documents(halves, first_number=0):
-    return [
-        Document(first_number + i, half, torch.tensor([[i, -j] for j in range(i + 1, 0, -1)]))
-        for i, half in enumerate(halves)
-    ]
+def made_up_documents(halves):
+    return [Document(i, half, torch.tensor([[i, -j] for j in range(i + 1, 0, -1)])) for i, half in enumerate(halves)]
+
+
+def numbers_of(pairs):
+    return tuple((first.number, second.number) for first, second in pairs)
 
 
 class TestPairs:
     def test_in_order(self):
         documents = made_up_documents([1, 1, 0, -1, 1, 0])
-        pairs = draw_pairs(documents, seed=0, step=0, shuffle=False)
-        assert [(first.number, second.number) for first, second in pairs] == [(0, 2), (1, 5)]
+        assert numbers_of(draw_pairs(documents, seed=0, step=0, shuffle=False)) == ((0, 2), (1, 5))
 
     @given(halves=halves_strategy, data=st.data())
     @settings(max_examples=30, deadline=None)
@@ -140,31 +127,24 @@ class TestPairs:
         documents = made_up_documents(halves.tolist())
         pairs = draw_pairs(documents, seed=0, step=7, shuffle=True)
         assert all((first.half, second.half) == (CONFIDENT, UNCONFIDENT) for first, second in pairs)
-        numbers = [document.number for pair in pairs for document in pair]
-        assert len(set(numbers)) == len(numbers)
+        assert len(set(chain(*numbers_of(pairs)))) == 2 * len(pairs)
         assert len(pairs) == min((halves == half).sum() for half in (CONFIDENT, UNCONFIDENT))
         permuted = data.draw(st.permutations(documents))
-        again = draw_pairs(permuted, seed=0, step=7, shuffle=True)
-        assert [(a.number, b.number) for a, b in pairs] == [(a.number, b.number) for a, b in again]
+        assert numbers_of(draw_pairs(permuted, seed=0, step=7, shuffle=True)) == numbers_of(pairs)
 
     def test_shuffled_anew_at_each_step(self):
         documents = made_up_documents([1, 0] * 10)
-        drawn = {
-            tuple((a.number, b.number) for a, b in draw_pairs(documents, 0, step, shuffle=True)) for step in range(9)
-        }
-        assert len(drawn) == 9
+        assert len({numbers_of(draw_pairs(documents, 0, step, shuffle=True)) for step in range(9)}) == 9
 
     def test_positions_up_to_the_common_length(self):
-        short, long = made_up_documents([1, -1, -1, 0])[0], made_up_documents([1, -1, -1, 0])[3]
+        short, _, _, long = made_up_documents([1, -1, -1, 0])
         mixup = mixup_inputs([(short, long), (long, long)], 0.5, 0, 0, torch.device("cpu"))
         assert mixup["mixup_first"].tolist() == [[0, -1], [3, -4], [3, -3], [3, -2], [3, -1]]
         assert mixup["mixup_second"].tolist() == [[3, -4], [3, -4], [3, -3], [3, -2], [3, -1]]
         assert len(set(mixup["mixup_weights"])) == 2 and len(mixup["mixup_weights"]) == 5
-
-    def test_none(self):
-        mixup = mixup_inputs([], 0.5, 0, 0, torch.device("cpu"))
-        assert mixup["mixup_first"].shape == mixup["mixup_second"].shape == (0, 2)
-        assert mixup["mixup_first"].dtype == torch.long and mixup["mixup_weights"] == []
+        none = mixup_inputs([], 0.5, 0, 0, torch.device("cpu"))
+        assert none["mixup_first"].shape == none["mixup_second"].shape == (0, 2)
+        assert none["mixup_first"].dtype == torch.long and none["mixup_weights"] == []
 
 
 class TestLambda:
@@ -176,6 +156,7 @@ class TestLambda:
     def test_is_beta_distributed_and_independent(self, alpha):
         pairs = [(first, second) for first in range(60) for second in range(60)]
         drawn = self.draw(pairs, alpha).reshape(60, 60)
+        assert (drawn == drawn.astype(np.float32)).all() and ((drawn >= 0) & (drawn <= 1)).all()
         assert drawn.mean() == pytest.approx(0.5, abs=0.02)
         assert drawn.var() == pytest.approx(1 / (8 * alpha + 4), rel=0.06)
         for by_number in (drawn, drawn.T):  # neither the first nor the second number makes neighbours alike
@@ -186,7 +167,3 @@ class TestLambda:
         assert first[0] == second[1] != first[1] == second[0]
         assert self.draw([(3, 5)], step=1) != self.draw([(3, 5)]) != self.draw([(3, 5)], seed=1)
         assert self.draw([(3, 5)], seed=-1) == self.draw([(3, 5)], seed=-1)
-
-    def test_is_float32(self):
-        drawn = self.draw([(1, 2), (3, 4)])
-        assert (drawn == drawn.astype(np.float32)).all() and ((drawn >= 0) & (drawn <= 1)).all()

@@ -86,6 +86,18 @@ def assert_same_weights(first, second):
         assert torch.equal(weights, second[name]), name
 
 
+def save_start(model, tokenizer, folder):
+    model.config.update({"hidden_size": 64, "head_dim": 16})  # less, and bitsandbytes can't compute
+    type(model)(model.config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def four_bits():
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+
 class TestTwoPhases:
     @pytest.mark.parametrize("packing", [False, True])
     def test_reference_is_the_baseline_and_mixup_starts_anew(
@@ -115,21 +127,13 @@ class TestTwoPhases:
     @pytest.mark.parametrize("by_name", [False, True])
     def test_lora(self, tiny_model, tokenizer, chat_rows, tmp_path, by_name, is_quantized):
         """The reference is the adapter that `SFTTrainer` trains, be the model loaded again or copied."""
-        start = tmp_path / "start"
-        tiny_model.config.update({"hidden_size": 64, "head_dim": 16})  # less, and bitsandbytes can't compute
-        type(tiny_model)(tiny_model.config).save_pretrained(start)
-        tokenizer.save_pretrained(start)
-        quantization = None
-        if is_quantized:
-            pytest.importorskip("bitsandbytes")
-            quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        start = save_start(tiny_model, tokenizer, tmp_path / "start")
+        quantization = four_bits() if is_quantized else None
         for trainer_class, config_class in ((SFTMixTrainer, SFTMixConfig), (SFTTrainer, SFTConfig)):
             folder = tmp_path / trainer_class.__name__
-            model = str(start)
-            if not by_name:
-                model = AutoModelForCausalLM.from_pretrained(start, quantization_config=quantization)
+            load = partial(AutoModelForCausalLM.from_pretrained, quantization_config=quantization)
             trainer = trainer_class(
-                model,
+                start if by_name else load(start),
                 config_class(str(folder), **SMALL, **RUN, save_strategy="no"),
                 train_dataset=chat_rows,
                 processing_class=tokenizer,
@@ -150,16 +154,13 @@ class TestTwoPhases:
 
     def test_the_reference_has_the_dtype_of_the_adapter(self, tiny_model, tokenizer, chat_rows, tmp_path):
         """fp16 training on a GPU can't use the bfloat16 that TRL gives the adapter of a quantized model."""
-        pytest.importorskip("bitsandbytes")
-        tiny_model.config.update({"hidden_size": 64, "head_dim": 16})  # less, and bitsandbytes can't compute
-        type(tiny_model)(tiny_model.config).save_pretrained(tmp_path / "start")
         trainer = SFTMixTrainer(
-            str(tmp_path / "start"),
+            save_start(tiny_model, tokenizer, tmp_path / "start"),
             SFTMixConfig(str(tmp_path), **SMALL, **RUN, save_strategy="no"),
             train_dataset=chat_rows,
             processing_class=tokenizer,
             peft_config=lora(),
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+            quantization_config=four_bits(),
         )
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         assert {parameter.dtype for parameter in trained} == {torch.bfloat16}
@@ -242,12 +243,11 @@ class TestTwoPhases:
             trainer = helpers.make_trainer(SFTMixTrainer, SFTMixConfig, *arguments, **options)
             phase = trainer._reference_phase
             start = describe_start(trainer, phase.arguments["model"])
-            described = (phase.arguments, phase.peft_config, start, trainer.train_examples, trainer.example_keys)
-            return describe_reference(trainer, *described)
+            return describe_reference(trainer, phase.arguments, phase.peft_config, start)
 
         path = tmp_path / "settings.json"
         path.write_text(json.dumps(settings()))
-        require_same_reference(path, settings(logging_steps=7, mixup_weight=0.5), path)
+        require_same_reference(path, settings(logging_steps=7, mixup_weight=0.5))
         for message, changed in (
             ("confidence_checkpoints=None`, but now it is [1]", {"confidence_checkpoints": [1]}),
             ("completion_only_loss=None`, but now it is False", {"completion_only_loss": False}),
@@ -261,7 +261,7 @@ class TestTwoPhases:
             ("batch_size=4`, but now it is 8", {"per_device_train_batch_size": 8}),
         ):
             with pytest.raises(InputError, match=f"was trained with `.*{re.escape(message)}"):
-                require_same_reference(path, settings(**changed), path)
+                require_same_reference(path, settings(**changed))
 
     def test_what_may_change(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
         """How a run is logged and saved, the second phase, the split of a batch, and where the start is."""
@@ -333,15 +333,16 @@ class TestTwoPhases:
         monkeypatch.setattr(SFTTrainer, "training_step", look)
         train(tiny_model, tokenizer, chat_rows, tmp_path, save_strategy="no")
 
-    def test_refusals(self, tiny_model, tokenizer, chat_rows, tmp_path):
+    def test_refusals(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="`resume_from_checkpoint=True`, but `output_dir='.*'` has no checkpoint"):
             train(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
-        args = SFTMixConfig(str(tmp_path), **SMALL)
-        optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.1)
+        make = partial(SFTMixTrainer, tiny_model, train_dataset=chat_rows, processing_class=tokenizer)
+        args, optimizer = SFTMixConfig(str(tmp_path), **SMALL), torch.optim.SGD(tiny_model.parameters(), lr=0.1)
         with pytest.raises(InputError, match="`optimizers` belong to the model that is trained"):
-            SFTMixTrainer(
-                tiny_model, args, train_dataset=chat_rows, processing_class=tokenizer, optimizers=(optimizer, None)
-            )
+            make(args, optimizers=(optimizer, None))
+        monkeypatch.setattr(SFTMixTrainer, "get_tp_size", lambda self: 2)
+        with pytest.raises(InputError, match="which tensor parallelism does not allow"):
+            make(args)
 
 
 def as_text(row):
@@ -375,8 +376,11 @@ class TestKilledAndResumed:
     @pytest.mark.parametrize(
         "kind, step, steps_left",
         [
-            *[("full", step, left) for step, left in ((2, 12), (6, 8), (7, 6), (11, 2))],
-            *[("lora", 6, 8), ("lora", 7, 6), ("lora", 10, 4), ("packed", 4, 10), ("packed", 9, 4)],
+            ("lora", 6, 8),
+            ("lora", 7, 6),
+            ("lora", 10, 4),
+            ("packed", 4, 10),
+            ("packed", 9, 4),
         ],
     )
     def test_same_weights(
@@ -394,29 +398,22 @@ class TestKilledAndResumed:
         assert torch.equal(resumed.halves, unbroken[kind].halves)
         assert_same_weights(resumed, unbroken[kind])
 
-    def test_without_checkpoints_the_reference_begins_again(
-        self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch, unbroken
+    @pytest.mark.parametrize("keeps_checkpoints", [False, True])
+    def test_an_incomplete_checkpoint_is_passed_over(
+        self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch, unbroken, keeps_checkpoints
     ):
-        arguments = (tiny_model, tokenizer, chat_rows, tmp_path)
-        with monkeypatch.context() as patch:
-            kill_at(5, patch)
-            with pytest.raises(Killed):
-                train(*arguments, save_strategy="no")
-        calls = kill_at(None, monkeypatch)
-        resumed = train(*arguments, resume=True, save_strategy="no")
-        assert calls == 6 * [ReferenceTrainer] + 6 * [SFTMixTrainer]
-        assert_same_weights(resumed, unbroken["full"])
-
-    def test_an_incomplete_checkpoint_is_passed_over(self, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
-        arguments = (tiny_model, tokenizer, chat_rows, tmp_path)
+        """Without any the reference begins again."""
+        options = {} if keeps_checkpoints else {"save_strategy": "no"}
         with monkeypatch.context() as patch:
             kill_at(6, patch)
             with pytest.raises(Killed):
-                train(*arguments)
-        (tmp_path / "reference" / "checkpoint-4" / "trainer_state.json").unlink()
+                train(tiny_model, tokenizer, chat_rows, tmp_path, **options)
+        if keeps_checkpoints:
+            (tmp_path / "reference" / "checkpoint-4" / "trainer_state.json").unlink()
         calls = kill_at(None, monkeypatch)
-        train(*arguments, resume=True)
-        assert calls == 4 * [ReferenceTrainer] + 6 * [SFTMixTrainer]
+        resumed = train(tiny_model, tokenizer, chat_rows, tmp_path, resume=True, **options)
+        assert calls == (4 if keeps_checkpoints else 6) * [ReferenceTrainer] + 6 * [SFTMixTrainer]
+        assert_same_weights(resumed, unbroken["full"])
 
 
 class HalvesRecorder(TrainerCallback):
@@ -444,23 +441,15 @@ class TestOnline:
 
     def test_nothing_is_mixed_in_the_first_epoch(self, tiny_model, tokenizer, chat_rows, tmp_path):
         trainer, halves = self.run(tiny_model, tokenizer, chat_rows, tmp_path)
+        assert not (tmp_path / "reference").exists()
+        trainer.train()  # which knows nothing of what the run before it saw
+        assert trainer._online.sums[2].tolist() == [3] * 12
+        for run in (halves[:9], halves[9:]):
+            assert [epoch.unique().tolist() for epoch in run] == 3 * [[-1]] + 6 * [[0, 1]]
+            assert all(epoch.sum() == 6 for epoch in run[3:])
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert ["sftmix/mixup_loss" in log for log in logs] == 3 * [False] + 6 * [True]
-        for log in logs[:3]:
-            assert log["loss"] == pytest.approx(log["nll"], rel=1e-6)
-        assert all((epoch == -1).all() for epoch in halves[:3])
-        for epoch in halves[3:]:
-            assert (epoch == 1).sum() == (epoch == 0).sum() == 6
-        assert not (tmp_path / "reference").exists()
-
-    def test_once_more_with_the_same_trainer(self, tiny_model, tokenizer, chat_rows, tmp_path):
-        """A run knows nothing of what the one before it saw."""
-        trainer, halves = self.run(tiny_model, tokenizer, chat_rows, tmp_path, num_train_epochs=2, save_strategy="no")
-        trainer.train()
-        assert [set(epoch.tolist()) for epoch in halves[6:]] == 3 * [{-1}] + 3 * [{0, 1}]
-        assert trainer._online.sums[2].tolist() == [2] * 12
-        logs = [log for log in trainer.state.log_history if "loss" in log]
-        assert ["sftmix/mixup_loss" in log for log in logs] == 3 * [False] + 3 * [True]
+        assert all(log["loss"] == pytest.approx(log["nll"], rel=1e-6) for log in logs[:3])
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_halves_are_those_of_what_was_seen(self, tiny_model, tokenizer, token_rows, tmp_path, packing):
