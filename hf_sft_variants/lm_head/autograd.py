@@ -58,7 +58,8 @@ class LogProbFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_log_probs, _entropy, _is_top1, grad_mixed):
-        queries, saved = Queries(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: with activation offloading, reading it brings the tensors back
+        queries, saved = Queries(*saved[:5]), saved[5:]
         grad = queries.gather(grad_log_probs, grad_mixed)
         if ctx.is_frozen:
             return _scaled_directions(queries, *saved, grad, ctx.plan), *[None] * 5
