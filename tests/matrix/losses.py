@@ -262,10 +262,10 @@ def assert_as_used_is_the_slow_loss(method, *arguments, tolerance=1e-5, gradient
     return trainer
 
 
-def assert_control_is_sft_trainer(method, *arguments, **options):
+def assert_control_is_sft_trainer(method, *arguments, gradient_tolerance=TOLERANCE, **options):
     """Loss, gradients and metrics of a step of the control; arguments as of `make_trainer` after the classes."""
     log, gradients = one_step_log(*SFT, *arguments, **options)
     options = {**options, **METHODS[method].control}
     our_log, our_gradients = one_step_log(*METHODS[method].classes, *arguments, **options)
     assert {name: our_log[name] for name in log} == pytest.approx(log, rel=TOLERANCE, abs=0.0)
-    assert_same_gradients(gradients, our_gradients, tolerance=TOLERANCE)
+    assert_same_gradients(gradients, our_gradients, tolerance=gradient_tolerance)

@@ -247,8 +247,11 @@ class TestArguments:
         tiny_model.config.update({"hidden_size": 64, "head_dim": 16})  # less, and bitsandbytes can't compute
         type(tiny_model)(tiny_model.config).save_pretrained(tmp_path / "model")
         common = (method, str(tmp_path / "model"), tokenizer, equal_rows, tmp_path)
-        by_argument, _ = assert_same_step(*common, quantized_adapter)
-        by_kwargs, _ = assert_same_step(*common, adapter, model_init_kwargs={"quantization_config": four_bits()})
+        # The adapter's gradients are in bfloat16
+        by_argument, _ = assert_same_step(*common, quantized_adapter, tolerance=1e-2)
+        by_kwargs, _ = assert_same_step(
+            *common, adapter, tolerance=1e-2, model_init_kwargs={"quantization_config": four_bits()}
+        )
         assert by_argument.model.is_loaded_in_4bit and by_kwargs.model.is_loaded_in_4bit
         assert by_argument.state.log_history[0]["loss"] == by_kwargs.state.log_history[0]["loss"]
 
