@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback, get_scheduler
 from trl import SFTConfig, SFTTrainer
 
-from hf_sft_variants import SFTKeyConfig, SFTKeyTrainer, StageSwitchCallback
+from hf_sft_variants import AnnotatedSFTTrainer, SFTKeyConfig, SFTKeyTrainer, StageSwitchCallback
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.sftkey.stages import reset_state, stage_at, stage_starts
 
@@ -363,7 +363,7 @@ class TestStages:
         options = {"lr_scheduler_type": "constant", "stages": ["full", "full"], "reset_optimizer": False}
         control, _ = run(tagged_rows, **options)
         plain = make_trainer(
-            SFTTrainer, SFTConfig, tiny_model, tokenizer, tagged_rows, tmp_path, lr_scheduler_type="constant",
+            AnnotatedSFTTrainer, SFTConfig, tiny_model, tokenizer, tagged_rows, tmp_path, lr_scheduler_type="constant",
             per_device_train_batch_size=4, learning_rate=1e-3, save_strategy="no", num_train_epochs=4,
         )  # fmt: skip
         plain.train()
