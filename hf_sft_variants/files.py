@@ -27,3 +27,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file with [`atomic_write`]."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")

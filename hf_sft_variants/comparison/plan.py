@@ -1,6 +1,5 @@
 """The runs of a study: one for each arm, data set and seed, with the recipe it trains."""
 
-import copy
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
 from ..evaluation import check_dataset, check_tagged_dataset, numeric_answers
-from ..launch.recipe import apply_recipe, load_data, parse_flags, trainer_and_parser
-from ..launch.recipe_checks import check_keys, key_types, nearest, read_mapping
+from ..launch.parsing import parse_recipe, trainer_and_parser
+from ..launch.recipe import load_data
+from ..launch.recipe_checks import check_keys, error_in, key_types, nearest, read_mapping
 from .evaluations import load_evaluation_data
 from .files import EVALUATION_FILE, RUN_FILE, TRAINING_FILE, read_json
 from .lm_eval_tasks import check_tasks
@@ -139,15 +139,11 @@ def check_recipe(recipe: dict[str, Any], where: str) -> str | None:
     Raises:
         `InputError`: If the trainer would refuse the recipe's values, or the data set can't be loaded.
     """
-    recipe = {key: value for key, value in copy.deepcopy(recipe).items() if key != "env"}  # not for this process
-    _, parser = trainer_and_parser(recipe.get("module"))
-    apply_recipe(parser, recipe, where)
-    try:
-        script_args, _, _, dataset_args = parse_flags(parser, [])
+    recipe = {key: value for key, value in recipe.items() if key != "env"}  # not for this process
+    with error_in(where):
+        _, (script_args, _, _, dataset_args) = parse_recipe(recipe)
         train_dataset, _ = load_data(script_args, dataset_args)
         return hash_of_rows(train_dataset)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def evaluations_on(study: Study, data: str) -> dict[str, Any]:

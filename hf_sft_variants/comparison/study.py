@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..launch.recipe_checks import check_type, nearest, read_mapping
+from ..launch.recipe_checks import check_type, error_in, nearest, read_mapping
 
 
 # Keys of the file and of its parts, with their types
@@ -130,13 +130,9 @@ def read_study(path: str) -> Study:
     Raises:
         `InputError`: If the file can't be read, or a key or value is unknown, missing or wrong.
     """
-    if not Path(path).is_file():
-        raise InputError(f"the study {path} can't be read: there is no such file.")
     content = read_mapping(path)
-    try:
+    with error_in(path):
         return parse_study(content, path)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def parse_study(content: dict[str, Any], path: str) -> Study:

@@ -276,7 +276,7 @@ class TestText:
         (["--dataset_name", "./nowhere"], "`dataset_name` is './nowhere'"),
         (["--max_length", "2"], "The train dataset has no supervised token"),
         (["--output", "sft.yaml/page.html"], "`--output` is 'sft.yaml/page.html', which can't be written"),
-        (["--config", "nowhere.yaml"], "the recipe `--config nowhere.yaml` can't be read"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml can't be read: No such file"),
         (["--config", "misspelt.yaml"], "misspelt.yaml: unknown key `max_lenght`; did you mean `max_length`?"),
         (["--config", "no_module.yaml"], "`module` is 'no_such_package', which can't be imported"),
         (

@@ -116,7 +116,7 @@ def test_what_is_wrong_with_the_study(write_study, changes, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (arms(x={"recipe": "nowhere.yaml"}), "the recipe `--config nowhere.yaml` can't be read"),
+        (arms(x={"recipe": "nowhere.yaml"}), "nowhere.yaml can't be read: No such file"),
         (
             arms(x={**SFT, "overrides": {"learnin_rate": 1}}),
             "unknown key `learnin_rate`; did you mean `learning_rate`?",
@@ -246,7 +246,7 @@ def test_other_test_rows_are_evaluated_again(write_study):
 
 
 def test_a_study_that_is_not_there():
-    with pytest.raises(InputError, match="the study nowhere.yaml can't be read: there is no such file"):
+    with pytest.raises(InputError, match="nowhere.yaml can't be read: No such file"):
         read_study("nowhere.yaml")
 
 

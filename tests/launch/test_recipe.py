@@ -234,7 +234,7 @@ def test_wrong_recipe(recipe, text, message):
 
 
 def test_missing_recipe():
-    with pytest.raises(InputError, match=r"the recipe `--config nowhere\.yaml` can't be read: No such file"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml can't be read: No such file"):
         read(["--config", "nowhere.yaml"])
 
 
