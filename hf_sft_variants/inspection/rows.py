@@ -12,7 +12,8 @@ from datasets import IterableDataset
 from trl import SFTTrainer
 
 from ..errors import InputError
-from .token_text import special_ids, token_texts
+from ..text.special_tokens import special_token_ids
+from .token_text import token_texts
 
 
 # An integer column with more values than this is not a grouping
@@ -168,7 +169,7 @@ def read_view(trainer: SFTTrainer, wanted: slice) -> View:
     ]
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     ids = {token_id for row in rows for token_id in (*row.input_ids, *row.labels) if token_id != -100}
-    return View(rows, columns, num_rows, token_texts(tokenizer, ids), special_ids(tokenizer))
+    return View(rows, columns, num_rows, token_texts(tokenizer, ids), special_token_ids(tokenizer))
 
 
 def _find_columns(examples: list[dict[str, Any]], trainer: SFTTrainer) -> list[Column]:
