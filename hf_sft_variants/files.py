@@ -11,7 +11,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     Yields a temporary path next to `path`, which becomes `path` once the block has succeeded.
 
-    Several processes may write the same file at once: the last one wins.
+    Several processes may write the same file at once: the last one wins. Links are followed; devices and pipes, such
+    as `/dev/stdout`, are written directly.
 
     Example:
 
@@ -20,7 +21,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         partial.write_text("{}", encoding="utf-8")
     ```
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
     try:
         yield partial

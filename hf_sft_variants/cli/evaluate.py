@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from ..files import write_text
 from .types import positive_int
 
 
@@ -104,9 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _is_writable(path: Path) -> bool:
-    if path.exists():
-        return not path.is_dir() and os.access(path, os.W_OK)
-    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    return not path.is_dir() and path.parent.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
 
 
 def _model_options(args: argparse.Namespace) -> dict:
@@ -187,7 +186,7 @@ def _tagged_figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict
 def _write_json(args: argparse.Namespace, results: list[dict]) -> None:
     if args.json:
         figures = results if len(args.model) > 1 else results[0]
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+        write_text(args.json, json.dumps(figures, indent=2) + "\n")
 
 
 def _label(args: argparse.Namespace, model: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import atomic_write
 from .types import share
 
 
@@ -80,5 +81,6 @@ def _write(args, recipe, scoring) -> None:
         best = keys_of_best(scoring.scores["train"], args.keep_top)
         kept = rows.select(sorted(row for row, key in scoring.key_of_row["train"].items() if key in best))
         Path(args.kept).parent.mkdir(parents=True, exist_ok=True)
-        kept.to_json(args.kept)
+        with atomic_write(args.kept) as partial:
+            kept.to_json(partial)
         print(f"wrote {args.kept}: the best {len(kept)} of {len(rows)} rows")

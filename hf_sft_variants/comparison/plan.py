@@ -1,4 +1,4 @@
-"""The runs of a study: one for each arm, data set and seed, with the recipe it trains."""
+"""Plans the runs of a study: one for each arm, data set and seed, with the recipe it trains."""
 
 import hashlib
 import json
@@ -28,19 +28,17 @@ LAUNCH_OPTIONS = {"num_processes": 1, "num_machines": 1, "num_cpu_threads_per_pr
 @dataclass(frozen=True, eq=False)
 class Run:
     """
-    One training with its evaluation.
+    Training and evaluation of an arm on a data set with a seed.
 
     Attributes:
-        arm (`str`), data (`str`), seed (`int`):
-            Which one.
         folder (`Path`):
-            Where it is kept.
+            Folder of its model and results.
         recipe (`dict[str, Any]`):
             The arm's recipe with all overrides, for `trl sft`.
         budget (`dict[str, Any]`):
             How long it trains, as in [`~hf_sft_variants.comparison.study.Arm`].
         evaluations (`dict[str, Any]`):
-            How it is evaluated.
+            Settings and data of its evaluation.
         others (`tuple[Path, ...]`):
             Folders of the runs that it needs.
         training_rows (`str`, *optional*):
@@ -176,7 +174,7 @@ def check_evaluations(evaluations: dict[str, Any]) -> str | None:
         if "answer" in dataset.column_names and evaluations["max_new_tokens"] is not None:
             numeric_answers(dataset)
     if evaluations["lm_eval"] is not None:
-        check_tasks(evaluations["lm_eval"])
+        check_tasks(evaluations["lm_eval"]["tasks"], evaluations["lm_eval"]["include_path"])
     return hash_of_rows(dataset)
 
 
@@ -205,10 +203,8 @@ def check_folder(run: Run) -> None:
     before, now = read_json(run.folder / RUN_FILE), json.loads(json.dumps(description(run)))
     keys = {**before["recipe"], **now["recipe"]}
     different = [f"`{key}`" for key in keys if before["recipe"].get(key) != now["recipe"].get(key)]
-    if before["budget"] != now["budget"]:
-        different.append("`budget`")
-    if before["training_rows"] != now["training_rows"]:
-        different.append("the rows of its data set")
+    others = {"budget": "`budget`", "training_rows": "the rows of its data set"}
+    different += [words for key, words in others.items() if before[key] != now[key]]
     if different:
         raise InputError(
             f"{run.folder} holds the run {run} with other settings: {', '.join(different)}. "
