@@ -29,9 +29,9 @@ def add_parser(subparsers) -> None:
         "--keep-top",
         type=share,
         metavar="SHARE",
-        help="PoFT: keep this share of the training rows, those scored best, 0 to 1",
+        help="PoFT: keep the best-scored rows, this share of the training set, 0 to 1",
     )
-    parser.add_argument("--kept", metavar="FILE", help="where --keep-top writes them (.jsonl)")
+    parser.add_argument("--kept", metavar="FILE", help="file for the rows that --keep-top keeps (.jsonl)")
     parser.set_defaults(run=run, recipe_flags=[])
 
 
