@@ -80,13 +80,13 @@ def plan_runs(study: Study) -> list[Run]:
             where = f"{study.path}, arm `{arm.name}` on data `{data}`"
             recipe = merged_recipe(study, arm, data, where)
             arm_runs = [make_run(study, arm, data, seed, recipe, evaluations) for seed in study.seeds]
-            # Seeds differ in nothing that is checked, unless each has its own data
+            # The check of one seed holds for all, unless each has its own data
             checked = arm_runs if "{seed}" in str(recipe.get("dataset_name")) else arm_runs[:1]
             hashes = [check_recipe(run.recipe, where) for run in checked]
             runs += [replace(run, training_rows=hashes[i % len(hashes)]) for i, run in enumerate(arm_runs)]
     for run in runs:
         check_folder(run)
-    # One seed of every arm first: stopped early, it is a study already
+    # One seed of every arm first, so that a study that is stopped early is already of use
     return sorted(runs, key=lambda run: study.seeds.index(run.seed))
 
 
@@ -198,7 +198,7 @@ def check_folder(run: Run) -> None:
         return
     if not (run.folder / RUN_FILE).is_file():
         raise InputError(
-            f"{run.folder} is to hold the run {run}, but has other files. Remove them, or choose another `output_dir`."
+            f"{run.folder} should hold the run {run}, but has other files. Remove them, or choose another `output_dir`."
         )
     before, now = read_json(run.folder / RUN_FILE), json.loads(json.dumps(description(run)))
     keys = {**before["recipe"], **now["recipe"]}

@@ -43,13 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin, which closes when it is gone, however it was stopped."""
+    """Exit when stdin closes, i.e. when the parent is gone, however it was stopped."""
     sys.stdin.read()
     os._exit(1)
 
 
 def do_run(folder: Path) -> None:
-    """Do whatever is missing of the training and the evaluation."""
+    """Train and evaluate, unless that is done already."""
     run = read_json(folder / RUN_FILE)
     if not (folder / TRAINING_FILE).is_file():
         _clear(folder)
@@ -150,7 +150,7 @@ def models_trained(args: SFTConfig) -> int:
 
 
 class _StartClock(TrainerCallback):
-    """When training proper began: a reference that is trained first has callbacks of its own."""
+    """Notes when training starts; a reference that is trained before has its own callbacks."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.time = time.perf_counter()

@@ -231,8 +231,8 @@ def check_names(entries: dict[str, Any], key: str) -> None:
     for name, values in entries.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise InputError(
-                f"`{key}` has the name {name!r}, which can't be a folder's: use letters, digits and `_.-`, and quotes "
-                "around a number."
+                f"`{key}` has the name {name!r}, which can't be the name of a folder: use letters, digits and "
+                "`_.-`, and quotes around a number."
             )
         check_mapping(values, None, f"`{key}` entry `{name}`")
 

@@ -59,7 +59,7 @@ def check_module(recipe: dict, package: str) -> None:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     started = {package, spec.name.removesuffix(".__main__") if spec else package}
     if recipe.get("module", package) not in started:
-        raise InputError(f"`module` is {recipe['module']}, but {package} was started: start the one that it names.")
+        raise InputError(f"`module` is {recipe['module']}, but {package} was started: start {recipe['module']}.")
 
 
 def check_flags(parser: TrlParser, flags: list[str]) -> None:
@@ -73,7 +73,7 @@ def check_flags(parser: TrlParser, flags: list[str]) -> None:
     if names:
         raise InputError(f"command line: unknown flag `{names[0]}`" + nearest(names[0], parser._option_string_actions))
     if unknown:
-        raise InputError(f"command line: `{unknown[0]}` belongs to no flag; a recipe is given as `--config FILE`.")
+        raise InputError(f"command line: `{unknown[0]}` does not belong to a flag; pass a recipe as `--config FILE`.")
 
 
 def launch_options() -> set[str]:

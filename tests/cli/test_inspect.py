@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch, tiny_model, tokenizer, chat_rows):
 
 @pytest.fixture
 def trained_rows(folder, tiny_model, tokenizer):
-    """What SFTGOTrainer really trains on."""
+    """The rows that SFTGOTrainer trains on."""
 
     def prepare(**options):
         args = SFTGOConfig("out", **{**SMALL, "max_length": 128, "min_grouped_tokens": 2, **options})

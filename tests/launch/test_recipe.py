@@ -239,7 +239,7 @@ def test_missing_recipe():
 
 
 def test_recipe_given_without_config(recipe):
-    with pytest.raises(InputError, match="belongs to no flag; a recipe is given as `--config FILE`"):
+    with pytest.raises(InputError, match="does not belong to a flag; pass a recipe as `--config FILE`"):
         read([recipe()])
 
 
