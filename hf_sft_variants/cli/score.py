@@ -41,9 +41,11 @@ def run(args: argparse.Namespace) -> None:
     from ..launch.preparation import load_recipe, prepare
 
     if (args.keep_top is None) != (args.kept is None):
-        raise InputError(f"`--keep-top` is {args.keep_top} and `--kept` {args.kept}: give both, or neither.")
+        raise InputError(
+            f"`--keep-top` and `--kept` must both be given, or neither, got {args.keep_top} and {args.kept}."
+        )
     if args.output is not None and not args.output.endswith(".parquet"):
-        raise InputError(f"`--output` is {args.output!r}: give a name that ends in .parquet.")
+        raise InputError(f"`--output` must end in .parquet, got {args.output!r}.")
     recipe = load_recipe(args.config, args.recipe_flags)
     trainer = prepare(recipe)
     if not PartialState().is_main_process:

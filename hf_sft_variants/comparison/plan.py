@@ -198,7 +198,7 @@ def check_folder(run: Run) -> None:
         return
     if not (run.folder / RUN_FILE).is_file():
         raise InputError(
-            f"{run.folder} should hold the run {run}, but has other files. Remove them, or choose another `output_dir`."
+            f"{run.folder} should hold the run {run}, but has other files: remove them, or use another `output_dir`."
         )
     before, now = read_json(run.folder / RUN_FILE), json.loads(json.dumps(description(run)))
     keys = {**before["recipe"], **now["recipe"]}

@@ -128,7 +128,7 @@ def read_study(path: str) -> Study:
 
 
 def parse_study(content: dict[str, Any], path: str) -> Study:
-    check_mapping(content, STUDY_KEYS, "the study")
+    check_mapping(content, STUDY_KEYS)
     for key in REQUIRED_KEYS:
         if key not in content:
             raise InputError(f"`{key}` is missing.")
@@ -237,14 +237,15 @@ def check_names(entries: dict[str, Any], key: str) -> None:
         check_mapping(values, None, f"`{key}` entry `{name}`")
 
 
-def check_mapping(values: Any, types: dict[str, Any] | None, where: str) -> None:
+def check_mapping(values: Any, types: dict[str, Any] | None, where: str = "") -> None:
     """Check a part of the file: it is a mapping, and has known keys with values of their types."""
+    prefix = f"{where}: " if where else ""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be lines of `key: value`, got {values!r}.")
     for key, value in values.items() if types is not None else ():
         if key not in types:
-            raise InputError(f"{where}: unknown key `{key}`" + known(key, types))
-        check_type(f"{where}: `{key}`", value, types[key])
+            raise InputError(f"{prefix}unknown key `{key}`" + known(key, types))
+        check_type(f"{prefix}`{key}`", value, types[key])
 
 
 def known(name: str, names: Iterable[str]) -> str:

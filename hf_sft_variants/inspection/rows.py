@@ -133,7 +133,7 @@ def parse_range(text: str) -> slice:
     start = int(match[1] or 0)
     stop = start + 1 if match[2] is None else int(match[3]) if match[3] else None
     if stop is not None and stop <= start:
-        raise InputError(f"`--rows` is {text!r}, which is empty: the end, which is exclusive, must be larger.")
+        raise InputError(f"`--rows` must end after its start (the end is exclusive), got {text!r}.")
     return slice(start, stop)
 
 

@@ -269,7 +269,7 @@ class TestText:
         (["--rows", "a:b"], "`--rows` must be a range such as 0:20 or 100:, or a row's number, got 'a:b'"),
         (["--rows", ""], "`--rows` must be a range such as 0:20 or 100:, or a row's number, got ''"),
         (["--rows=-3:"], "a row's number, got '-3:'"),
-        (["--rows", "5:5"], "`--rows` is '5:5', which is empty"),
+        (["--rows", "5:5"], "`--rows` must end after its start (the end is exclusive), got '5:5'"),
         (["--rows", "12:20"], "`--rows` starts at row 12, but the prepared data set has 12 rows"),
         (["--learnin_rate", "1"], "unknown flag `--learnin_rate`; did you mean `--learning_rate`?"),
         (["--model_name_or_path", "nowhere"], "`model_name_or_path` is 'nowhere', which could not be loaded"),
