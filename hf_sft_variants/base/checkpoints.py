@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from trl import SFTConfig
 
 from ..errors import InputError
-from ..files import atomic_write
+from ..files import write_text
 from .field_checks import as_json_values
 from .fingerprints import describe_content, what_counts
 
@@ -153,8 +153,7 @@ def describe_examples(dataset: Dataset) -> dict[str, Any]:
 
 def write_run(folder: str | Path, run: dict[str, Any]) -> None:
     """Write the description of a run into a folder."""
-    with atomic_write(Path(folder, RUN_FILE)) as partial:
-        partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(folder, RUN_FILE), json.dumps(run, indent=2) + "\n")
 
 
 def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NEW_RUN) -> None:

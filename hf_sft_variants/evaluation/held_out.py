@@ -43,10 +43,8 @@ def held_out_nll(
         tagged (`bool`, *optional*, defaults to `False`):
             Whether the completions are tagged responses made from the columns `reasoning` and `answer`. Without
             `reasoning`, `completion` must hold them.
-        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning, if `tagged`.
-        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer, if `tagged`.
+        thinking_tags, answer_tags (`Sequence[str]`, *optional*):
+            Opening and closing tag of the reasoning and of the answer, by default `<Thinking>` and `<Answer>`.
 
     Raises:
         `InputError`: If the data set is empty, lacks a column, has no conversations or only empty completions.

@@ -29,22 +29,16 @@ def exact_match(
     Share of prompts that the model answers correctly with greedy decoding.
 
     The answer is the number after the last `####`. It must equal the row's `answer`; only its notation (`36.0`,
-    `1,036`) may differ.
+    `1,036`) may differ. An answer that would come after `max_new_tokens` does not count.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with a chat template.
         dataset (`Dataset`):
             Rows with the conversation `prompt` and the string `answer`.
-        max_new_tokens (`int`, *optional*, defaults to `128`):
-            Maximum length of a generation. An answer that comes later does not count.
-        batch_size (`int`, *optional*, defaults to `25`):
-            Number of prompts generated at once.
+        model, tokenizer, max_new_tokens, batch_size:
+            As in [`generate_answers`].
 
     Returns:
-        `tuple[float, list[str]]`: The share, and the generated text of each row.
+        `tuple[float, list[str]]`: The share of correct answers, and the generated text of each row.
 
     Raises:
         `InputError`: If the data set is empty, lacks a column, has no conversations, or an answer is not a number.
@@ -89,10 +83,8 @@ def tagged_scores(
             Generated text of each row, as returned by [`generate_answers`].
         answers (`Sequence[str]`):
             Expected answers, compared with [`~hf_sft_variants.evaluation.matching.same_answer`].
-        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning.
-        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer.
+        thinking_tags, answer_tags (`Sequence[str]`, *optional*):
+            Opening and closing tag of the reasoning and of the answer, by default `<Thinking>` and `<Answer>`.
 
     Returns:
         `dict[str, float]`: `accuracy` and `format_rate`, both shares of the rows, and `score`, the SFTKey paper's
@@ -109,15 +101,19 @@ def tagged_scores(
         )
     if None in answers:
         raise InputError(f"`answers` of row {list(answers).index(None)} is None: fill it in or drop the row.")
-    tags = (thinking_tags, answer_tags)
-    right = [
-        same_answer(extract_tagged_answer(text, *tags), str(answer))
-        for text, answer in zip(generations, answers, strict=True)
-    ]
-    accuracy = sum(right) / len(right)
-    format_rate = sum(follows_format(text, *tags) for text in generations) / len(right)
+    right, formatted = tagged_results(generations, answers, thinking_tags, answer_tags)
+    accuracy, format_rate = (sum(results) / len(results) for results in (right, formatted))
     score = ACCURACY_WEIGHT * accuracy + FORMAT_WEIGHT * format_rate
     return {"accuracy": accuracy, "format_rate": format_rate, "score": score}
+
+
+def tagged_results(
+    generations: Sequence[str], answers: Sequence[str], thinking_tags: Sequence[str], answer_tags: Sequence[str]
+) -> tuple[list[bool], list[bool]]:
+    """Whether each text has the expected answer, and whether it has the format of a tagged response."""
+    found = [extract_tagged_answer(text, thinking_tags, answer_tags) for text in generations]
+    right = [same_answer(answer, str(expected)) for answer, expected in zip(found, answers, strict=True)]
+    return right, [follows_format(text, thinking_tags, answer_tags) for text in generations]
 
 
 def numeric_answers(dataset: Dataset) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_sft_variants.comparison import plan_runs, read_study
-from hf_sft_variants.comparison.run import parse_run
+from hf_sft_variants.launch.parsing import parse_recipe
 from hf_sft_variants.launch.recipe import build_trainer
 from hf_sft_variants.quickstart import build_splits, write_data
 
@@ -56,7 +56,7 @@ def test_every_arm_can_be_trained_on_the_rows_of_sft(name, checkout, monkeypatch
         for other in run.others:
             shutil.copytree("quickstart/model", other, dirs_exist_ok=True)
         if run.recipe.get("group_by") != "llmlingua2":  # its classifier is on the Hub
-            trainer_class, arguments = parse_run(run.recipe, name)
+            trainer_class, arguments = parse_recipe(run.recipe)
             trainer = build_trainer(trainer_class, *arguments)
             prepared[run.arm] = trainer.train_dataset.select_columns(["input_ids", "labels"])[:]
     baseline = prepared.pop(study.baseline)

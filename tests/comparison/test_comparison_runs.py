@@ -177,7 +177,7 @@ def test_interrupted(write_study, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_sft_variants.comparison.do_missing_runs", interrupt)
+    monkeypatch.setattr("hf_sft_variants.comparison.runs.do_missing_runs", interrupt)
     assert cli(["compare", "--config", write_study()]) == 130
     assert "stopped; the same command continues" in capsys.readouterr().err
 

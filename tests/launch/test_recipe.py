@@ -234,12 +234,12 @@ def test_wrong_recipe(recipe, text, message):
 
 
 def test_missing_recipe():
-    with pytest.raises(InputError, match=r"the recipe `--config nowhere\.yaml` can't be read: No such file"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml can't be read: No such file"):
         read(["--config", "nowhere.yaml"])
 
 
 def test_recipe_given_without_config(recipe):
-    with pytest.raises(InputError, match="belongs to no flag; a recipe is given as `--config FILE`"):
+    with pytest.raises(InputError, match="does not belong to a flag; pass a recipe as `--config FILE`"):
         read([recipe()])
 
 

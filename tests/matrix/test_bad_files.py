@@ -317,7 +317,7 @@ RECIPES = [
 
 
 @pytest.mark.cell(
-    "Bad input", "wrong data, options, files and models: an error in words, nothing trains", refused=True
+    "Bad input", "invalid data, options, files and models: an error names the fix before training", refused=True
 )
 @pytest.mark.parametrize(
     ("method", "case"), [(case.method, case) for case in FILES + MODELS if case.method in METHODS]

@@ -318,7 +318,7 @@ CASES = [case for case in [*RANGES, *CHOICES, *CONFLICTS, *ROWS, *COLUMNS, *ARGU
 
 
 @pytest.mark.cell(
-    "Bad input", "wrong data, options, files and models: an error in words, nothing trains", refused=True
+    "Bad input", "invalid data, options, files and models: an error names the fix before training", refused=True
 )
 @pytest.mark.parametrize(
     ("method", "message", "options", "rows", "arguments", "error"),
@@ -332,7 +332,7 @@ def test_refused(method, message, options, rows, arguments, error, start):
     assert type(caught.value) is error
 
 
-@pytest.mark.cell("Bad input", "a value of another type in each field of the configuration", refused=True)
+@pytest.mark.cell("Bad input", "wrong type in each field of the config", refused=True)
 @pytest.mark.parametrize("method, name", OWN_FIELDS)
 def test_types(method, name, start):
     with pytest.raises(InputError, match=rf"`{name}` must be .*, got 3j\."):

@@ -11,8 +11,8 @@ from methods import METHODS, cases_of, only
 
 
 # The response, for PoFT, and the key, for SFTKey, have to be whole
-CUT = "max_length cuts (SFTKey and PoFT drop what is cut too far)"
-CUT_PACKED = "max_length cuts, packing"
+CUT = "max_length truncates (SFTKey and PoFT drop examples that lose too much)"
+CUT_PACKED = "max_length truncates, packing"
 # A step has all rows, in more than one micro-batch where there are enough
 LAYOUTS = {
     "padded": {"per_device_train_batch_size": 8},

@@ -30,7 +30,7 @@ def plain_runs():
     return {}
 
 
-@pytest.mark.cell("Control", "the weights after twenty steps of the control are SFTTrainer's")
+@pytest.mark.cell("Control", "same weights as SFTTrainer after twenty steps of the control")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_method
 def test_twenty_steps(method, layout, plain_runs, tiny_model, tokenizer, token_rows, equal_rows, tmp_path):

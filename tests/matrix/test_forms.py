@@ -236,14 +236,14 @@ def first(folder):
     return {method: (prepare(method, folder), cache_files(method, folder)) for method in METHODS}
 
 
-@pytest.mark.cell("Data", "cache: a second start prepares nothing again")
+@pytest.mark.cell("Data", "cache: a second run prepares nothing")
 def test_second_start(first, folder, other_process):
     assert other_process.run(prepare_all, folder) == 0
     for method, (_, files) in first.items():
         assert len(files) > 4 and cache_files(method, folder) == files, method
 
 
-@pytest.mark.cell("Data", "cache: another option prepares anew")
+@pytest.mark.cell("Data", "cache: a changed option prepares the data again")
 @pytest.mark.parametrize(
     ("method", "options"),
     [

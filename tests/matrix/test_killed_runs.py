@@ -176,7 +176,9 @@ def logs(trainer):
     return [{name: log[name] for name in log.keys() - {"num_tokens", "sft_go/flip_rate"}} for log in steps]
 
 
-@pytest.mark.cell("Resume", "killed (SIGKILL) at a random step of each phase: the unbroken run's weights, bit for bit")
+@pytest.mark.cell(
+    "Resume", "killed (SIGKILL) at a random step of each phase: weights bit-identical to an uninterrupted run"
+)
 @pytest.mark.parametrize("method, name, phase", PHASES)
 def test_killed_and_resumed(method, name, phase, folder, other_process, unbroken):
     if name not in unbroken:

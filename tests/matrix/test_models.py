@@ -61,7 +61,7 @@ class TestFamilies:
         assert_control_is_sft_trainer(method, model, tokenizer, even_rows, tmp_path, **TWO_BATCHES)
 
 
-@pytest.mark.cell("Models", "a folder in place of a model")
+@pytest.mark.cell("Models", "model given as a folder")
 @every_method
 def test_folder(method, llama, tokenizer, rows, even_rows, tmp_path):
     llama.save_pretrained(tmp_path / "model")

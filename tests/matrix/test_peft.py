@@ -26,7 +26,9 @@ TWO_BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 
 LORA = {"task_type": TaskType.CAUSAL_LM, "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 ADAPTERS = {
     "LoRA": LoraConfig(**LORA),
-    "LoRA and a whole LM head": LoraConfig(**{**LORA, "target_modules": ["q_proj"]}, modules_to_save=["lm_head"]),
+    "LoRA with a fully trained LM head": LoraConfig(
+        **{**LORA, "target_modules": ["q_proj"]}, modules_to_save=["lm_head"]
+    ),
     "DoRA": LoraConfig(**LORA, use_dora=True),
     "rsLoRA": LoraConfig(**LORA, use_rslora=True),
 }
@@ -83,7 +85,7 @@ def test_virtual_tokens(method, peft_config, llama, tokenizer, rows, even_rows, 
 
 
 @every_method
-@pytest.mark.cell("PEFT", "an adapter continued")
+@pytest.mark.cell("PEFT", "continued training of an adapter")
 def test_adapter_continued(method, llama, llama_folder, tokenizer, rows, even_rows, tmp_path):
     """Saved, loaded again and given as a `PeftModel`."""
     adapter = get_peft_model(copy.deepcopy(llama), LoraConfig(**LORA))

@@ -168,27 +168,27 @@ def assert_same_weights(weights, expected, tolerance=0.0):
 
 
 @every_method
-@on_each_strategy(": loss and weights of one process")
+@on_each_strategy(": same loss and weights as one process")
 def test_equal_to_one_process(strategy, method, results, one_process):
     """Four optimizer steps with clipped gradients, of global batches that divide evenly."""
     assert_same(results[method], one_process(method))
 
 
 @every_method
-@on_each_strategy(": evaluation is that of one process")
+@on_each_strategy(": same evaluation as one process")
 def test_evaluation(strategy, method, results, one_process):
     evaluation = results[method]["evaluation"]
     assert evaluation == pytest.approx(one_process(method)["evaluation"], rel=1e-5) and "eval_loss" in evaluation
 
 
 @every_method
-@on_each_strategy(", a smaller last batch: SFTTrainer's loss and weights")
+@on_each_strategy(", smaller last batch: same loss and weights as SFTTrainer")
 def test_controls_on_uneven_data(strategy, method, results):
     assert_control_is_sft_trainer(results, "uneven", method)
 
 
 @every_method
-@on_each_strategy(", average_tokens_across_devices=False: SFTTrainer's loss and weights")
+@on_each_strategy(", average_tokens_across_devices=False: same loss and weights as SFTTrainer")
 def test_controls_with_counts_of_each_process(strategy, method, results):
     assert_control_is_sft_trainer(results, "separate", method)
 
@@ -208,7 +208,7 @@ def test_resumed(strategy, method, results):
 
 
 @every_method
-@on_each_strategy(": a checkpoint is a whole model")
+@on_each_strategy(": a checkpoint holds the whole model")
 def test_checkpoints_are_whole(strategy, method, results, folder):
     assert_holds_model(folder / strategy / method / "checkpoint-4", results[method]["weights"])
 
@@ -228,13 +228,13 @@ def test_recipe(strategy, launch, folder, one_process):
 
 
 @only("sft_go", "sftmix")
-@on_each_strategy(", LoRA: loss and weights of one process")
+@on_each_strategy(", LoRA: same loss and weights as one process")
 def test_lora(strategy, method, results, one_process):
     assert_same(results[f"{method}_lora"], one_process(f"{method}_lora"))
 
 
 @every_method
-@on_each_strategy(", bfloat16, 300 tokens: loss and metrics near those of float32")
+@on_each_strategy(", bfloat16, 300 tokens: loss and metrics close to float32")
 def test_bfloat16(strategy, method, results, one_process):
     """FSDP2 rounds what the model returns; sums and counts are in float32 all the same."""
     result, expected = results[f"{method}_bf16"], one_process(f"{method}_bf16")
@@ -249,7 +249,7 @@ def test_process_without_a_pair(method, strategy, results, one_process):
 
 
 @only("sftmix")
-@on_each_strategy(": the reference is trained and ranks the data as on one process")
+@on_each_strategy(": same reference training and ranking as one process")
 def test_reference_phase(method, strategy, results, one_process, folder):
     """With an LM head that has a bias."""
     assert_same_halves(results["sftmix_reference"], one_process("sftmix_reference"))
@@ -257,20 +257,20 @@ def test_reference_phase(method, strategy, results, one_process, folder):
 
 
 @only("sftmix")
-@on_each_strategy(", a model object: the reference is a copy", strategies=["ddp", "fsdp2", "zero2"])
+@on_each_strategy(", model passed as an object: the reference is a copy", strategies=["ddp", "fsdp2", "zero2"])
 def test_copied_reference(method, strategy, results, one_process, folder):
     assert_same_halves(results["sftmix_copied"], one_process("sftmix_reference"))
     assert_same_confidence(folder, f"{strategy}/sftmix_copied")
 
 
 @only("sftmix")
-@on_each_strategy(", a model object: the reference is a copy", strategies=["zero3"], refused=True)
+@on_each_strategy(", model passed as an object: the reference is a copy", strategies=["zero3"], refused=True)
 def test_copied_reference_is_refused(method, strategy, results):
     assert "`model` is a PhiForCausalLM whose weights are sharded" in results["sftmix_copied"]["refused"]
 
 
 @only("sftmix")
-@on_each_strategy(', confidence_source="online": loss and weights of one process')
+@on_each_strategy(', confidence_source="online": same loss and weights as one process')
 def test_online_confidence(method, strategy, results, one_process):
     """With an LM head that shares its weights."""
     assert_same_halves(results["sftmix_online"], one_process("sftmix_online"))
@@ -290,7 +290,7 @@ def assert_same_confidence(folder, run):
 
 
 @only("sftkey")
-@on_each_strategy(": generated answers are those of one process")
+@on_each_strategy(": same generated answers as one process")
 def test_answers(method, strategy, results, one_process):
     answers = one_process("sftkey")["answers"]
     assert results["sftkey"]["answers"] == answers and len(set(answers[0])) > 1
@@ -317,7 +317,7 @@ def test_scoring_is_refused(method, case, strategy, results):
 
 
 @SCORED
-@on_each_strategy(": trains with scores made before")
+@on_each_strategy(": training with scores computed beforehand")
 def test_found_scores(method, case, strategy, results, one_process):
     assert_same(results[f"{case}_found"], one_process(case))
 

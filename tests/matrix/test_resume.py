@@ -138,7 +138,7 @@ MAY_CHANGE = {
 
 
 class TestAnotherRunIsRefused:
-    @pytest.mark.cell("Resume", "a checkpoint of another method, or of SFTTrainer", refused=True)
+    @pytest.mark.cell("Resume", "checkpoint of another method, or of SFTTrainer", refused=True)
     @every_method
     def test_another_method(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         trainer = make(METHODS[method], tiny_model, tokenizer, rows, tmp_path)
@@ -150,7 +150,7 @@ class TestAnotherRunIsRefused:
             else:
                 assert_refused(trainer, checkpoint, f"checkpoint-1 was made by {maker}, but this is {own}. Resume wi")
 
-    @pytest.mark.cell("Resume", "a checkpoint of other settings of the method", refused=True)
+    @pytest.mark.cell("Resume", "checkpoint made with other settings of the method", refused=True)
     @every_method
     def test_another_setting(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         used, checkpoint = METHODS[method], checkpoints[method]
@@ -200,7 +200,7 @@ class TestAnotherRunIsRefused:
         trainer = make(METHODS["sft_go"], *common, **options, **{field: str(moved)})
         assert_refused(trainer, checkpoint, f"other settings: `{field}` was {{'name': 'first', 'content': ")
 
-    @pytest.mark.cell("Resume", "a checkpoint of another data set", refused=True)
+    @pytest.mark.cell("Resume", "checkpoint of another data set", refused=True)
     @every_method
     def test_other_examples(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         make_method, checkpoint = METHODS[method], checkpoints[method]

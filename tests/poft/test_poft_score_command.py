@@ -97,7 +97,7 @@ def test_keeps_rows_of_tokens(packing, folder, token_rows, tiny_model, tokenizer
 
 def test_bad_input(folder, capsys):
     assert main(["score", "--config", "recipe.yaml", "--keep-top", "0.5"]) == 2
-    assert "`--keep-top` is 0.5 and `--kept` None: give both, or neither" in capsys.readouterr().err
+    assert "`--keep-top` and `--kept` must both be given, or neither, got 0.5 and None" in capsys.readouterr().err
     uniform = ["--preference_weighting", "uniform", "--output", "scores.parquet"]
     assert main(["score", "--config", "recipe.yaml", *uniform]) == 2
     message = "`--output` is 'scores.parquet', but recipe.yaml does not score with reference models"
