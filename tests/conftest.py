@@ -76,7 +76,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_model_factory(tokenizer):
-    """Makes Llamas of two layers, each with the same random weights."""
+    """Makes Llamas of two layers by default, each with the same random weights."""
     return partial(make_tiny_model, tokenizer)
 
 
@@ -85,13 +85,13 @@ def tiny_model(tiny_model_factory) -> LlamaForCausalLM:
     return tiny_model_factory()
 
 
-def make_tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_tiny_model(tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int = 2) -> LlamaForCausalLM:
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -1,12 +1,17 @@
 """Shared by the test modules: small trainers, the loss and gradients of one optimizer step, slow computations."""
 
 import copy
+import importlib.metadata
+from functools import cache
 
 import pyarrow.parquet as pq
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+
+# Accelerate parses PEFT's and DeepSpeed's metadata in every training step, which takes longer than a tiny model's step
+importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 SMALL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1}
 

@@ -45,8 +45,8 @@ STEPS = {
 }
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 # On eleven rows the last batch is smaller, and accelerate repeats rows to give each process as many
-UNEVEN = {"max_steps": 3}
-SEPARATE_COUNTS = {"max_steps": 2, "average_tokens_across_devices": False}
+UNEVEN = {"max_steps": 2}
+SEPARATE_COUNTS = {"max_steps": 1, "average_tokens_across_devices": False}
 
 RANDOM_PAIRS = {"confidence_split": "random"}
 AS_USED = {name: dict(method.options) for name, method in METHODS.items()}
@@ -81,15 +81,15 @@ def cases_like_one_process(folder: Path) -> dict[str, Case]:
     cases = {name: Case(name, {**options, **SAVING}, eval_rows="texts") for name, options in AS_USED.items()}
     if "sftkey" in cases:
         cases["sftkey"].options |= {"answer_eval_steps": 2, "answer_eval_max_new_tokens": 6}
-    cases["sft_go_lora"] = Case("sft_go", AS_USED.get("sft_go", {}), lora=True)
-    cases["sftmix_lora"] = Case("sftmix", RANDOM_PAIRS, lora=True)
+    cases["sft_go_lora"] = Case("sft_go", {**AS_USED.get("sft_go", {}), "max_steps": 2}, lora=True)
+    cases["sftmix_lora"] = Case("sftmix", {**RANDOM_PAIRS, "max_steps": 2}, lora=True)
     # One process without a pair
     packed = {"packing": True, "max_length": 40, "per_device_train_batch_size": 1, "max_steps": 1, "seed": 5}
     cases["sftmix_packed"] = Case("sftmix", {**RANDOM_PAIRS, **packed}, rows="eight_tokens")
     # A reference to train first; LM heads with a bias, and one that shares its weights
     cases["sftmix_reference"] = Case("sftmix", model="biased")
     cases["sftmix_copied"] = Case("sftmix", model="biased", is_loaded=True)
-    cases["sftmix_online"] = Case("sftmix", {"confidence_source": "online", "max_steps": 6}, model="tied")
+    cases["sftmix_online"] = Case("sftmix", {"confidence_source": "online"}, model="tied")
     return available(cases | {f"{name}_found": case for name, case in scoring_cases(folder, "one").items()})
 
 
@@ -97,8 +97,8 @@ def scoring_cases(folder: Path, scores_of: str) -> dict[str, Case]:
     """Another model scores the data first, unless its scores are there."""
     reference, scores = str(folder / "reference"), {"score_cache_dir": str(folder / f"scores_of_{scores_of}")}
     # Few tokens in a batch, so that there are several for each process
-    poft = {**scores, "reference_models": [reference], "reference_batch_tokens": 100}
-    sft_go = {**scores, **AS_USED.get("sft_go", {}), "score_batch_tokens": 100}
+    poft = {**scores, "reference_models": [reference], "reference_batch_tokens": 100, "max_steps": 1}
+    sft_go = {**scores, **AS_USED.get("sft_go", {}), "score_batch_tokens": 100, "max_steps": 1}
     llmlingua2 = {"group_by": "llmlingua2", "importance_model": str(folder / "importance")}
     return available(
         {
@@ -286,6 +286,7 @@ class AssertStrategy(TrainerCallback):
 
 def run(case, folder, output_dir, **options):
     """The result of a case, or the message that it is refused with."""
+    gc.freeze()  # a run collects garbage several times, which takes longer the more has been imported
     try:
         trainer = make_trainer_of(case, folder, output_dir, **options)
     except ValueError as error:
@@ -324,7 +325,6 @@ def train_recipe(strategy):
 
 
 def main(path: Path):
-    gc.freeze()  # each run collects garbage several times
     shards.BATCHES_PER_SHARD = 1  # so that the few rows are shards for both processes
     allow_fsdp_on_the_cpu()
     watch_device_maps()

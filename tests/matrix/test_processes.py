@@ -69,7 +69,7 @@ def on_each_strategy(cell=None, strategies=STRATEGIES, **options):
 def folder(tmp_path_factory, tiny_model_factory, tokenizer, token_rows):
     """Holds all models and rows, and for each strategy a recipe."""
     folder = tmp_path_factory.mktemp("processes")
-    for name, model in make_models(tiny_model_factory(), tokenizer).items():
+    for name, model in make_models(tiny_model_factory(num_hidden_layers=1), tokenizer).items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     save_importance_model(folder / "importance")
