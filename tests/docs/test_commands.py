@@ -7,13 +7,11 @@ arms by `tests/comparison/test_committed_studies.py`.
 """
 
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from contextlib import nullcontext, redirect_stdout
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from shlex import split
@@ -24,10 +22,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from helpers import LAUNCH, STRATEGIES
 from huggingface_hub import ModelCard
+from launches import launch_of_trl, start
 from methods import METHODS
 from test_code_blocks import ROOT, blocks, texts
-from trl.cli import accelerate_launcher
-from trl.cli.main import main as trl_main
 
 from hf_sft_variants.cli import main
 from hf_sft_variants.comparison import plan_runs, read_study
@@ -165,24 +162,6 @@ def run(command: str) -> None:
         is_module = words[0] == "-m"
         script, *arguments = words[is_module:]
         start(Namespace(module=is_module, training_script=script, training_script_args=arguments))
-
-
-def launch_of_trl(words: list[str]) -> Namespace:
-    """What the stock `trl` command would launch."""
-    launches = []
-    launch = partial(accelerate_launcher.launch_training_script, launch_command_fn=launches.append)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(accelerate_launcher, "launch_training_script", launch)
-        trl_main(words)
-    return launches[0]
-
-
-def start(launch: Namespace) -> None:
-    run = partial(runpy.run_module, alter_sys=True) if launch.module else runpy.run_path
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", [launch.training_script, *launch.training_script_args])
-        monkeypatch.setattr(sys, "path", [str(Path(launch.training_script).parent), *sys.path])
-        run(launch.training_script, run_name="__main__")
 
 
 @pytest.mark.parametrize("sequence", sequences_to_run())
