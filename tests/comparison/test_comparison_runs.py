@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -115,7 +114,13 @@ def test_a_run_that_fails_stops_no_other(write_study, in_this_process, capsys, f
     assert in_this_process[2:] == ["study/runs/sums/broken/seed_0", "study/runs/sums/needs/seed_0"]
 
 
-def test_a_killed_study_goes_on_to_the_same_results(write_study, in_this_process, folder):
+def run_study(folder, path):
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] += f":{folder}"  # for the process of each run
+    cli(["compare", "--config", path])
+
+
+def test_a_killed_study_goes_on_to_the_same_results(write_study, in_this_process, folder, other_process):
     (folder / "stopped_once.py").write_text(STOPPED_ONCE)
     recipe = yaml.safe_load((folder / "sft_go.yaml").read_text())
     (folder / "stopped_once.yaml").write_text(yaml.safe_dump({**recipe, "module": "stopped_once"}, sort_keys=False))
@@ -123,10 +128,7 @@ def test_a_killed_study_goes_on_to_the_same_results(write_study, in_this_process
     assert cli(["compare", "--config", write_study(**changes, arms={"sft": SFT})]) == 0
     arms = {"sft": SFT, "stopped": {"recipe": "stopped_once.yaml"}, "sft_go": SFT_GO}
     path, in_this_process[:] = write_study(**changes, arms=arms), []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", "from hf_sft_variants.cli import main; main()", "compare", "--config", path]
-    killed = subprocess.run(command, env=environment, capture_output=True)
-    assert killed.returncode == -9
+    assert other_process.run(run_study, folder, path) == -signal.SIGKILL
     with FileLock("alive.lock", timeout=60):  # the run's process has noticed, and is gone, too
         pass
     results = read_results()
