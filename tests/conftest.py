@@ -36,7 +36,7 @@ def no_progress_bars():
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_garbage_collection():
-    """Each run collects garbage several times, which takes a third of a second each with the imports' objects."""
+    """Each run collects garbage several times; scanning the imported modules takes a third of a second each time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -44,7 +44,7 @@ def quick_garbage_collection():
 
 @pytest.fixture(scope="session")
 def other_process():
-    """Runs functions of test modules in a process of its own, which takes ten seconds to start."""
+    """Runs functions of test modules in another process, which takes ten seconds to start."""
     process = OtherProcess(*Path(__file__).parent.glob("*/"))
     yield process
     process.close()

@@ -86,7 +86,7 @@ def padded_document_log_probs(model, input_ids, labels):
 
 
 def scores_in(folder):
-    """The scores of a cache folder: of each model and its settings, by the example's key."""
+    """Scores in a cache folder, by model and settings, then by the example's key."""
     scores = {}
     for path in folder.glob("*/*.parquet"):
         rows = pq.read_table(path).to_pylist()
@@ -95,7 +95,7 @@ def scores_in(folder):
 
 
 def save_models(folder, model, tokenizer):
-    """A model, and another one to be its reference."""
+    """Saves a model, and another one as its reference."""
     for name in ("model", "reference"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -118,7 +118,7 @@ def slow_nll(model, tokenizer, rows):
 
 
 def commit_of(repository, digit):
-    """The folder of a commit in the cache of the Hub, which is that of the branch `main` from now on."""
+    """The folder of a commit in the Hub's cache; the branch `main` now points to it."""
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / "main").write_text(digit * 40)
     folder = repository / "snapshots" / (digit * 40)
@@ -127,7 +127,7 @@ def commit_of(repository, digit):
 
 
 class Operations(TorchDispatchMode):
-    """Multiplications of each matrix product, and the largest tensor that an operation returns."""
+    """Counts the multiplications of each matrix product, and records the largest tensor returned."""
 
     def __init__(self):
         super().__init__()

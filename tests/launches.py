@@ -1,4 +1,4 @@
-"""What a command would launch, started in this process, where everything is imported."""
+"""Runs in this process, where everything is imported, what a command would launch."""
 
 import runpy
 import sys
@@ -12,7 +12,7 @@ from trl.cli.main import main as trl_main
 
 
 def launch_of_trl(words: list[str]) -> Namespace:
-    """What the stock `trl` command would launch."""
+    """What the stock `trl` command would launch: module or script, and its arguments."""
     launches = []
     launch = partial(accelerate_launcher.launch_training_script, launch_command_fn=launches.append)
     with mock.patch.object(accelerate_launcher, "launch_training_script", launch):

@@ -1,4 +1,4 @@
-"""The studies of this repository, on a few rows of their data: every arm can be trained, on the rows it should be."""
+"""Every arm of the repository's studies can be trained, on the right rows; here on a few rows of the data."""
 
 import runpy
 import shutil
@@ -19,7 +19,7 @@ STUDIES = sorted(path.stem for path in ROOT.glob("studies/*.yaml"))
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
-    """What the commands before a study write, small, beside the repository's recipes and studies."""
+    """The repository's recipes and studies, with a small model and little data."""
     folder = tmp_path_factory.mktemp("studies")
     for name in ("recipes", "studies"):
         shutil.copytree(

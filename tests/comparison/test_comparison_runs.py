@@ -1,4 +1,4 @@
-"""Runs are trained once, whatever stops the study, and a resumed study has the results of an unbroken one."""
+"""Each run is trained once, even if the study is stopped; a resumed study equals an uninterrupted one."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from hf_sft_variants.launch.loading import load_model_and_tokenizer, load_split
 SFT, SFT_GO = {"recipe": "sft.yaml"}, {"recipe": "sft_go.yaml"}
 POFT = {"recipe": "poft.yaml", "overrides": {"reference_models": ["model", "{runs}/sft/seed_{seed}"]}}
 
-# Trains as SFTTrainer does, but the first time its study is killed after a step
+# Trains like SFTTrainer, but the first time it kills its study after a step
 STOPPED_ONCE = """
 import os, signal, threading
 from filelock import FileLock
@@ -43,7 +43,7 @@ def read_results(folder="study"):
 
 
 def without_costs(results):
-    """What must be the same when a study is done again."""
+    """Results without the figures that differ from run to run."""
     for result in results["runs"]:
         for name in ("seconds", "seconds_before_training", "peak_memory_bytes"):
             assert result.pop(name) > 0
@@ -54,7 +54,7 @@ def without_costs(results):
 
 
 def ids_of_files(folder, name):
-    """Which files they are: one that is written again is another one."""
+    """Inode of each file: a rewritten file has another."""
     return {path: path.stat().st_ino for path in Path(folder).rglob(name)}
 
 
@@ -145,7 +145,7 @@ def test_a_killed_study_goes_on_to_the_same_results(write_study, in_this_process
 
 
 def test_devices_are_shared_out(write_study, monkeypatch, in_this_process):
-    """Each run has a device to itself, and one that is free again takes the next run."""
+    """Each run has its own device, and a free device takes the next run."""
     seen = []
 
     class Process:

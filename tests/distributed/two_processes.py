@@ -22,7 +22,7 @@ RANDOM_PAIRS = {"confidence_split": "random", "train_sampling_strategy": "random
 SEPARATE_COUNTS = {"average_tokens_across_devices": False}
 # Two steps with the whole response, two with the key, each stage with a warm-up
 STAGES = {"max_steps": 4, "learning_rate": 1e-2, "stage_learning_rates": [1e-2, 2e-3], "warmup_steps": 1}
-# Two epochs of two steps, after a reference that has as many; the checkpoint is inside the second epoch
+# Two epochs of two steps, after a reference of the same length; the checkpoint is inside the second epoch
 PHASES = {
     "max_steps": 4,
     "learning_rate": 0.1,

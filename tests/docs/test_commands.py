@@ -103,7 +103,7 @@ def sequences_to_run() -> list:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
-    """What `hf-sft-variants quickstart` writes, the repository's files, and a recipe whose run was killed."""
+    """The quickstart's folder, the repository's files, and a recipe with a checkpoint."""
     folder = tmp_path_factory.mktemp("commands")
     splits = build_splits(train_size=24, test_size=4)
     write_data(folder / "quickstart" / "data", splits)
@@ -135,7 +135,7 @@ def folder(quickstart, tmp_path, monkeypatch) -> Path:
 
 
 def python_in_this_process(command, run=subprocess.run, **options):
-    """Stands in for `subprocess.run`, so that the scripts which measure a process of their own import nothing anew."""
+    """Replaces `subprocess.run`, so that scripts which start Python import nothing again."""
     if command[0] != sys.executable:
         return run(command, **options)
     output = StringIO()
@@ -173,7 +173,7 @@ def test_commands(sequence, folder):
 
 
 def assert_trained(output: Path) -> None:
-    """An adapter is there, trained by the method that its folder is named after."""
+    """There is an adapter, trained by the method its folder is named after."""
     assert (output / "adapter_model.safetensors").is_file()
     tags = {*ModelCard.load(output / "README.md").data.tags} & {*TAGS.values()}
     assert tags == {tag for method, tag in TAGS.items() if output.name.startswith(method)}
@@ -187,7 +187,7 @@ def test_named_program(command, folder):
 
 @pytest.mark.parametrize("command", named("hf-sft-variants"))
 def test_named_command(command, folder, capsys):
-    """It runs if it has a recipe; others lack a model or need the Hub, and have flags that are there."""
+    """Runs commands with a recipe; of others, which need a model or the Hub, checks the flags."""
     _, subcommand, *words = made_small(command).split()
     if "--config" in words:
         run(command)

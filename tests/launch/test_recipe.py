@@ -328,7 +328,7 @@ def test_quickstart_recipes_of_sftkey_differ_in_stages_and_epochs_alone():
         assert recipe == recipes["sftkey"] | {"output_dir": f"quickstart/runs/{name}"}
 
 
-# What LoRA and QLoRA on one GPU need; all of the method stays
+# LoRA and QLoRA on one GPU change these keys, none of the method's
 LORA_KEYS = {"num_processes", "accelerate_config", "dtype", "output_dir", "learning_rate", "reference_batch_tokens"}
 LORA_KEYS |= {"use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "optim", "load_in_4bit"}
 LORA_KEYS |= {"use_bnb_nested_quant", "per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -462,7 +462,7 @@ def test_stock_trl_command_refuses_a_misspelt_key(tiny_recipe, capsys):
 
 
 def test_refusals_and_missing_models_are_short_messages(tmp_path, capsys):
-    """What a trainer refuses ends like any other input that can't be used."""
+    """A trainer's `InputError` ends the program like any other wrong input."""
 
     class RefusingTrainer:
         """Stands in for a trainer that refuses its data."""

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 TWO_BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-# Adapters that have learned something: a new one adds nothing, and half of it has no gradient
+# Adapters with random weights: a new one adds nothing, and half of it has no gradient
 LORA = {"task_type": TaskType.CAUSAL_LM, "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 ADAPTERS = {
     "LoRA": LoraConfig(**LORA),
@@ -117,7 +117,7 @@ QUANTIZED = {
 @every_method
 @pytest.mark.parametrize("layout", cells("PEFT", QUANTIZED))
 def test_quantized(method, layout, quantized_llama, tokenizer, rows, even_rows, tmp_path):
-    """TRL trains an adapter of a quantized model in bfloat16, so its gradients are rounded: up to 2 %."""
+    """TRL trains the adapter of a quantized model in bfloat16, which rounds its gradients by up to 2 %."""
     options = {**layout, "peft_config": LoraConfig(**LORA)}
     arguments = (method, quantized_llama, tokenizer)
     trainer = assert_as_used_is_the_slow_loss(*arguments, rows, tmp_path, gradient_tolerance=2e-2, **options)
@@ -130,7 +130,7 @@ def test_quantized(method, layout, quantized_llama, tokenizer, rows, even_rows, 
 @pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True, "max_length": None}], ids=str)
 @pytest.mark.cell("PEFT", "virtual tokens, packed or padding-free", refused=True)
 def test_packed_prompts(method, layout, llama, tokenizer, rows, tmp_path):
-    """PEFT drops the positions that keep the documents of a row apart."""
+    """PEFT drops the positions that separate the documents of a packed row."""
     options = {**METHODS[method].options, **layout, "peft_config": PROMPTS["prompt tuning"]}
     with pytest.raises(ValueError, match="`PROMPT_TUNING` does not keep the documents of a packed row apart"):
         make_trainer(*METHODS[method].classes, llama, tokenizer, rows, tmp_path, **options)
