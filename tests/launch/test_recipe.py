@@ -374,30 +374,10 @@ def dataset_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+def model_folder(tmp_path_factory, tiny_model_factory, tokenizer):
     folder = str(tmp_path_factory.mktemp("model"))
-    words = ["<pad>", "<eos>", "<unk>", "what", "is", "plus", *map(str, range(20))]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_model_factory(num_hidden_layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
