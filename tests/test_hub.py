@@ -23,7 +23,7 @@ STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2
 
 
 class LocalHub:
-    """Stands in for the Hub's API, and keeps pushed files in a folder."""
+    """Replaces the Hub's API, and keeps pushed files in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder

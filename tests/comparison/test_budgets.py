@@ -22,7 +22,7 @@ METHODS = {
 
 @pytest.fixture
 def make_run(write_study, in_this_process):
-    """The folder of one run, ready to be done."""
+    """The folder of a run that has not started."""
 
     def make(budget, recipe="sft.yaml", **overrides):
         arm = {"recipe": recipe, "overrides": overrides, "budget": budget}

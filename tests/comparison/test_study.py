@@ -1,4 +1,4 @@
-"""What a study says, and what is wrong with it, before anything is trained."""
+"""Studies are read and checked before anything is trained."""
 
 import json
 import os

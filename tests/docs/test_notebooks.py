@@ -26,7 +26,7 @@ def code_cells(name: str) -> list[nbformat.NotebookNode]:
 
 @each_notebook
 def test_runs(name, tiny_model, tokenizer, tmp_path, monkeypatch):
-    """In this process and with a tiny model; nothing but the installation is a command of IPython."""
+    """Runs in this process with a tiny model; only the installation is an IPython command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SMALL_RUN", "1")
     tiny_model.save_pretrained("quickstart/model")

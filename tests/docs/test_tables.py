@@ -35,7 +35,7 @@ def test_every_method_and_every_arm_is_in_the_docs():
 
 
 def test_the_committed_results_are_those_of_the_committed_study():
-    """Everything derived from the rows is derived again."""
+    """Recomputes everything derived from the rows."""
     results = json.loads((ROOT / "benchmarks/results/study_small.json").read_text())
     study = read_study(str(ROOT / "studies/small.yaml"))
     assert results["study"] == study.content and results["missing"] == []

@@ -1,4 +1,4 @@
-"""Files, models and recipes that users bring, damaged in many ways: an error in words before any step."""
+"""Damaged files, models and recipes raise an error with a clear message before the first step."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Configurations, data and arguments that are wrong: an error in words before any step."""
+"""Wrong configurations, data and arguments raise an error with a clear message before the first step."""
 
 import math
 from dataclasses import fields

@@ -106,5 +106,5 @@ def test_refused(method, name, tmp_path):
     ],
 )
 def test_refused_by_confidence(method, name, tmp_path):
-    """Nothing is known about the confidence of a part of an example; pairs at random need none."""
+    """A part of an example has no confidence; random pairs need none."""
     assert_refused("cuts examples, so they can't be split by confidence", method, tmp_path, **layout_of(name))

@@ -26,7 +26,7 @@ def run(classes, layout, model, tokenizer, rows, folder, **options):
 
 @pytest.fixture(scope="module")
 def plain_runs():
-    """`SFTTrainer`'s runs by layout and rows; each is made when it is first asked for."""
+    """`SFTTrainer`'s runs by layout and rows, filled on demand."""
     return {}
 
 

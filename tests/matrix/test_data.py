@@ -23,7 +23,7 @@ def slow_evaluation_loss(method, trainer, prepared):
 
 @every_method
 class TestEvaluation:
-    """In batches that hold a whole set: SFTTrainer takes the mean over batches."""
+    """Each batch holds a whole set, because SFTTrainer takes the mean over batches."""
 
     def make_trainers(self, method, *arguments, **options):
         """As it is used, as SFTTrainer, and as the control."""

@@ -1,4 +1,4 @@
-"""What TRL's tests expect of `SFTTrainer` holds for each trainer: both are run with the same arguments."""
+"""Each trainer meets the expectations of TRL's own tests: both run with the same arguments."""
 
 import copy
 from types import SimpleNamespace
