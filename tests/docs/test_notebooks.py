@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from methods import METHODS
 
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def test_runs(name, tiny_model, tokenizer, tmp_path, monkeypatch):
 
 
 def test_there_is_one_for_each_method():
-    assert NOTEBOOKS.keys() == {"compare", "poft", "sft_go", "sftkey", "sftmix"}
+    assert NOTEBOOKS.keys() == {"compare", *METHODS} - {"base"}
 
 
 @each_notebook

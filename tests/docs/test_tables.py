@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from methods import METHODS
 
 from hf_sft_variants.comparison import read_study
 from hf_sft_variants.comparison.results import differences, summaries
@@ -15,7 +16,7 @@ TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
 PAGES = [
     "README.md",
     "docs/reproducibility.md",
-    *(f"docs/methods/{m}.md" for m in ("poft", "sft_go", "sftkey", "sftmix")),
+    *(f"docs/methods/{method}.md" for method in METHODS if method != "base"),
 ]
 
 
