@@ -453,8 +453,8 @@ class TestResume:
         "changed, message",
         [
             ({"max_steps": 8}, r"stages begin at the optimizer steps \[0, 6\], but those of this run at \[0, 4\]"),
-            ({"stage_fractions": [0.25, 0.75]}, r"`stage_fractions` was \[0.5, 0.5\], is \[0.25, 0.75\]"),
-            ({"stages": ["key"] * 2}, r"`stages` was \['full', 'key'\], is \['key', 'key'\]"),
+            ({"stage_fractions": [0.25, 0.75]}, r"`stage_fractions` was \[0.5, 0.5\], is now \[0.25, 0.75\]"),
+            ({"stages": ["key"] * 2}, r"`stages` was \['full', 'key'\], is now \['key', 'key'\]"),
         ],
     )
     def test_other_stages_are_refused(self, run, make, tagged_rows, tmp_path, changed, message):

@@ -482,7 +482,7 @@ class TestOnline:
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, max_steps=3)
         other = {"confidence_split": "random", "max_steps": 2}
         self.run(tiny_model, tokenizer, chat_rows, tmp_path, **other)
-        with pytest.raises(InputError, match="`confidence_split` was 'random', is 'confidence'"):
+        with pytest.raises(InputError, match="`confidence_split` was 'random', is now 'confidence'"):
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=str(tmp_path / "checkpoint-2"))
         self.run(tiny_model, tokenizer, chat_rows, tmp_path)
         options = {"resume": True, "ignore_data_skip": True}
