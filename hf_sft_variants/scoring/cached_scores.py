@@ -40,10 +40,10 @@ def cached_scores(
     """
     Read the scores of a data set from disk; compute and save the missing ones. Must be called by all processes.
 
-    Scores are keyed by an example's tokens and labels: equal examples are scored only once, and their scores are reused
-    in any data set, order or batch. The processes share the work in shards, and each shard is written to disk as soon
-    as it is finished, so a killed run resumes where it stopped. The processes need not share a file system: every
-    machine keeps a copy.
+    Scores are keyed by an example's tokens and labels: equal examples are scored only once, and their scores are
+    reused in any data set, order or batch. The processes share the work in shards, and each shard is written to disk
+    as soon as it is finished, so a killed run resumes where it stopped. The processes need not share a file system:
+    every machine keeps a copy.
 
     Args:
         dataset ([`~datasets.Dataset`]):

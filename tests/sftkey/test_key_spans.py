@@ -546,7 +546,7 @@ class TestForms:
         row = chat_row(tokenizer, [says("user", tagged("is", "2")), says("assistant", tagged("sum", "42"))])
         tokens = {"input_ids": row["input_ids"], "labels": row["labels"]}
         assert key_mask_of(tokenizer, tokens, None, has_text=False) == key_mask_of(tokenizer, row)
-        with pytest.raises(InputError, match="Row 0 of the train dataset: the assistant's turns can't be told from"):
+        with pytest.raises(InputError, match="Row 0 of the train dataset: the assistant turns can't be told from"):
             key_mask_of(tokenizer, tokens, None, has_text=False, key_turns="all")
 
     def test_packed_tokens(self):
@@ -595,7 +595,7 @@ class TestForms:
         tokenizer = split_tags()
         row = chat_row(tokenizer, self.prompt + self.completion)
         row["input_ids"][3] += 1
-        with pytest.raises(ValueError, match="Row 0 of the train dataset: the tokens of the text are not those that"):
+        with pytest.raises(ValueError, match="Row 0 of the train dataset: the tokens of the rendered text differ"):
             key_mask_of(tokenizer, row)
 
 
@@ -626,7 +626,7 @@ class TestMissingKeys:
         rows = self.rows(tokenizer, tagged("a", "4"))
         rows["input_ids"][0] = rows["input_ids"][0][1:]
         for on_missing in ("error", "drop"):
-            with pytest.raises(ValueError, match="Row 10 of the eval dataset: the tokens of the text are not those"):
+            with pytest.raises(ValueError, match="Row 10 of the eval dataset: the tokens of the rendered text differ"):
                 self.mark(tokenizer, rows, on_missing)
         assert self.mark(tokenizer, rows, "ignore")["num_key_tokens"] == [0]
 
