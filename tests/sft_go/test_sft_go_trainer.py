@@ -405,7 +405,7 @@ class TestBadInput:
         [
             (None, "The train dataset has no column `mine`; it has"),
             (lambda ids: 1, "Row 0 of the train dataset: column `mine` has 1, but"),
-            (lambda ids: [0.5] * len(ids), "column `mine` has 0.5 as a group id"),
+            (lambda ids: [0.5] * len(ids), "column `mine` has the group id 0.5"),
         ],
     )
     def test_own_column(self, values, message, make, token_rows):

@@ -487,14 +487,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"Row 2 of the train dataset: .*{message}"):
             make(rows, **options)
         assert len(make(rows, missing_key="drop", **options).train_dataset) == 2
-        assert "Dropped 1 of 3 examples of the train dataset: 1 without a key or with two, 0 with" in caplog.text
+        assert "Dropped 1 of 3 examples of the train dataset: 1 without a key or with several, 0 with" in caplog.text
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_key_cut_by_truncation(self, make, tokenizer, caplog, packing):
         short, long = (f"<Thinking>{'a ' * n}</Thinking>\n<Answer>12345</Answer>" for n in (2, 40))
         rows = self.rows(short, long, short)
         trainer = make(rows, max_length=120, packing=packing)
-        assert "Dropped 1 of 3 examples of the train dataset: 0 without a key or with two, 1 with a key that" in (
+        assert "Dropped 1 of 3 examples of the train dataset: 0 without a key or with several, 1 with a key that" in (
             caplog.text
         )
         key = "\n<Answer>12345</Answer><|im_end|>"
@@ -552,7 +552,7 @@ class TestBadInput:
         optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
         args = SFTKeyConfig(str(tmp_path), **SMALL)
-        with pytest.raises(ValueError, match="`optimizers` brings a learning-rate scheduler"):
+        with pytest.raises(ValueError, match="`optimizers` includes a learning-rate scheduler"):
             SFTKeyTrainer(
                 tiny_model, args, train_dataset=tagged_rows, processing_class=tokenizer,
                 optimizers=(optimizer, schedule),
