@@ -185,8 +185,8 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             missing = sum(count < 0 for count in dataset["num_key_tokens"])
             logger.warning(
                 f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: "
-                f"{missing} without a key or with several, {len(dataset) - len(kept) - missing} with a key that is cut "
-                f"off by max_length={self.args.max_length}."
+                f"{missing} without a key or with several, {len(dataset) - len(kept) - missing} with a key that is "
+                f"cut off by max_length={self.args.max_length}."
             )
         if len(kept) == 0:
             raise InputError(

@@ -560,7 +560,7 @@ class TestForms:
         expected = [value for row in rows for value in key_mask_of(tokenizer, row)]
         assert key_mask_of(tokenizer, packed, has_text=False) == expected
         packed["labels"] = [-100] * packed["seq_lengths"][0] + packed["labels"][packed["seq_lengths"][0] :]
-        with pytest.raises(ValueError, match="Row 0 of the train dataset: there is no assistant's turn with text"):
+        with pytest.raises(ValueError, match="Row 0 of the train dataset: there is no assistant turn with text"):
             key_mask_of(tokenizer, packed, has_text=False)
 
     def test_plain_text(self):

@@ -476,7 +476,7 @@ class TestBadInput:
         "options, response, message",
         [
             ({}, "#### 5", "the tag '<Thinking>' is not there"),
-            ({}, "", "there is no assistant's turn with text"),
+            ({}, "", "there is no assistant turn with text"),
             ({"key_delimiter": "<Answer>"}, "<Answer>5<Answer>6", "`key_delimiter='<Answer>'` is there 2 times"),
             ({"key_pattern": r"<Answer>(?P<key>\d+)"}, "#### 5", "is not there"),
         ],
