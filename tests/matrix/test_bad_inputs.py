@@ -115,7 +115,7 @@ CONFLICTS = [
     configuration("sftkey", "`key_delimiter` and `key_pattern` both say", key_delimiter="#", key_pattern="(?P<key>.)"),
     configuration("sftkey", "`answer_column='a'` must be set together", answer_column="a"),
     configuration("sftkey", r"`answer_tags` is \['<a>'\]: pass an opening and a closing tag", answer_tags=["<a>"]),
-    configuration("sftkey", "of which none contains another", answer_tags=["<Thinking", "b"]),
+    configuration("sftkey", "none of which contains another", answer_tags=["<Thinking", "b"]),
     configuration("poft", r"`reference_models=\['a', 'a'\]` has a model twice", reference_models=["a", "a"]),
     configuration("poft", "`truncation_mode='keep_end'` cuts prompts", truncation_mode="keep_end"),
     configuration("poft", "`packing_strategy='wrapped'` cuts examples", packing=True, packing_strategy="wrapped"),
