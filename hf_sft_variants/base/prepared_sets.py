@@ -209,7 +209,7 @@ def refuse_unknown_annotations(columns: set[str], dataset_name: str) -> None:
     if columns:
         raise InputError(
             f"The {dataset_name} dataset has the column `{min(columns)}`, which this trainer creates, but no column "
-            f"`{MADE_WITH}` that records its settings. Rename or remove `{min(columns)}`, or {_RAW_ROWS}."
+            f"`{MADE_WITH}` that records its settings. Rename or remove the former, or {_RAW_ROWS}."
         )
 
 

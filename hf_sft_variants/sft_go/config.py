@@ -22,8 +22,8 @@ class SFTGOConfig(SFTConfig):
     r"""
     Configuration class for the [`SFTGOTrainer`].
 
-    This class lists only the parameters that it adds to [`~trl.SFTConfig`]. It implements [SFT-GO: supervised
-    fine-tuning with group optimization](https://huggingface.co/papers/2506.15021).
+    Lists only the parameters that [`~trl.SFTConfig`] does not have. Method: [SFT-GO: supervised fine-tuning with group
+    optimization](https://huggingface.co/papers/2506.15021).
 
     Parameters:
         group_by (`str`, *optional*, defaults to `"tfidf"`):

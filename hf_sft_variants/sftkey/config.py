@@ -18,8 +18,8 @@ class SFTKeyConfig(SFTConfig):
     r"""
     Configuration class for the [`SFTKeyTrainer`].
 
-    This class lists only the parameters that it adds to [`~trl.SFTConfig`]. It implements [SFTKey: emphasizing key
-    answer tokens](https://huggingface.co/papers/2512.21017).
+    Lists only the parameters that [`~trl.SFTConfig`] does not have. Method: [SFTKey: emphasizing key answer
+    tokens](https://huggingface.co/papers/2512.21017).
 
     Parameters that define the stages:
         stages (`list[str]`, *optional*, defaults to `["full", "key"]`):
