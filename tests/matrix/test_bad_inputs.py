@@ -38,7 +38,7 @@ RANGES = [
     configuration("sft_go", "`gradient_accumulation_steps` must be .* got 0", gradient_accumulation_steps=0),
     # SFT-GO
     configuration("sft_go", "`important_fraction` must be between 0 and 1, exclusive", important_fraction=0.0),
-    configuration("sft_go", "`important_fraction` must lie .* got 1.0", important_fraction=1.0),
+    configuration("sft_go", "`important_fraction` must be between 0 and 1, .* got 1.0", important_fraction=1.0),
     configuration("sft_go", "`important_fraction` must be a number between .* got nan", important_fraction=math.nan),
     configuration("sft_go", "`worst_group_weight` must be a number .* got -0.1", worst_group_weight=-0.1),
     configuration("sft_go", "`worst_group_weight` must be a number .* got 1.5", worst_group_weight=1.5),

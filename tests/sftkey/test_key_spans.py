@@ -476,7 +476,7 @@ def test_next_role_is_the_end_of_a_turn_without_one():
 def test_template_that_rewrites_the_tags():
     tokenizer = split_tags()
     row = chat_row(tokenizer, [says("user", "What?"), says("assistant", tagged("sum", "42"))], UPPER_CASE)
-    with pytest.raises(ValueError, match="Row 0 of the train dataset: the tag '<Thinking>' is not there. Say where"):
+    with pytest.raises(ValueError, match="Row 0 of the train .*: the tag '<Thinking>' is not there. Specify where"):
         key_mask_of(tokenizer, row, UPPER_CASE)
     tags = {"thinking_tags": ("<THINKING>", "</THINKING>"), "answer_tags": ("<ANSWER>", "</ANSWER>")}
     mask = key_mask_of(tokenizer, row, UPPER_CASE, **tags)
