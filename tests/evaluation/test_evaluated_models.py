@@ -228,7 +228,7 @@ def break_adapter_config(folder):
 def break_base_name(folder):
     path = folder / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
-    return ["adapter"], "`model` 'adapter' can't be loaded: its adapter_config.json names no base model"
+    return ["adapter"], "`model` 'adapter' can't be loaded: its adapter_config.json does not name a base model"
 
 
 def break_adapter_type(folder):
@@ -267,7 +267,7 @@ def leave_out_a_later_completion(folder):
 
 
 ARGUMENTS = [
-    (["--adapter", "base"], "`adapter` 'base' can't be loaded: there is no adapter_config.json in it"),
+    (["--adapter", "base"], "`adapter` 'base' can't be loaded: it has no adapter_config.json"),
     (["--device", "cuda:99"], r"`device` is 'cuda:99', which can't be used here \(.+\): pass e.g. cpu"),
     (["--device", "meta"], r"`device` is 'meta', which can't be used here \(.+\): pass e.g. cpu"),
     *(

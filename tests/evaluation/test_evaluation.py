@@ -217,7 +217,7 @@ def test_an_adapter_folder_is_loaded_on_the_base_model_it_names(saved_model, sav
 def test_what_cannot_be_loaded_is_named(tmp_path, saved_model, tiny_model, tokenizer):
     with pytest.raises(InputError, match="`model` 'nowhere/at-all' can't be loaded"):
         load_model_and_tokenizer("nowhere/at-all")
-    with pytest.raises(InputError, match=r"`adapter` .* can't be loaded: there is no adapter_config\.json in it"):
+    with pytest.raises(InputError, match=r"`adapter` .* can't be loaded: it has no adapter_config\.json"):
         load_model_and_tokenizer(saved_model, adapter=saved_model)
     with pytest.raises(InputError, match="`device` is 'gpu9'"):
         load_model_and_tokenizer(saved_model, device="gpu9")
