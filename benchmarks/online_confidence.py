@@ -1,6 +1,6 @@
 """
-How near the confidence that SFTMix takes from training itself (`confidence_source="online"`) comes to the tracked one,
-which evaluates the data after each epoch: rank correlation, and share of the examples in the same half.
+Compares the confidence that SFTMix derives from training itself (`confidence_source="online"`) with the tracked
+confidence, which evaluates the data after each epoch: rank correlation, and share of the examples in the same half.
 
     python benchmarks/online_confidence.py --output benchmarks/results/online_confidence_cpu.json
 """
@@ -18,10 +18,11 @@ from scipy.stats import spearmanr
 from transformers import TrainerCallback
 
 from hf_sft_variants import ConfidenceTrackingCallback, SFTMixConfig, SFTMixTrainer
+from hf_sft_variants.files import write_text
 
 
 class OnlinePerplexities(TrainerCallback):
-    """Keeps each example's mean perplexity over the epochs so far, at the end of each."""
+    """Records each example's mean perplexity over the epochs so far, at the end of every epoch."""
 
     def __init__(self):
         self.after_epoch = []
@@ -75,7 +76,7 @@ def main() -> None:
         results["after_epoch"].append({"rank_correlation": round(correlation, 3), "same_half": round(same.mean(), 3)})
     print(json.dumps(results))
     if options.output:
-        Path(options.output).write_text(json.dumps(results, indent=2))
+        write_text(options.output, json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

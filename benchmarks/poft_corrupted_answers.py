@@ -1,7 +1,6 @@
 """
-What PoFT makes of bad data: some answers of the quickstart problems are replaced by wrong ones, and PoFT, its
-uniform control and SFT train on the same rows. Reported are the mean τ of the clean and of the corrupted examples over
-the run, and the held-out NLL of each arm, for several seeds.
+Trains PoFT, its uniform control and SFT on quickstart problems some of whose answers are wrong. Reports the mean τ of
+the clean and of the corrupted examples during training, and the held-out NLL of each arm, for several seeds.
 
     trl sft --config recipes/quickstart/sft_baseline.yaml   # the second reference model
     python benchmarks/poft_corrupted_answers.py --output benchmarks/results/poft_corrupted_answers.json
@@ -22,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_sft_variants import PoFTConfig, PoFTTrainer
 from hf_sft_variants.evaluation import held_out_nll
 from hf_sft_variants.evaluation.answers import ANSWER_MARK
+from hf_sft_variants.files import write_text
 from hf_sft_variants.quickstart.data import build_splits
 
 
@@ -33,7 +33,7 @@ ARMS = {
 
 
 def corrupt(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """The clean rows and the corrupted ones, whose last line has the answer of another row."""
+    """The clean rows, and the corrupted rows, which end with the answer of another row."""
     generator = random.Random(seed)
     chosen = set(generator.sample(range(len(rows)), round(share * len(rows))))
     corrupted = []
@@ -47,7 +47,7 @@ def corrupt(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list
 def run(arm: str, seed: int, clean: Dataset, corrupted: Dataset, test: Dataset, options, folder: str) -> dict:
     trainer_class, config_class, method = ARMS[arm]
     on_gpu = torch.cuda.is_available()
-    if arm == "poft":  # evaluation on the training rows, apart, gives the mean τ of each kind
+    if arm == "poft":  # evaluating clean and corrupted training rows separately gives the mean τ of each
         method = {**method, "reference_models": options.references, "eval_strategy": "steps", "eval_on_start": True}
     args = config_class(
         folder,
@@ -64,7 +64,7 @@ def run(arm: str, seed: int, clean: Dataset, corrupted: Dataset, test: Dataset, 
         save_strategy="no",
         **method,
     )
-    set_seed(seed)  # the adapter's start
+    set_seed(seed)  # the adapter's initial weights
     trainer = trainer_class(
         AutoModelForCausalLM.from_pretrained(options.model),
         args,
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", help="JSON file for the results, written after each run")
     options = parser.parse_args()
-    # Other problems than the quickstart's own, which the second reference model was trained on
+    # Not the quickstart's own problems, which the second reference model was trained on
     splits = build_splits(train_size=options.train_size, seed=1)
     rows, test = splits["train"], Dataset.from_list(splits["test"])
     settings = {name: value for name, value in vars(options).items() if name != "output"}
@@ -109,8 +109,7 @@ def main() -> None:
                 results["runs"].append(run(arm, seed, clean, corrupted, test, options, folder))
             print(json.dumps(results["runs"][-1]), flush=True)
             if options.output:
-                with open(options.output, "w") as file:
-                    json.dump(results, file, indent=2)
+                write_text(options.output, json.dumps(results, indent=2))
     for arm in ARMS:
         values = [result["held_out_nll"] for result in results["runs"] if result["arm"] == arm]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,6 +1,6 @@
 """
-Peak memory of PoFT's training after reference models have scored the data in the same process, against training on
-scores that came with the data.
+Peak memory of PoFT's training after reference models have scored the data in the same process, relative to training on
+scores that come with the data.
 
     python benchmarks/poft_reference_memory.py --output benchmarks/results/poft_reference_memory_cpu.json
 """
@@ -19,10 +19,11 @@ from datasets import load_dataset
 from transformers import TrainerCallback
 
 from hf_sft_variants import PoFTConfig, PoFTTrainer
+from hf_sft_variants.files import write_text
 
 
 class PeakOfTraining(TrainerCallback):
-    """Forgets the peak of what came before training: resident memory, or on a GPU what the allocator saw."""
+    """Resets the peak at the start of training: resident memory, or memory allocated on a GPU."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
@@ -38,7 +39,7 @@ class PeakOfTraining(TrainerCallback):
 
 
 def peaks(source: str, options: argparse.Namespace) -> dict[str, float]:
-    """Peak in MiB before and in training, of a process that scores with reference models or reads a column."""
+    """Peak in MiB before and during training, of a process that scores with reference models or reads a column."""
     rows = load_dataset(options.dataset, split=f"train[:{8 * options.steps}]")
     method = {"reference_models": options.references}
     if source == "column":
@@ -76,14 +77,14 @@ def main() -> None:
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     results = {"device": device, "machine": platform.machine(), "torch": torch.__version__}
-    for source in ("column", "models"):  # a process for each: what one has allocated, the next one would have
+    for source in ("column", "models"):  # each in its own process: memory allocated by one would count for the next
         command = [sys.executable, __file__, *sys.argv[1:], "--only", source]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results[source] = json.loads(run.stdout.splitlines()[-1])
     results["ratio"] = round(results["models"]["training_mib"] / results["column"]["training_mib"], 4)
     print(json.dumps(results))
     if options.output:
-        Path(options.output).write_text(json.dumps(results, indent=2))
+        write_text(options.output, json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

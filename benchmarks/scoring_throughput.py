@@ -1,8 +1,8 @@
 """
-Throughput of scoring, against what it can't beat and what it has to beat.
+Throughput of scoring, relative to an upper bound and to a simple implementation.
 
 *bare*: forward passes (backbone and LM head, no gradient) over as many tokens in full batches without padding.
-*naive*: one example a batch, padded to the maximum length, full logits and their log-softmax.
+*naive*: one example per batch, padded to the maximum length, full logits and their log-softmax.
 
     python benchmarks/scoring_throughput.py --model quickstart/model --dataset quickstart/data --repeats 2
 """
@@ -12,7 +12,6 @@ import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -20,6 +19,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 
 from hf_sft_variants.comparison.machine import describe_machine
+from hf_sft_variants.files import write_text
 from hf_sft_variants.lm_head.forward import add_lm_head
 from hf_sft_variants.scoring import LogProbScorer, cached_scores, load_reference_model
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--model", default="quickstart/model")
     parser.add_argument("--dataset", default="quickstart/data")
     parser.add_argument("--examples", type=int, default=240)
-    parser.add_argument("--naive_examples", type=int, default=12, help="examples of the slow way")
+    parser.add_argument("--naive_examples", type=int, default=12, help="examples for the naive way")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch_tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
@@ -97,7 +97,7 @@ def main() -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if options.output:
-        Path(options.output).write_text(text + "\n")
+        write_text(options.output, text + "\n")
 
 
 if __name__ == "__main__":

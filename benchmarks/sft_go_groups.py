@@ -1,5 +1,5 @@
 """
-Groups of two samples as SFT-GO makes them, and the untrained model's loss on each of their tokens. After
+SFT-GO's groups for two examples, and the untrained model's loss on each of their tokens. After
 `hf-sft-variants quickstart --train-size 160`:
 
     python benchmarks/sft_go_groups.py --output benchmarks/results/sft_go_groups.json
@@ -8,18 +8,18 @@ Groups of two samples as SFT-GO makes them, and the untrained model's loss on ea
 import argparse
 import json
 import tempfile
-from pathlib import Path
 
 import torch
 from datasets import load_dataset
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
+from hf_sft_variants.files import write_text
 from hf_sft_variants.inspection.token_text import token_texts, visible_text
 from hf_sft_variants.sft_go.loss import group_optimization
 
 
 class LastBatch(SFTGOTrainer):
-    """Keeps what the last loss was made of."""
+    """Keeps the batch of the last loss."""
 
     def compute_annotated_loss(self, batch):
         self.batch = batch
@@ -32,7 +32,7 @@ def make_trainer(model: str, dataset: str, folder: str) -> LastBatch:
 
 
 def look_at(trainer: LastBatch, row: int) -> dict:
-    """The supervised tokens of a training sample with their groups and losses, and the loss they add up to."""
+    """The supervised tokens of a training example with their groups and losses, and the resulting loss."""
     example = trainer.train_dataset[row]
     with torch.no_grad():
         inputs = trainer._prepare_inputs(trainer.data_collator([example]))
@@ -70,7 +70,7 @@ def main() -> None:
     results = {"options": settings, "torch": torch.__version__, "samples": samples}
     print(json.dumps(results))
     if options.output:
-        Path(options.output).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_text(options.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

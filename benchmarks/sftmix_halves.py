@@ -1,5 +1,5 @@
 """
-The halves that SFTMix makes of a reference's confidence, and what it mixes of one pair in its first step. After
+SFTMix's halves from a reference's confidence, and what is mixed from one pair in the first step. After
 `hf-sft-variants quickstart --train-size 160` and `trl sft --config recipes/quickstart/sftmix.yaml`:
 
     python benchmarks/sftmix_halves.py --output benchmarks/results/sftmix_halves.json
@@ -8,19 +8,19 @@ The halves that SFTMix makes of a reference's confidence, and what it mixes of o
 import argparse
 import json
 import tempfile
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
 from datasets import load_dataset
 
 from hf_sft_variants import SFTMixConfig, SFTMixTrainer
+from hf_sft_variants.files import write_text
 from hf_sft_variants.inspection.token_text import token_texts, visible_text
 from hf_sft_variants.sftmix.mixing import documents_of, draw_pairs, mixup_inputs
 
 
 def pair_of_first_step(options: argparse.Namespace, folder: str) -> dict:
-    """Labels of a confident and of an unconfident example, the share of the first, and how many of them are mixed."""
+    """Labels of a confident and an unconfident example, the weight of the first, and the number of mixed positions."""
     args = SFTMixConfig(
         folder,
         confidence_source="file",
@@ -68,7 +68,7 @@ def main() -> None:
     }
     print(json.dumps(results))
     if options.output:
-        Path(options.output).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_text(options.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

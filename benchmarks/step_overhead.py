@@ -1,17 +1,17 @@
 """
-Time and peak memory of a training step of each method, as ratios to `SFTTrainer`'s.
+Time and peak memory of a training step of each method, relative to `SFTTrainer`.
 
-Time: both trainers take steps in turns in one process, in changing order, so that a slow moment of the machine hits
-both; the figure is the median of the pairs' ratios, with its quartiles. Memory: peak resident memory of one process
-for each trainer (on a GPU, the peak the allocator saw).
+Time: both trainers take turns in one process, in alternating order, so that a slow moment of the machine affects both;
+the figure is the median of the pairs' ratios, with quartiles. Memory: peak resident memory of a separate process for
+each trainer (on a GPU, peak allocated memory).
 
     python benchmarks/step_overhead.py --model quickstart/model --batch_size 8 --length 256 --pairs 12
 
 Rows are random tokens of one length, all of them labels, or with `--rows quickstart` those of the quickstart, whose
-prompts are not. `--lora` trains an adapter with the settings of the quickstart's recipes, and the head is frozen.
+prompts are not. `--lora` trains an adapter with the settings of the quickstart's recipes, so the head is frozen.
 
-With `--vocab_sizes`, a model of Llama-3.2-1B's shape with random weights in bfloat16, once for each size; made for a
-GPU. `--packing off on` measures padded and packed rows; packed ones hold four samples each.
+`--vocab_sizes` measures a model of Llama-3.2-1B's shape with random bfloat16 weights, once for each size; meant for a
+GPU. `--packing off on` measures padded and packed rows; packed rows hold four examples each.
 
     python benchmarks/step_overhead.py --vocab_sizes 32000 128256 262144 --packing off on --length 2048
 """
@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
@@ -48,6 +47,7 @@ from hf_sft_variants import (
     SFTMixTrainer,
 )
 from hf_sft_variants.comparison.machine import describe_machine, peak_memory
+from hf_sft_variants.files import write_text
 
 
 METHODS = {
@@ -62,7 +62,7 @@ METHODS = {
 
 @dataclass
 class Setting:
-    """What a trainer is measured on."""
+    """Model and data that a trainer is measured on."""
 
     vocab_size: int | None  # of a model with random weights; None: `--model`
     packing: bool
@@ -114,7 +114,7 @@ def random_model(vocab_size: int, options: argparse.Namespace):
 
 
 def random_rows(vocab_size: int, packing: bool, options: argparse.Namespace) -> Dataset:
-    """Rows of full length; to be packed, four to a row."""
+    """Rows of full length or, for packing, a quarter of it."""
     length = options.length // 4 if packing else options.length
     num_rows = options.batch_size * (options.pairs + options.warm_up) * options.length // length
     generator = torch.Generator().manual_seed(0)
@@ -249,7 +249,7 @@ def main() -> None:
             print(json.dumps(run), flush=True)
             results["runs"].append(run)
             if options.output:  # after each: a run on a GPU may be cut off
-                Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
+                write_text(options.output, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """
-Data of the comparison study: sums, word problems and human dialogues, each as it is and with a share of wrong answers.
+Data for the comparison study: sums, word problems and human dialogues, each clean and with a share of wrong answers.
 
     python benchmarks/study_data.py --tasks chain_sum --train_size 200 --test_size 84 --output studies/small_data
 
-writes a folder for each: `<task>`, `<task>_corrupted`, for the control of SFT-GO `<task>_random_groups` and
-`<task>_corrupted_random_groups`, tokenized, with a random score for each token, and `<task>_reference`, as many other
-rows as they are, for PoFT's and rho1's reference model, with `<task>_all`, these and those of `<task>`, for what the
-reference model's rows do by themselves; both again as `<task>_corrupted_…`. The splits validation and test are never
-corrupted. Dialogues are those of the package chitchat-dataset: `pip install chitchat-dataset==0.9.0`.
+writes these folders for each task, and again as `<task>_corrupted` and `<task>_corrupted_...` for the corrupted rows:
+
+* `<task>`: the rows to train on, validation and test rows. The latter two are never corrupted.
+* `<task>_random_groups`: the same training rows, tokenized, with a random score for each token (SFT-GO's control).
+* `<task>_reference`: as many other, clean rows, for the reference model of PoFT and rho1.
+* `<task>_all`: both together, to measure the effect of the reference model's rows alone.
+
+The dialogues come from the package chitchat-dataset: `pip install chitchat-dataset==0.9.0`.
 """
 
 import argparse
@@ -21,8 +24,8 @@ from hf_sft_variants.evaluation.answers import ANSWER_MARK
 from hf_sft_variants.quickstart import build_splits, write_data
 
 
-TURNS = 6  # of a dialogue: the last one is the response
-MAX_LENGTH = 512  # the recipes'; PoFT drops longer rows, which other trainers cut
+TURNS = 6  # the last turn of a dialogue is the response
+MAX_LENGTH = 512  # as in the recipes; PoFT drops longer rows, other trainers truncate them
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     tasks = ("chain_sum", "gsm_symbolic", "chitchat")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
     parser.add_argument("--train_size", type=int, default=1100)
-    parser.add_argument("--validation_size", type=int, default=200, help="rows to choose the learning rate by")
+    parser.add_argument("--validation_size", type=int, default=200, help="rows for choosing the learning rate")
     parser.add_argument("--test_size", type=int, default=500)
     parser.add_argument("--corrupted", type=float, default=0.3, help="share of the training rows (%(default)s)")
     parser.add_argument("--model", default="quickstart/model", help="its tokenizer makes the tokenized folders")
@@ -61,7 +64,7 @@ def write_task(task: str, options: argparse.Namespace) -> None:
 
 def dialogue_splits(train_size: int, test_size: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict]]:
     """The sixth turn of each dialogue, given the five before it."""
-    from chitchat_dataset import Dataset  # needed for these only
+    from chitchat_dataset import Dataset  # only needed for dialogues
 
     rows = []
     for dialogue in Dataset().values():
@@ -81,7 +84,7 @@ def dialogue_splits(train_size: int, test_size: int, tokenizer: PreTrainedTokeni
 
 
 def corrupt(rows: list[dict], share: float) -> list[dict]:
-    """The same rows, of which a share has the answer (a dialogue: the response) of another one."""
+    """The same rows, a share of them with the answer (in dialogues, the response) of another row."""
     generator = random.Random(0)
     chosen = set(generator.sample(range(len(rows)), round(share * len(rows))))
     return [with_answer_of(row, rows, generator) if i in chosen else row for i, row in enumerate(rows)]
@@ -107,7 +110,7 @@ def random_scores(tokenizer: PreTrainedTokenizerBase, row: dict, generator: rand
         raise InputError("the chat template renders the prompt alone differently: take another model.")
     return {
         "input_ids": input_ids,
-        # Not `completion_mask`: without columns `prompt` and `completion`, SFTTrainer does not look at it by itself
+        # Not `completion_mask`: without the columns `prompt` and `completion`, SFTTrainer ignores it by default
         "labels": [-100] * len(prompt) + input_ids[len(prompt) :],
         "random_scores": [round(generator.random(), 6) for _ in input_ids],
     }

@@ -1,10 +1,10 @@
 """
-The tables of figures in README and docs, made from the results in `benchmarks/results`.
+Generates the tables of figures in README and docs from the results in `benchmarks/results`.
 
     python benchmarks/tables.py
 
-writes, in every page, between `<!-- table: study sft sft_go -->` and `<!-- end of table -->` the table of these arms
-of the small study, and for `step_time sft_go` and `scoring` those of what a training step and scoring cost.
+In every page, the text between `<!-- table: study sft sft_go -->` and `<!-- end of table -->` is replaced by the table
+of these arms of the small study; `step_time sft_go` and `scoring` give the cost of a training step and of scoring.
 """
 
 import json
@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 
 from hf_sft_variants.comparison.statistics import TOO_FEW_SEEDS
+from hf_sft_variants.files import write_text
 
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,7 @@ def scoring_table() -> str:
 
 
 def study_table(*arms: str) -> str:
-    """Each arm with its difference from the baseline, then the arms' differences from their controls."""
+    """Each arm with its difference from the baseline, then the differences from the controls."""
     study = read("study_small")
     summary = {(row["arm"], row["metric"]): row for row in study["summary"]}
     differences = {(row["arm"], row["baseline"], row["metric"]): row for row in study["differences"]}
@@ -110,7 +111,7 @@ def made(match: re.Match) -> str:
 
 
 def filled(page: str) -> str:
-    """A page with its tables made anew."""
+    """A page with its tables regenerated."""
     return TABLE.sub(made, page)
 
 
@@ -122,4 +123,4 @@ def pages() -> list[Path]:
 
 if __name__ == "__main__":
     for page in pages():
-        page.write_text(filled(page.read_text()))
+        write_text(page, filled(page.read_text(encoding="utf-8")))

@@ -10,7 +10,10 @@ from uuid import uuid4
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     Yields a temporary path next to `path`, which becomes `path` once the block has succeeded. Its folder is made if
-    it is missing. Several processes may write the same file at once: the last one wins.
+    it is missing.
+
+    Several processes may write the same file at once: the last one wins. Links are followed; devices and pipes, such
+    as `/dev/stdout`, are written directly.
 
     Example:
 
@@ -19,7 +22,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         partial.write_text("{}", encoding="utf-8")
     ```
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -27,3 +33,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file with [`atomic_write`]."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -37,7 +37,7 @@ def no_progress_bars():
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_garbage_collection():
-    """Each run collects garbage several times, which takes a third of a second each with the imports' objects."""
+    """Each run collects garbage several times; scanning the imported modules takes a third of a second each time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -45,7 +45,7 @@ def quick_garbage_collection():
 
 @pytest.fixture(scope="session")
 def other_process():
-    """Runs functions of test modules in a process of its own, which takes ten seconds to start."""
+    """Runs functions of test modules in another process, which takes ten seconds to start."""
     process = OtherProcess(*Path(__file__).parent.glob("*/"))
     yield process
     process.close()
@@ -77,7 +77,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_model_factory(tokenizer):
-    """Makes Llamas of two layers, each with the same random weights."""
+    """Makes Llamas of two layers by default, each with the same random weights."""
     return partial(make_tiny_model, tokenizer)
 
 
@@ -86,13 +86,13 @@ def tiny_model(tiny_model_factory) -> LlamaForCausalLM:
     return tiny_model_factory()
 
 
-def make_tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_tiny_model(tokenizer: PreTrainedTokenizerFast, num_hidden_layers: int = 2) -> LlamaForCausalLM:
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -1,12 +1,17 @@
 """Shared by the test modules: small trainers, the loss and gradients of one optimizer step, slow computations."""
 
 import copy
+import importlib.metadata
+from functools import cache
 
 import pyarrow.parquet as pq
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+
+# Accelerate parses PEFT's and DeepSpeed's metadata in every training step, which takes longer than a tiny model's step
+importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 SMALL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1}
 
@@ -81,7 +86,7 @@ def padded_document_log_probs(model, input_ids, labels):
 
 
 def scores_in(folder):
-    """The scores of a cache folder: of each model and its settings, by the example's key."""
+    """Scores in a cache folder, by model and settings, then by the example's key."""
     scores = {}
     for path in folder.glob("*/*.parquet"):
         rows = pq.read_table(path).to_pylist()
@@ -90,7 +95,7 @@ def scores_in(folder):
 
 
 def save_models(folder, model, tokenizer):
-    """A model, and another one to be its reference."""
+    """Saves a model, and another one as its reference."""
     for name in ("model", "reference"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -113,7 +118,7 @@ def slow_nll(model, tokenizer, rows):
 
 
 def commit_of(repository, digit):
-    """The folder of a commit in the cache of the Hub, which is that of the branch `main` from now on."""
+    """The folder of a commit in the Hub's cache; the branch `main` now points to it."""
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / "main").write_text(digit * 40)
     folder = repository / "snapshots" / (digit * 40)
@@ -122,7 +127,7 @@ def commit_of(repository, digit):
 
 
 class Operations(TorchDispatchMode):
-    """Multiplications of each matrix product, and the largest tensor that an operation returns."""
+    """Counts the multiplications of each matrix product, and records the largest tensor returned."""
 
     def __init__(self):
         super().__init__()

@@ -23,7 +23,7 @@ STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2
 
 
 class LocalHub:
-    """Stands in for the Hub's API, and keeps pushed files in a folder."""
+    """Replaces the Hub's API, and keeps pushed files in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -178,7 +178,7 @@ def test_confidence_of_a_push_is_used_again(hub, tiny_model, tokenizer, chat_row
 
 @needs("sftmix")
 def test_push_confidence_without_a_reference_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`push_confidence=True` is used with `confidence_source='reference'` only"):
+    with pytest.raises(ValueError, match="`push_confidence=True` is only used with `confidence_source='reference'`"):
         METHODS["sftmix"].config_class(
             str(tmp_path), use_cpu=True, bf16=False, confidence_split="random", push_confidence=True
         )

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what a checkpoint says of its run: one with another loss is refused."""
+"""Finds the checkpoint to resume from, and refuses one whose recorded run differs from the current one."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from trl import SFTConfig
 
 from ..errors import InputError
-from ..files import atomic_write
+from ..files import write_text
 from .field_checks import as_json_values
 from .fingerprints import describe_content, what_counts
 
@@ -26,13 +26,13 @@ logger = get_logger(__name__)
 # Written next to a checkpoint's other files
 RUN_FILE = "hf_sft_variants.json"
 
-# Enough to tell data sets apart, and read in a moment
+# Enough to tell data sets apart, yet quick to read
 _NUM_COMPARED = 100
 
 # A checkpoint without a description was made by `SFTTrainer`
 _SFT = {"trainer": "SFTTrainer", "settings": {}, "examples": None}
 
-_NEW_RUN = "or begin a new run with its weights: pass the folder as `model`, without `resume_from_checkpoint`."
+_NEW_RUN = "or start a new run from its weights: pass the folder as `model`, without `resume_from_checkpoint`."
 
 
 class ResumeCheckMixin:
@@ -43,17 +43,17 @@ class ResumeCheckMixin:
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """
-        As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` skips a checkpoint that a killed run did not
-        finish; a checkpoint of another method, other settings or other data is refused.
+        Like [`~transformers.Trainer.train`], but `resume_from_checkpoint=True` skips a checkpoint that a killed run
+        did not finish writing, and a checkpoint of another method or with different settings or data is refused.
         """
         return super().train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """
-        The checkpoint to resume from.
+        Return the checkpoint to resume from, or `None` if the run starts from scratch.
 
         Raises:
-            `InputError`: If there is none, or it is another run's.
+            `InputError`: If there is no complete checkpoint, or it belongs to another run.
         """
         if not resume_from_checkpoint:
             return None
@@ -63,29 +63,29 @@ class ResumeCheckMixin:
         if not list(Path(checkpoint).glob("rng_state*.pth")):
             logger.warning(
                 f"{checkpoint} has only the weights (`save_only_model=True`): the optimizer and the learning rate "
-                "start over, so the result is not that of an uninterrupted run."
+                "start over, so the result differs from that of an uninterrupted run."
             )
         return checkpoint
 
     def remember_examples(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
         """
-        Record the training set, which is prepared first: the rows as they are trained on, packed or not. A stream
-        can't be described. Called by all processes at once.
+        Record the training set as it is trained on, packed or not. It is the first data set to be prepared. A stream
+        can't be described. Called by all processes together.
         """
         if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
             self._examples = describe_examples(dataset)
 
     def describe_run(self) -> dict[str, Any]:
-        """What a checkpoint has to share with this run, as JSON values: the loss, its settings, and the data."""
+        """Describe what a checkpoint must share with this run, as JSON values: the loss, its settings and the data."""
         settings = describe_settings(self.args)
         return {"trainer": _owner_of_loss(type(self)), "settings": settings, "examples": self._examples}
 
     def begin_run(self, checkpoint: str | None) -> None:
         """
-        Called when training begins, and again when `auto_find_batch_size` starts over. Whatever a trainer keeps of a
-        run is reset here, or restored from the checkpoint.
+        Called when training begins, and again when `auto_find_batch_size` starts over. Resets the trainer's per-run
+        state, or restores it from the checkpoint.
         """
-        self._run = self.describe_run()  # now: later, other files may have the same names
+        self._run = self.describe_run()  # now, because the files behind these names may change later
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
@@ -94,7 +94,7 @@ class ResumeCheckMixin:
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def checkpoint_folder(self) -> Path:
-        """Where the checkpoint of this step is written."""
+        """Folder that the checkpoint of the current step is written to."""
         return Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _save_checkpoint(self, model, trial):
@@ -104,23 +104,23 @@ class ResumeCheckMixin:
 
 
 def _owner_of_loss(trainer_class: type) -> str:
-    """The class that defines the loss; the base class of the methods has that of `SFTTrainer`."""
+    """Name of the class that defines the loss; the methods' base class has the loss of `SFTTrainer`."""
     owners = [cls.__name__ for cls in trainer_class.__mro__ if "compute_annotated_loss" in vars(cls)]
     return owners[0] if len(owners) > 1 else _SFT["trainer"]
 
 
 def describe_settings(args: SFTConfig) -> dict[str, Any]:
     """
-    The fields that a configuration adds to [`~trl.SFTConfig`], as JSON values.
+    Return the fields that a configuration adds to [`~trl.SFTConfig`], as JSON values.
 
-    Left out are those named in its class attribute `_MAY_CHANGE_ON_RESUME`, such as where scores are kept. Files and
-    folders in the fields of `_FILES_AND_MODELS` are described by their content, which is what counts.
+    Fields named in its class attribute `_MAY_CHANGE_ON_RESUME`, such as the folder for scores, are left out. Files and
+    folders named in the fields of `_FILES_AND_MODELS` are described by their content rather than their path.
     """
     return _settings(args, _describe_content)
 
 
 def named_settings(args: SFTConfig) -> dict[str, Any]:
-    """As [`describe_settings`], but files and folders by their names alone: for others to read."""
+    """Like [`describe_settings`], but with only the names of files and folders, for publication."""
     return _settings(args, local_name)
 
 
@@ -139,38 +139,38 @@ def _describe_content(name: str) -> str | dict[str, str]:
 
 
 def local_name(name: str) -> str:
-    """Last part of a path on this machine, so that no one else sees its folders; an id of the Hub as it is."""
+    """Last component of a local path, so that its folders are not published; a Hub id is returned unchanged."""
     is_path = os.path.exists(name) or name.startswith((os.sep, ".", "~"))
     return os.path.basename(os.path.abspath(name)) if is_path else name
 
 
 def describe_examples(dataset: Dataset) -> dict[str, Any]:
-    """Number of the prepared examples of a data set, and a hash of the tokens and labels of some of them."""
+    """Number of prepared examples in a data set, with a hash of the tokens and labels of some of them."""
     rows = np.unique(np.linspace(0, len(dataset) - 1, _NUM_COMPARED, dtype=int))
     some = dataset.select_columns(["input_ids", "labels"])[rows]
     return {"number": len(dataset), "hash": hashlib.sha256(json.dumps(some).encode()).hexdigest()[:16]}
 
 
 def write_run(folder: str | Path, run: dict[str, Any]) -> None:
-    """Write the description of a run into a folder."""
-    with atomic_write(Path(folder, RUN_FILE)) as partial:
-        partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    """Write the description of a run to a folder."""
+    write_text(Path(folder, RUN_FILE), json.dumps(run, indent=2) + "\n")
 
 
 def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NEW_RUN) -> None:
     """
-    Refuse to resume from what another run has left in a folder.
+    Refuse to resume from a folder that another run has written.
 
     Args:
         folder (`str` or `Path`):
-            A checkpoint with what [`write_run`] wrote. Without it, it is one of `SFTTrainer`.
+            Checkpoint with the description written by [`write_run`]. Without one, it is taken for a checkpoint of
+            `SFTTrainer`.
         run (`dict[str, Any]`):
-            The run that resumes: its `trainer`, `settings` and, where they count, `examples`.
+            Run that resumes: its `trainer`, `settings` and, if they are to be compared, `examples`.
         or_else (`str`, *optional*):
-            End of the message: what to do instead.
+            End of the error message, which says what to do instead.
 
     Raises:
-        `InputError`: If the trainer, a setting or the examples are others, naming what differs.
+        `InputError`: If the trainer, a setting or the examples differ. The message names the difference.
     """
     path = Path(folder, RUN_FILE)
     try:
@@ -183,26 +183,26 @@ def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NE
             f"{folder} was made by {trainer}, but this is {run['trainer']}. Resume with the same trainer, {or_else}"
         )
     changes = [
-        f"`{name}` was {value!r}, is {run['settings'].get(name)!r}"
+        f"`{name}` was {value!r}, is now {run['settings'].get(name)!r}"
         for name, value in settings.items()
         if what_counts(value) != what_counts(run["settings"].get(name))
     ]
     if changes:
-        raise InputError(f"{folder} was made with other settings: {'; '.join(changes)}. Set them back, {or_else}")
+        raise InputError(f"{folder} was made with different settings: {'; '.join(changes)}. Restore them, {or_else}")
     if None not in (examples, run["examples"]) and examples != run["examples"]:
         raise InputError(
             f"{folder} was made with {examples['number']} training examples, and the {run['examples']['number']} of "
-            "this run are others. Resume with the same data set, tokenizer, chat template and `max_length`; or set "
-            "`ignore_data_skip=True`, to begin with the first example."
+            "this run differ. Resume with the same data set, tokenizer, chat template and `max_length`, or set "
+            "`ignore_data_skip=True` to start from the first example."
         )
 
 
 def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str:
     """
-    What `resume_from_checkpoint` names; if that is `True`, the last complete checkpoint of `output_dir`.
+    Return the checkpoint that `resume_from_checkpoint` names; if it is `True`, the last complete one in `output_dir`.
 
     Raises:
-        `InputError`: If there is none, or it is incomplete.
+        `InputError`: If there is no such checkpoint, or it is incomplete.
     """
     if resume_from_checkpoint is True:
         checkpoint = last_checkpoint(output_dir)
@@ -221,7 +221,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint of a folder that is complete: its state is written last."""
+    """Last complete checkpoint in a folder, if any. A checkpoint's trainer state is written last."""
     complete = [path for path in sort_checkpoints(str(folder)) if _is_complete(path)]
     return complete[-1] if complete else None
 

@@ -12,19 +12,20 @@ from .prepared_sets import MADE_WITH
 @dataclass
 class AnnotationCollator:
     """
-    Adds the annotation columns to what another collator makes, and `row_ids` to a padding-free batch: a packed row has
-    several documents, so these do not say where it ends.
+    Adds the annotation columns to the batches of another collator, and `row_ids` to padding-free batches. The latter
+    are needed because a packed row has several documents, whose boundaries don't show where the row ends.
 
     Args:
         collator (`Callable`):
-            TRL's collator, or the user's own, which does not see the annotations. It must keep each row's tokens at
-            the start of the row (pad on the right) or, padding-free, one after the other.
+            TRL's collator, or the user's own. It does not see the annotations. It must keep each row's tokens at the
+            start of the row (pad on the right) or, if padding-free, concatenate the rows in order.
         padding_values (`dict[str, int | float]`):
-            Annotation column to its value on padding; a float makes the column float32, an integer int64.
+            Maps each annotation column to its padding value. The column is float32 if this is a float, and int64 if it
+            is an integer.
 
     Raises:
-        `InputError`: If an example has no such column; if an annotation has another length than the example's
-            `input_ids`, or fractions where the padding value is an integer; or if the collator moves tokens.
+        `InputError`: If an example lacks an annotation column; if an annotation's length differs from that of
+            `input_ids`, or it has fractions although the padding value is an integer; or if the collator moves tokens.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -32,7 +33,7 @@ class AnnotationCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         unseen = {MADE_WITH, *self.padding_values}
-        # Collators that pad whatever they are given, such as those of transformers, would fail on the annotations
+        # Collators that pad every column, such as those of transformers, would fail on the annotations
         batch = self.collator(
             [{name: example[name] for name in example if name not in unseen} for example in examples]
         )
@@ -59,18 +60,18 @@ class AnnotationCollator:
     def _annotation(example: dict[str, Any], name: str, is_float: bool) -> torch.Tensor:
         if name not in example:
             raise InputError(
-                f"The data set has no column `{name}`. The trainer adds it when it prepares a data set; one that is "
-                "given with `skip_prepare_dataset=True` must bring it, with one value for each token."
+                f"The data set has no column `{name}`. The trainer adds it when it prepares a data set; with "
+                "`skip_prepare_dataset=True`, the data set must already have it, with one value for each token."
             )
         values = torch.as_tensor(example[name])
         if len(values) != len(example["input_ids"]):
             raise InputError(
-                f"Column `{name}` has {len(values)} values in an example of {len(example['input_ids'])} tokens. Give "
-                "one value for each token of `input_ids`."
+                f"Column `{name}` has {len(values)} values in an example of {len(example['input_ids'])} tokens. It "
+                "needs one value for each token of `input_ids`."
             )
         if values.is_floating_point() and not is_float:
             raise InputError(
-                f"Column `{name}` has fractions, but its padding value is an integer. Give 0.0 for 0 in "
+                f"Column `{name}` has fractions, but its padding value is an integer. Use a float, such as 0.0, in "
                 "`annotation_columns`."
             )
         return values.float() if is_float else values.long()

@@ -14,7 +14,7 @@ logger = get_logger(__name__)
 
 
 class Ratio(NamedTuple):
-    """A metric that is a sum divided by another; a pair in `batch.metrics` is one. Nothing is logged for 0 / 0."""
+    """Metric that is the ratio of two sums, such as a pair in `batch.metrics`. Not logged if the denominator is 0."""
 
     numerator: torch.Tensor | float
     denominator: torch.Tensor | float
@@ -25,7 +25,7 @@ class Ratio(NamedTuple):
 
 
 class Minimum(NamedTuple):
-    """A metric that is the smallest value; infinity where there is none, and then nothing is logged."""
+    """Metric that is the smallest value. Infinity marks a missing value, and is not logged."""
 
     smallest: torch.Tensor | float
     combine = torch.amin
@@ -35,7 +35,7 @@ class Minimum(NamedTuple):
 
 
 class Maximum(NamedTuple):
-    """A metric that is the largest value; minus infinity where there is none, and then nothing is logged."""
+    """Metric that is the largest value. Minus infinity marks a missing value, and is not logged."""
 
     largest: torch.Tensor | float
     combine = torch.amax
@@ -46,7 +46,7 @@ class Maximum(NamedTuple):
 
 class MetricSums:
     """
-    Metrics since the last log, combined over micro-batches and processes before their value is computed: a mean of
+    Accumulates metrics since the last log over micro-batches and processes before computing their values: a mean of
     micro-batch means would depend on how the batch is split.
     """
 
@@ -55,14 +55,14 @@ class MetricSums:
 
     def add(self, mode: str, metrics: dict[str, tuple], accelerator: Accelerator) -> None:
         """
-        Add a micro-batch of every process. All processes have to pass the same names.
+        Add one micro-batch from every process. All processes must pass the same names.
 
         Args:
             mode (`str`):
                 `"train"` or `"eval"`.
             metrics (`dict[str, tuple]`):
-                Name to a [`Ratio`] or a plain pair, a [`Minimum`], a [`Maximum`], or another named tuple of scalars
-                with `combine` and `value`.
+                Maps each name to a [`Ratio`] or a plain pair, a [`Minimum`], a [`Maximum`], or another named tuple of
+                scalars with `combine` and `value`.
             accelerator ([`~accelerate.Accelerator`]):
                 Gathers the scalars.
         """
@@ -78,18 +78,18 @@ class MetricSums:
             self.totals[mode][name] = type(metric)(*metric.combine(values, dim=0).tolist())
 
     def take(self, mode: str) -> dict[str, float]:
-        """The metrics since the last call; one without a value is left out."""
+        """Return the metrics since the last call, without those that have no value, and reset them."""
         totals, self.totals[mode] = self.totals[mode], {}
         if mode == "train" and "nll" in totals and totals["nll"].denominator == 0:
-            logger.warning("No token was in the loss since the last log: nothing was learned. Check the labels.")
+            logger.warning("No token was in the loss since the last log, so nothing was learned. Check the labels.")
         values = {name: metric.value() for name, metric in totals.items()}
         return {name: value for name, value in values.items() if value is not None}
 
 
 class MetricSumsMixin:
-    """Logs the metrics of a trainer's losses exactly, where `SFTTrainer` logs means over batches."""
+    """Logs exact metrics of a trainer's loss, where `SFTTrainer` logs means over batches."""
 
-    # Of the evaluation that is running, if there is one
+    # Set while an evaluation is running
     _metric_key_prefix: str | None = None
 
     @cached_property
@@ -97,7 +97,7 @@ class MetricSumsMixin:
         return MetricSums()
 
     def sum_metrics(self, batch: AnnotatedBatch, row_ids: torch.Tensor | None) -> None:
-        """Add a micro-batch's metrics and `nll`. `row_ids`: row that each token comes from, if padding-free."""
+        """Add a micro-batch's metrics and `nll`. `row_ids` has each token's row if the batch is padding-free."""
         mode = "train" if self.model.training else "eval"
         if mode == "eval" and self.accelerator.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader:
             batch = self._without_repeated_rows(batch, row_ids)
@@ -106,14 +106,14 @@ class MetricSumsMixin:
 
     def _without_repeated_rows(self, batch: AnnotatedBatch, row_ids: torch.Tensor | None) -> AnnotatedBatch:
         """
-        The last batch of an evaluation set, for metrics: accelerate repeats rows in it to give all processes as many;
-        gathered, it would begin with the `remainder` that is left of the data set.
+        Remove repeated rows from the last batch of an evaluation set, for the metrics. Accelerate repeats rows to give
+        all processes equally many; gathered over them, the batch would begin with the `remainder` of the data set.
         """
         remainder = self.accelerator.gradient_state.remainder
         if remainder < 0:
             logger.warning(
-                "An evaluation set that is a stream has no length: of its last rows some may count twice in the "
-                "metrics, where several processes share them out. Load it without streaming for exact metrics."
+                "The evaluation set is a stream, whose length is unknown: with several processes, some of its last "
+                "rows may count twice in the metrics. Load it without streaming for exact metrics."
             )
         if remainder <= 0:
             return batch
@@ -146,7 +146,7 @@ class MetricSumsMixin:
             metrics["aux_loss"].append(self.accelerator.gather_for_metrics(outputs.aux_loss).mean().item())
 
     def forget_metrics(self, mode: str) -> None:
-        """Leave out of the next log what was computed so far."""
+        """Discard the metrics accumulated since the last log."""
         self._metric_sums.take(mode)
         self._metrics[mode].clear()
 
@@ -156,7 +156,7 @@ class MetricSumsMixin:
             self.forget_metrics(mode)
 
     def log(self, logs, start_time=None):
-        # Not by the model's mode alone: a callback may have evaluated, or predicted, in the midst of training
+        # The model's mode is not enough: a callback may have evaluated or predicted in the middle of training
         if self._metric_key_prefix is not None:
             metrics = self._metric_sums.take("eval")
             logs.update({f"{self._metric_key_prefix}_{name}": mean for name, mean in metrics.items()})
@@ -165,7 +165,7 @@ class MetricSumsMixin:
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        self.forget_metrics("eval")  # `predict` leaves its own
+        self.forget_metrics("eval")  # `predict` leaves some behind
         self._metric_key_prefix = metric_key_prefix
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -1,4 +1,4 @@
-"""Prepared data sets record the trainer and the settings that annotated them; a trainer with others refuses them."""
+"""Records which trainer and settings annotated a prepared data set, and refuses a data set that doesn't match."""
 
 import json
 from functools import cached_property
@@ -18,27 +18,28 @@ from .trl_internals import get_dataset_column_names
 # A column, the same on all rows, survives `select`, `concatenate_datasets`, Parquet, JSON and the Hub
 MADE_WITH = "annotated_with"
 
-_RAW_ROWS = "give the raw rows, before any preparation"
+_RAW_ROWS = "pass the raw, unprepared rows"
 
 
 class PreparedSetsMixin:
-    """Takes data sets that were prepared with the trainer's own settings, and refuses others."""
+    """Accepts data sets prepared by the same trainer with the same settings, and refuses all others."""
 
-    # Annotation columns that a user may bring
+    # Annotation columns that users may supply themselves
     _columns_of_the_user: frozenset[str | None] = frozenset()
 
     def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
         """
-        The settings that the annotations depend on, as JSON values. They are written to the column `annotated_with` of
-        the prepared data set; a trainer with other settings refuses the data set. By default all fields that the
-        configuration class adds to [`~trl.SFTConfig`]. Settings that are left out are not compared.
+        Return the settings that the annotations depend on, as JSON values. They are written to the column
+        `annotated_with` of the prepared data set, and a trainer whose settings differ refuses it. By default these are
+        all the fields that the configuration class adds to [`~trl.SFTConfig`]. Settings that are left out are not
+        compared.
 
         Args:
             columns (`list[str]`):
                 Columns of the annotated data set.
             is_packed (`bool`):
-                Whether its rows are packed. Packed rows are taken as they are. Others are annotated again, so settings
-                whose effect [`annotate`] overwrites can be left out.
+                Whether its rows are packed. Packed rows are used unchanged. All others are annotated again, so
+                settings whose effect [`annotate`] overwrites can be left out.
         """
         return describe_settings(self.args)
 
@@ -46,10 +47,10 @@ class PreparedSetsMixin:
         self, dataset: Dataset | IterableDataset, packing: bool, dataset_name: str
     ) -> dict[str, Any] | None:
         """
-        The trainer and the settings that annotated a data set; `None` if it is not annotated.
+        Return the trainer and settings that annotated a data set, or `None` if it is not annotated.
 
         Raises:
-            `InputError`: If it was annotated by another trainer or with other settings, or does not say by which.
+            `InputError`: If it was annotated by another trainer or with different settings, or does not record them.
         """
         columns = get_dataset_column_names(dataset)
         if not {MADE_WITH, "input_ids"} <= set(columns):
@@ -61,7 +62,7 @@ class PreparedSetsMixin:
         wanted = self.describe_annotations(columns, packing, is_packed(made_with))
         all_wanted = {**wanted, "settings": {**wanted["settings"], **self._settings_of_first_set}}
         require_same_settings(made_with, all_wanted, dataset_name)
-        # All data sets must share what this trainer does not know, such as reference models that it does not name
+        # Settings that this trainer does not have, such as unnamed reference models, must match across data sets
         unknown = made_with["settings"].keys() - wanted["settings"].keys()
         self._settings_of_first_set |= {name: made_with["settings"][name] for name in unknown}
         return made_with
@@ -70,8 +71,8 @@ class PreparedSetsMixin:
         self, columns: list[str], packing: bool, is_packed: bool, before: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """
-        The trainer and its settings, for the column `annotated_with`. `before`: what the rows were annotated with
-        before, which is kept where this trainer does not know better.
+        Describe the trainer and its settings for the column `annotated_with`. `before` is the rows' previous
+        description; its settings are kept unless this trainer has its own value for them.
         """
         settings = {
             **(before["settings"] if before else {}),
@@ -95,25 +96,25 @@ class PreparedSetsMixin:
 
 
 def _annotating_class(trainer_class: type) -> str:
-    """The class that says how a trainer annotates: a subclass with another loss alone annotates as its parent does."""
+    """Class that defines a trainer's annotations: a subclass that only changes the loss annotates like its parent."""
     hooks = {"annotate", "annotate_untruncated", "annotation_columns"}
     return next(cls.__name__ for cls in trainer_class.__mro__ if hooks & vars(cls).keys())
 
 
 def is_packed(made_with: dict[str, Any] | None) -> bool:
-    """Whether a data set with this in its column `annotated_with` is packed; `wrapped` rows don't show it."""
+    """Whether a data set is packed according to `annotated_with`; rows packed with `wrapped` don't show it."""
     return made_with is not None and bool(made_with["settings"].get("packing"))
 
 
 def is_prepared_and_packed(dataset: Dataset | IterableDataset) -> bool:
-    """Whether a data set is packed already, with annotations."""
+    """Whether a data set is already annotated and packed."""
     return MADE_WITH in get_dataset_column_names(dataset) and is_packed(read_made_with(dataset, "train"))
 
 
 def add_made_with(
     dataset: Dataset | IterableDataset, made_with: dict[str, Any], args: SFTConfig, dataset_name: str
 ) -> Dataset | IterableDataset:
-    """Add the column `annotated_with`: on each row, as JSON, the trainer and the settings that prepared it."""
+    """Add the column `annotated_with`: in every row, as JSON, the trainer and the settings that prepared it."""
     fn_kwargs = {"text": json.dumps(made_with, sort_keys=True)}
     map_kwargs = map_description(dataset, args, f"Marking {dataset_name} dataset")
     return dataset.map(_add_text, batched=True, fn_kwargs=fn_kwargs, **map_kwargs)
@@ -125,10 +126,10 @@ def _add_text(examples: dict[str, list], text: str) -> dict[str, list]:
 
 def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dict[str, Any]:
     """
-    Read the column `annotated_with`; of a stream the first row, and [`require_as_first_row`] checks the others.
+    Read the column `annotated_with`. Of a stream, read the first row; [`require_as_first_row`] checks the others.
 
     Raises:
-        `InputError`: If rows were made with different settings, or the column is something else.
+        `InputError`: If the rows were prepared with different settings, or the column was not written by a trainer.
     """
     dataset = dataset.with_format(None)
     is_stream = isinstance(dataset, IterableDataset)
@@ -141,13 +142,13 @@ def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dic
         return {"trainer": str(made_with["trainer"]), "settings": dict(made_with["settings"])}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"The {dataset_name} dataset has a column `{MADE_WITH}` that no trainer wrote ({text!r}). Rename it, or "
-            f"{_RAW_ROWS}."
+            f"The column `{MADE_WITH}` of the {dataset_name} dataset was not written by a trainer ({text!r}). Rename "
+            f"it, or {_RAW_ROWS}."
         ) from error
 
 
 def require_as_first_row(dataset: IterableDataset, dataset_name: str) -> IterableDataset:
-    """Refuse, as they arrive, rows of a stream that were made with other settings than its first row."""
+    """Check each row of a stream as it arrives, and refuse one whose settings differ from the first row's."""
     fn_kwargs = {"text": next(iter(dataset))[MADE_WITH], "dataset_name": dataset_name}
     return dataset.map(_require_text, fn_kwargs=fn_kwargs)
 
@@ -160,26 +161,26 @@ def _require_text(example: dict[str, Any], text: str, dataset_name: str) -> dict
 
 def _mixture_message(dataset_name: str) -> str:
     return (
-        f"The rows of the {dataset_name} dataset were prepared with different settings, or some of them not at all: "
-        f"the column `{MADE_WITH}` says with which. Prepare all of them alike, or {_RAW_ROWS}."
+        f"The rows of the {dataset_name} dataset were prepared with different settings, or some were not prepared at "
+        f"all (see the column `{MADE_WITH}`). Prepare all rows with the same settings, or {_RAW_ROWS}."
     )
 
 
 def require_same_settings(found: dict[str, Any], wanted: dict[str, Any], dataset_name: str) -> None:
     """
-    Refuse a data set that was prepared by another trainer or with other settings. A setting that only one side has is
-    not compared, such as reference models that the configuration does not name.
+    Refuse a data set that was prepared by another trainer or with different settings. Settings that only one side has,
+    such as reference models that the configuration does not name, are not compared.
 
     Args:
         found (`dict[str, Any]`):
-            What the data set was made with.
+            Trainer and settings that prepared the data set.
         wanted (`dict[str, Any]`):
-            What the trainer would make it with.
+            Trainer and settings that would prepare it now.
         dataset_name (`str`):
             Name of the data set, for messages.
 
     Raises:
-        `InputError`: If they differ, naming what does.
+        `InputError`: If they differ. The message names the differences.
     """
     if found["trainer"] != wanted["trainer"]:
         raise InputError(
@@ -187,13 +188,13 @@ def require_same_settings(found: dict[str, Any], wanted: dict[str, Any], dataset
             f"annotates differently. Use {found['trainer']}, or {_RAW_ROWS}."
         )
     changes = [
-        f"`{name}` was {value!r}, is {wanted['settings'][name]!r}"
+        f"`{name}` was {value!r}, is now {wanted['settings'][name]!r}"
         for name, value in found["settings"].items()
         if name in wanted["settings"] and what_counts(value) != what_counts(wanted["settings"][name])
     ]
     if changes:
         raise InputError(
-            f"The {dataset_name} dataset was prepared with other settings: {'; '.join(changes)}. Set them back, or "
+            f"The {dataset_name} dataset was prepared with different settings: {'; '.join(changes)}. Restore them, or "
             f"{_RAW_ROWS}."
         )
 
@@ -207,22 +208,22 @@ def refuse_unknown_annotations(columns: set[str], dataset_name: str) -> None:
     """
     if columns:
         raise InputError(
-            f"The {dataset_name} dataset has the column `{min(columns)}`, which this trainer makes, but no column "
-            f"`{MADE_WITH}` that says with which settings. Rename or remove the column, or {_RAW_ROWS}."
+            f"The {dataset_name} dataset has the column `{min(columns)}`, which this trainer creates, but no column "
+            f"`{MADE_WITH}` that records its settings. Rename or remove the former, or {_RAW_ROWS}."
         )
 
 
 def cut_settings(args: SFTConfig, packing: bool, is_packed: bool) -> dict[str, Any]:
     """
-    The settings of truncation and packing that prepared rows depend on.
+    Return the truncation and packing settings that prepared rows depend on.
 
     Args:
         args ([`~trl.SFTConfig`]):
-            Has the settings.
+            Configuration of the trainer.
         packing (`bool`):
             Whether the trainer packs the data set.
         is_packed (`bool`):
-            Whether the rows are packed already. Rows that are not packed may be packed later.
+            Whether the rows are already packed. If not, they may be packed later.
     """
     max_length = args.max_length if is_packed else kept_length(args, packing)
     return {

@@ -13,15 +13,15 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "compare",
         help="compare recipes over seeds, with intervals",
-        description="Train every arm of a study with every seed on every data set, evaluate all of them alike, and "
+        description="Train every arm of a study with every seed on every data set, evaluate them in the same way, and "
         "write results.json and report.html to the study's output_dir. Finished runs are kept: run it again after an "
-        "interruption, or after adding an arm or a seed. docs/compare.md explains the file.",
+        "interruption, or after adding an arm or a seed. docs/compare.md explains the study file.",
         epilog=EXAMPLE,
     )
     parser.add_argument("--config", required=True, metavar="STUDY", help="YAML file of the study")
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (%(default)s)")
-    several.add_argument("--devices", nargs="+", metavar="ID", help="GPUs, one run at once on each, e.g. 0 1 2 3")
+    several.add_argument("--devices", nargs="+", metavar="ID", help="GPUs to use, one run on each, e.g. 0 1 2 3")
     parser.set_defaults(run=run)
 
 
@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         failures, report = compare_study(args.config, args.devices or [None] * args.jobs)
     except KeyboardInterrupt:
-        print("stopped; the same command continues with what is missing", file=sys.stderr)
+        print("stopped; the same command continues where it left off", file=sys.stderr)
         return 130
     for failed, reason in failures.items():
         print(f"{failed} failed: {reason}", file=sys.stderr)
     print(f"wrote {report.parent / 'results.json'} and {report}")
     if failures:
-        print(f"{len(failures)} runs failed; the same command tries them again", file=sys.stderr)
+        print(f"{len(failures)} runs failed; the same command retries them", file=sys.stderr)
     return 1 if failures else 0

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from ..files import write_text
 from .types import positive_int
 
 
@@ -23,7 +24,7 @@ TAGGED_COLUMNS = {
     "format": ("format_rate", ".1%"),
     "score": ("score", ".1%"),
 }
-# Recipe keys that say how a model is loaded, as flags
+# Recipe keys for loading models, as flags
 MODEL_KEYS = {
     "model_revision": {},
     "dtype": {"choices": ["auto", "bfloat16", "float16", "float32"]},
@@ -48,7 +49,7 @@ def add_parser(subparsers) -> None:
         epilog=EXAMPLE,
     )
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder or Hub id of a model or of a PEFT adapter")
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to load on the one MODEL")
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to load on MODEL, if there is only one")
     parser.add_argument(
         "--tagged",
         action="store_true",
@@ -69,7 +70,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (the accelerator if there is one)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE, as a list for several models")
     flags = ", ".join(f"--{key}" for key in list(MODEL_KEYS)[:6])
-    how_to_load = parser.add_argument_group("to load the models as a recipe does", f"{flags}, ...")
+    how_to_load = parser.add_argument_group("options for loading models, as in a recipe", f"{flags}, ...")
     for key, options in MODEL_KEYS.items():
         how_to_load.add_argument(f"--{key}", f"--{key.replace('_', '-')}", help=argparse.SUPPRESS, **options)
     parser.set_defaults(run=run)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.adapter and len(args.model) > 1:
         raise InputError(
-            f"`--adapter` is {args.adapter!r}, which is for one MODEL: pass adapters' folders among the MODELs."
+            f"`--adapter` is {args.adapter!r}, which is for one MODEL: pass the adapters themselves as MODELs."
         )
     if (args.thinking_tags or args.answer_tags) and not args.tagged:
         raise InputError("`--thinking-tags` and `--answer-tags` need `--tagged`: add it, or leave them out.")
@@ -104,9 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _is_writable(path: Path) -> bool:
-    if path.exists():
-        return not path.is_dir() and os.access(path, os.W_OK)
-    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    return not path.is_dir() and path.parent.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
 
 
 def _model_options(args: argparse.Namespace) -> dict:
@@ -187,7 +186,7 @@ def _tagged_figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict
 def _write_json(args: argparse.Namespace, results: list[dict]) -> None:
     if args.json:
         figures = results if len(args.model) > 1 else results[0]
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+        write_text(args.json, json.dumps(figures, indent=2) + "\n")
 
 
 def _label(args: argparse.Namespace, model: str) -> str:

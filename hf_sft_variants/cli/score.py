@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import atomic_write
 from .types import share
 
 
@@ -28,9 +29,9 @@ def add_parser(subparsers) -> None:
         "--keep-top",
         type=share,
         metavar="SHARE",
-        help="PoFT: keep this share of the training rows, those scored best, 0 to 1",
+        help="PoFT: keep the best-scored rows, this share of the training set, 0 to 1",
     )
-    parser.add_argument("--kept", metavar="FILE", help="where --keep-top writes them (.jsonl)")
+    parser.add_argument("--kept", metavar="FILE", help="file for the rows that --keep-top keeps (.jsonl)")
     parser.set_defaults(run=run, recipe_flags=[])
 
 
@@ -40,9 +41,11 @@ def run(args: argparse.Namespace) -> None:
     from ..launch.preparation import load_recipe, prepare
 
     if (args.keep_top is None) != (args.kept is None):
-        raise InputError(f"`--keep-top` is {args.keep_top} and `--kept` {args.kept}: give both, or neither.")
+        raise InputError(
+            f"`--keep-top` and `--kept` must both be given, or neither, got {args.keep_top} and {args.kept}."
+        )
     if args.output is not None and not args.output.endswith(".parquet"):
-        raise InputError(f"`--output` is {args.output!r}: give a name that ends in .parquet.")
+        raise InputError(f"`--output` must end in .parquet, got {args.output!r}.")
     recipe = load_recipe(args.config, args.recipe_flags)
     trainer = prepare(recipe)
     if not PartialState().is_main_process:
@@ -80,5 +83,6 @@ def _write(args, recipe, scoring) -> None:
         best = keys_of_best(scoring.scores["train"], args.keep_top)
         kept = rows.select(sorted(row for row, key in scoring.key_of_row["train"].items() if key in best))
         Path(args.kept).parent.mkdir(parents=True, exist_ok=True)
-        kept.to_json(args.kept)
+        with atomic_write(args.kept) as partial:
+            kept.to_json(partial)
         print(f"wrote {args.kept}: the best {len(kept)} of {len(rows)} rows")

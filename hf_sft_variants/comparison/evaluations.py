@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..evaluation import generate_answers, held_out_nll_of_rows, numeric_answers
 from ..evaluation.answers import extract_answer
-from ..evaluation.matching import same_answer
-from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS, extract_tagged_answer, follows_format
+from ..evaluation.scores import tagged_results
+from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
 from ..launch.loading import load_split
 from .lm_eval_tasks import evaluate_tasks
 
@@ -74,10 +74,7 @@ def answer_metrics(
 ) -> dict[str, Any]:
     """Accuracy of the answers, and the share of texts in the expected format."""
     if tagged:
-        tags = (thinking_tags, answer_tags)
-        pairs = zip(texts, dataset["answer"], strict=True)
-        right = [same_answer(extract_tagged_answer(text, *tags), str(answer)) for text, answer in pairs]
-        formatted = [follows_format(text, *tags) for text in texts]
+        right, formatted = tagged_results(texts, dataset["answer"], thinking_tags, answer_tags)
     else:
         found = [extract_answer(text) for text in texts]
         right = [answer == expected for answer, expected in zip(found, numeric_answers(dataset), strict=True)]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..files import write_text
 
 
 # What the study asks of the run; the recipe it trains; the output of its process
@@ -17,21 +17,16 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """One line for each key, and one for each item of a list."""
-    lines = [
-        f"{_dump(key)}: {_list(value) if isinstance(value, list) else _dump(value)}" for key, value in values.items()
-    ]
+    lines = [f"{_dump(key)}: {_dump_lines(value)}" for key, value in values.items()]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def _list(items: list) -> str:
-    return "[\n" + ",\n".join(map(_dump, items)) + "\n]" if items else "[]"
+def _dump_lines(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(map(_dump, value)) + "\n]"
+    return _dump(value)
 
 
 def _dump(value: Any) -> str:

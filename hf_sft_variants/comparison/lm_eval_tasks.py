@@ -1,4 +1,4 @@
-"""Tasks of the optional package lm-eval, on a loaded model."""
+"""Evaluates a loaded model on tasks of the optional package lm-eval."""
 
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,8 @@ def import_lm_eval() -> ModuleType:
         `InputError`: If lm-eval is not installed.
     """
     try:
-        import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
     except ImportError as error:
         raise InputError(
             "`lm_eval` asks for tasks of lm-eval, which is not installed: run "
@@ -24,21 +25,13 @@ def import_lm_eval() -> ModuleType:
     return lm_eval
 
 
-def make_task_manager(include_path: str | None) -> Any:
-    """Task manager of lm-eval that also knows the YAML files in `include_path`."""
-    import_lm_eval()
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path)
-
-
-def check_tasks(settings: dict[str, Any]) -> None:
+def check_tasks(tasks: list[str], include_path: str | None) -> None:
     """
     Raises:
         `InputError`: If lm-eval is not installed, or does not know a task.
     """
-    manager = make_task_manager(settings["include_path"])
-    for task in settings["tasks"]:
+    manager = import_lm_eval().tasks.TaskManager(include_path=include_path)
+    for task in tasks:
         if manager.match_tasks([task]) != [task]:
             raise InputError(
                 f"`lm_eval`: `tasks` has {task!r}, which lm-eval does not know: `lm_eval ls tasks` lists its own; "
@@ -55,16 +48,14 @@ def evaluate_tasks(
     num_fewshot: int | None,
     include_path: str | None,
 ) -> dict[str, Any]:
-    """The tasks' metrics by the names of task and metric; the last four arguments are a study's `lm_eval` settings."""
+    """Metrics by the names of task and metric. The last four arguments are the `lm_eval` settings of a study."""
     lm_eval = import_lm_eval()
-    from lm_eval.models.huggingface import HFLM
-
     results = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        model=lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=tasks,
         limit=limit,
         num_fewshot=num_fewshot,
-        task_manager=make_task_manager(include_path),
+        task_manager=lm_eval.tasks.TaskManager(include_path=include_path),
         log_samples=False,
     )
     metrics = {}

@@ -1,6 +1,5 @@
-"""The runs of a study: one for each arm, data set and seed, with the recipe it trains."""
+"""Plans the runs of a study: one for each arm, data set and seed, with the recipe it trains."""
 
-import copy
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
 from ..evaluation import check_dataset, check_tagged_dataset, numeric_answers
-from ..launch.recipe import apply_recipe, load_data, parse_flags, trainer_and_parser
-from ..launch.recipe_checks import check_keys, key_types, nearest, read_mapping
+from ..launch.parsing import parse_recipe, trainer_and_parser
+from ..launch.recipe import load_data
+from ..launch.recipe_checks import check_keys, error_in, key_types, nearest, read_mapping
 from .evaluations import load_evaluation_data
 from .files import EVALUATION_FILE, RUN_FILE, TRAINING_FILE, read_json
 from .lm_eval_tasks import check_tasks
@@ -28,19 +28,17 @@ LAUNCH_OPTIONS = {"num_processes": 1, "num_machines": 1, "num_cpu_threads_per_pr
 @dataclass(frozen=True, eq=False)
 class Run:
     """
-    One training with its evaluation.
+    Training and evaluation of an arm on a data set with a seed.
 
     Attributes:
-        arm (`str`), data (`str`), seed (`int`):
-            Which one.
         folder (`Path`):
-            Where it is kept.
+            Folder of its model and results.
         recipe (`dict[str, Any]`):
             The arm's recipe with all overrides, for `trl sft`.
         budget (`dict[str, Any]`):
             How long it trains, as in [`~hf_sft_variants.comparison.study.Arm`].
         evaluations (`dict[str, Any]`):
-            How it is evaluated.
+            Settings and data of its evaluation.
         others (`tuple[Path, ...]`):
             Folders of the runs that it needs.
         training_rows (`str`, *optional*):
@@ -82,13 +80,13 @@ def plan_runs(study: Study) -> list[Run]:
             where = f"{study.path}, arm `{arm.name}` on data `{data}`"
             recipe = merged_recipe(study, arm, data, where)
             arm_runs = [make_run(study, arm, data, seed, recipe, evaluations) for seed in study.seeds]
-            # Seeds differ in nothing that is checked, unless each has its own data
+            # The check of one seed holds for all, unless each has its own data
             checked = arm_runs if "{seed}" in str(recipe.get("dataset_name")) else arm_runs[:1]
             hashes = [check_recipe(run.recipe, where) for run in checked]
             runs += [replace(run, training_rows=hashes[i % len(hashes)]) for i, run in enumerate(arm_runs)]
     for run in runs:
         check_folder(run)
-    # One seed of every arm first: stopped early, it is a study already
+    # One seed of every arm first, so that a study that is stopped early is already of use
     return sorted(runs, key=lambda run: study.seeds.index(run.seed))
 
 
@@ -139,15 +137,11 @@ def check_recipe(recipe: dict[str, Any], where: str) -> str | None:
     Raises:
         `InputError`: If the trainer would refuse the recipe's values, or the data set can't be loaded.
     """
-    recipe = {key: value for key, value in copy.deepcopy(recipe).items() if key != "env"}  # not for this process
-    _, parser = trainer_and_parser(recipe.get("module"))
-    apply_recipe(parser, recipe, where)
-    try:
-        script_args, _, _, dataset_args = parse_flags(parser, [])
+    recipe = {key: value for key, value in recipe.items() if key != "env"}  # not for this process
+    with error_in(where):
+        _, (script_args, _, _, dataset_args) = parse_recipe(recipe)
         train_dataset, _ = load_data(script_args, dataset_args)
         return hash_of_rows(train_dataset)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def evaluations_on(study: Study, data: str) -> dict[str, Any]:
@@ -180,7 +174,7 @@ def check_evaluations(evaluations: dict[str, Any]) -> str | None:
         if "answer" in dataset.column_names and evaluations["max_new_tokens"] is not None:
             numeric_answers(dataset)
     if evaluations["lm_eval"] is not None:
-        check_tasks(evaluations["lm_eval"])
+        check_tasks(evaluations["lm_eval"]["tasks"], evaluations["lm_eval"]["include_path"])
     return hash_of_rows(dataset)
 
 
@@ -204,15 +198,13 @@ def check_folder(run: Run) -> None:
         return
     if not (run.folder / RUN_FILE).is_file():
         raise InputError(
-            f"{run.folder} is to hold the run {run}, but has other files. Remove them, or choose another `output_dir`."
+            f"{run.folder} should hold the run {run}, but has other files: remove them, or use another `output_dir`."
         )
     before, now = read_json(run.folder / RUN_FILE), json.loads(json.dumps(description(run)))
     keys = {**before["recipe"], **now["recipe"]}
     different = [f"`{key}`" for key in keys if before["recipe"].get(key) != now["recipe"].get(key)]
-    if before["budget"] != now["budget"]:
-        different.append("`budget`")
-    if before["training_rows"] != now["training_rows"]:
-        different.append("the rows of its data set")
+    others = {"budget": "`budget`", "training_rows": "the rows of its data set"}
+    different += [words for key, words in others.items() if before[key] != now[key]]
     if different:
         raise InputError(
             f"{run.folder} holds the run {run} with other settings: {', '.join(different)}. "

@@ -1,4 +1,4 @@
-"""All results of a study in one mapping, which the report is made from."""
+"""Collects the results of a study in one mapping, which the report is made from."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,23 +10,9 @@ from .study import Study
 
 
 def collect_results(study: Study, runs: list[Run], failures: dict[Run, str]) -> dict[str, Any]:
-    """
-    Results so far: `study`, `study_file`, `runs`, `missing`, `summary` and `differences`.
-
-    Args:
-        study ([`~hf_sft_variants.comparison.study.Study`]):
-            The study.
-        runs (`list[Run]`):
-            All its runs.
-        failures (`dict[Run, str]`):
-            Why runs failed.
-    """
+    """Results of the runs so far: `study`, `study_file`, `runs`, `missing`, `summary` and `differences`."""
     finished = [result_of(run) for run in runs if run.is_finished]
-    missing = [
-        {"arm": run.arm, "data": run.data, "seed": run.seed, "error": failures.get(run)}
-        for run in runs
-        if not run.is_finished
-    ]
+    missing = [{**names_of(run), "error": failures.get(run)} for run in runs if not run.is_finished]
     return {
         "study": study.content,
         "study_file": study.path,
@@ -37,16 +23,14 @@ def collect_results(study: Study, runs: list[Run], failures: dict[Run, str]) -> 
     }
 
 
+def names_of(run: Run) -> dict[str, Any]:
+    return {"arm": run.arm, "data": run.data, "seed": run.seed}
+
+
 def result_of(run: Run) -> dict[str, Any]:
-    evaluation = read_json(run.folder / EVALUATION_FILE)
-    return {
-        "arm": run.arm,
-        "data": run.data,
-        "seed": run.seed,
-        **read_json(run.folder / TRAINING_FILE),
-        "evaluations": evaluation["evaluations"],
-        "generations": evaluation["generations"],
-    }
+    training, evaluation = (read_json(run.folder / name) for name in (TRAINING_FILE, EVALUATION_FILE))
+    del evaluation["settings"]
+    return {**names_of(run), **training, **evaluation}
 
 
 def summaries(study: Study, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

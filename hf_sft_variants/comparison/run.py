@@ -4,7 +4,6 @@ The process of one run: train its recipe, record what that costs, and evaluate t
     python -m hf_sft_variants.comparison.run FOLDER
 """
 
-import copy
 import math
 import os
 import shutil
@@ -17,16 +16,19 @@ from typing import Any
 import datasets
 import yaml
 from accelerate.utils import release_memory
+from datasets import IterableDataset
 from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from ..errors import InputError
 from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
+from ..files import write_text
 from ..launch.loading import load_model_and_tokenizer
-from ..launch.recipe import apply_recipe, build_trainer, model_options, parse_flags, save, trainer_and_parser
+from ..launch.parsing import parse_recipe
+from ..launch.recipe import build_trainer, model_options, save
 from ..launch.recipe_checks import read_mapping
-from .budgets import models_trained, resolve_budget, steps_of_tokens
 from .evaluations import evaluate_model
-from .files import EVALUATION_FILE, LOG_FILE, RECIPE_FILE, RUN_FILE, TRAINING_FILE, read_json, write_json, write_text
+from .files import EVALUATION_FILE, LOG_FILE, RECIPE_FILE, RUN_FILE, TRAINING_FILE, read_json, write_json
 from .machine import describe_machine, package_versions, peak_memory
 
 
@@ -41,13 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin, which closes when it is gone, however it was stopped."""
+    """Exit when stdin closes, i.e. when the parent is gone, however it was stopped."""
     sys.stdin.read()
     os._exit(1)
 
 
 def do_run(folder: Path) -> None:
-    """Do whatever is missing of the training and the evaluation."""
+    """Train and evaluate, unless that is done already."""
     run = read_json(folder / RUN_FILE)
     if not (folder / TRAINING_FILE).is_file():
         _clear(folder)
@@ -73,7 +75,7 @@ def train(folder: Path, run: dict[str, Any]) -> None:
     recipe, (kind, amount) = run["recipe"], resolve_budget(run["budget"], folder)
     if kind == "steps":
         recipe = {**recipe, "max_steps": amount}
-    trainer_class, parsed = parse_run(recipe, str(folder / RECIPE_FILE))
+    trainer_class, parsed = parse_recipe(recipe)
     start = time.perf_counter()
     trainer = build_trainer(trainer_class, *parsed)
     if kind == "tokens":
@@ -105,8 +107,7 @@ def _without_infinities(log: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(folder: Path, settings: dict[str, Any]) -> None:
     """Evaluate the saved model, loaded with the recipe's options."""
-    recipe = folder / RECIPE_FILE
-    _, (_, training_args, model_args, _) = parse_run(read_mapping(str(recipe)), str(recipe))
+    _, (_, training_args, model_args, _) = parse_recipe(read_mapping(folder / RECIPE_FILE))
     options = model_options(model_args, training_args.trust_remote_code) | (training_args.model_init_kwargs or {})
     model, tokenizer = load_model_and_tokenizer(str(folder), None, str(training_args.device), options)
     tags = (
@@ -117,15 +118,39 @@ def evaluate(folder: Path, settings: dict[str, Any]) -> None:
     write_json(folder / EVALUATION_FILE, {"settings": settings, **evaluated})
 
 
-def parse_run(recipe: dict[str, Any], source: str) -> tuple:
-    """The trainer class of a recipe, and its parsed arguments."""
-    trainer_class, parser = trainer_and_parser(recipe.get("module"))
-    apply_recipe(parser, copy.deepcopy(recipe), source)
-    return trainer_class, parse_flags(parser, [])
+def resolve_budget(budget: dict[str, Any], folder: Path) -> tuple[str | None, float | None]:
+    """Kind and amount of a run's budget; an amount of another arm's run is read from its folder."""
+    if not budget:
+        return None, None
+    ((kind, amount),) = budget.items()
+    if not kind.endswith("_of"):
+        return kind, amount
+    kind = kind.removesuffix("_of")
+    return kind, read_json(folder.parent.parent / amount / folder.name / TRAINING_FILE)[kind]
+
+
+def steps_of_tokens(tokens: float, trainer: SFTTrainer) -> int:
+    """
+    Number of optimizer steps, at least one, whose tokens come nearest to `tokens`. It is known before training, so the
+    learning-rate schedule is whole.
+
+    Raises:
+        `InputError`: If the data set is a stream, whose tokens can't be counted beforehand.
+    """
+    if isinstance(trainer.train_dataset, IterableDataset):
+        raise InputError("a budget of `tokens` counts the data beforehand, but it is a stream: give `steps`.")
+    tokens_per_epoch = sum(map(len, trainer.train_dataset["input_ids"])) * models_trained(trainer.args)
+    steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    return max(round(tokens / tokens_per_epoch * steps_per_epoch), 1)
+
+
+def models_trained(args: SFTConfig) -> int:
+    """2 for a method that first trains a reference for as many steps on the same data (SFTMix), else 1."""
+    return 2 if getattr(args, "needs_reference", False) else 1
 
 
 class _StartClock(TrainerCallback):
-    """When training proper began: a reference that is trained first has callbacks of its own."""
+    """Notes when training starts; a reference that is trained before has its own callbacks."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.time = time.perf_counter()

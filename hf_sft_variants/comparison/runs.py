@@ -1,17 +1,96 @@
-"""Training what is missing of a study, each run in a process of its own, several at once."""
+"""Trains what is missing of a study, each run in its own process, several at once."""
 
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
+import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from .files import LOG_FILE, RUN_FILE, TRAINING_FILE, write_json
-from .plan import Run, description
+from ..errors import InputError
+from ..files import write_text
+from .files import LOG_FILE, RUN_FILE, TRAINING_FILE, read_json, write_json
+from .plan import Run, description, plan_runs
+from .report import render_report
+from .results import collect_results
+from .study import Study, read_study
+
+
+def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[dict[Run, str], Path]:
+    """
+    Do what is missing of a study, writing `results.json` and `report.html` to its folder after every run.
+
+    Args:
+        path (`str`):
+            The study's YAML file.
+        devices (`list[str | None]`, *optional*, defaults to `[None]`):
+            For each of the runs at once, the GPU it sees, or `None` for all.
+
+    Returns:
+        `tuple[dict[Run, str], Path]`: The runs that failed with the reasons, and the path of the report.
+
+    Raises:
+        `InputError`: If the study or anything it names can't be used, or it is running already.
+    """
+    devices = devices or [None]
+    study = read_study(path)
+    results_path, report_path = study.output_dir / "results.json", study.output_dir / "report.html"
+    _check_results(results_path, study)
+    runs = plan_runs(study)
+    check_devices(devices, runs)
+    study.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(study.output_dir / ".lock", timeout=0):
+            write = partial(_write_results, study, runs, results_path, report_path)
+            write({})
+            failures = do_missing_runs(runs, devices, write)
+            write(failures)
+    except Timeout as error:
+        raise InputError(f"`output_dir` {study.output_dir} is in use: this study is running already.") from error
+    return failures, report_path
+
+
+def check_devices(devices: list[str | None], runs: list[Run]) -> None:
+    """
+    Raises:
+        `InputError`: If a run would see several GPUs, or the GPUs asked for are not visible.
+    """
+    visible = [str(i) for i in range(torch.cuda.device_count())]
+    on_cpu = [run for run in runs if run.recipe.get("use_cpu")]
+    if None in devices:
+        if len(visible) > 1 and len(on_cpu) < len(runs):
+            raise InputError(
+                f"{len(visible)} GPUs are visible, but a run takes one: pass --devices, e.g. --devices 0 1."
+            )
+    elif not set(devices) <= set(visible) or len(set(devices)) < len(devices):
+        raise InputError(
+            f"--devices must name different GPUs out of the {len(visible)} visible ones "
+            f"({' '.join(visible) or 'none'}), got {' '.join(devices)}."
+        )
+    elif on_cpu:
+        raise InputError(f"--devices: the run {on_cpu[0]} has `use_cpu: true`, so it would not use a GPU.")
+
+
+def _check_results(path: Path, study: Study) -> None:
+    other = read_json(path).get("study_file", study.path) if path.is_file() else study.path
+    if Path(other).name != Path(study.path).name:
+        raise InputError(
+            f"`output_dir` {study.output_dir} holds the results of {other}: use another folder, or move {path} away."
+        )
+
+
+def _write_results(
+    study: Study, runs: list[Run], results_path: Path, report_path: Path, failures: dict[Run, str]
+) -> None:
+    results = collect_results(study, runs, failures)
+    write_json(results_path, results)
+    write_text(report_path, render_report(results))
 
 
 def do_missing_runs(
@@ -21,18 +100,7 @@ def do_missing_runs(
     Train and evaluate the runs that are not finished, as many at once as there are devices.
 
     A run starts once the runs it needs are trained. One that fails stops only those that need it. However this process
-    ends, its runs end with it.
-
-    Args:
-        runs (`list[Run]`):
-            All runs of a study.
-        devices (`list[str | None]`):
-            The GPU that each of the runs at once sees, or `None` for all.
-        on_change (`Callable`):
-            Called with the failures so far whenever a run has ended.
-
-    Returns:
-        `dict[Run, str]`: Why runs failed.
+    ends, its runs end with it. `on_change` is called with the failures so far whenever a run has ended.
     """
     waiting = [run for run in runs if not run.is_finished]
     failures: dict[Run, str] = {}

@@ -1,4 +1,4 @@
-"""A study: arms, data sets and seeds, read strictly from a YAML file."""
+"""Reads a study, i.e. arms, data sets and seeds, strictly from a YAML file."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..launch.recipe_checks import check_type, nearest, read_mapping
+from ..launch.recipe_checks import check_type, error_in, nearest, read_mapping
 
 
 # Keys of the file and of its parts, with their types
@@ -62,10 +62,8 @@ class Arm:
     One way of training that the study compares.
 
     Attributes:
-        name (`str`):
-            Its name in the study.
-        recipe (`str`):
-            Path of a `trl sft` recipe.
+        name (`str`), recipe (`str`):
+            Its name in the study, and the path of a `trl sft` recipe.
         overrides (`dict[str, Any]`):
             Keys of the recipe with other values.
         budget (`dict[str, Any]`):
@@ -92,24 +90,18 @@ class Study:
     A study file with its defaults filled in.
 
     Attributes:
-        path (`str`):
-            The file.
+        path (`str`), content (`dict[str, Any]`):
+            The file, and what it says.
         output_dir (`Path`):
             Folder of runs and results.
-        seeds (`list[int]`):
-            Seeds that each arm is trained with.
-        baseline (`str`):
-            Arm that differences are taken from.
-        overrides (`dict[str, Any]`):
-            Recipe keys for every arm.
-        data (`dict[str, dict[str, Any]]`):
-            Recipe keys that choose each data set, by its name.
+        seeds (`list[int]`), baseline (`str`):
+            Seeds that each arm is trained with, and the arm that differences are taken from.
+        overrides (`dict[str, Any]`), data (`dict[str, dict[str, Any]]`):
+            Recipe keys for every arm, and those that choose each data set, by its name.
         arms (`dict[str, Arm]`):
             Arms by name, in the order of the file.
         evaluations (`dict[str, Any]`):
             `EVALUATION_KEYS` with their values.
-        content (`dict[str, Any]`):
-            The file as it was read.
     """
 
     path: str
@@ -130,21 +122,19 @@ def read_study(path: str) -> Study:
     Raises:
         `InputError`: If the file can't be read, or a key or value is unknown, missing or wrong.
     """
-    if not Path(path).is_file():
-        raise InputError(f"the study {path} can't be read: there is no such file.")
     content = read_mapping(path)
-    try:
+    with error_in(path):
         return parse_study(content, path)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def parse_study(content: dict[str, Any], path: str) -> Study:
-    check_mapping(content, STUDY_KEYS, "the study")
+    check_mapping(content, STUDY_KEYS)
     for key in REQUIRED_KEYS:
         if key not in content:
             raise InputError(f"`{key}` is missing.")
-    check_seeds(content["seeds"])
+    seeds = content["seeds"]
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise InputError(f"`seeds` must be one or more different integers from 0, such as [0, 1], got {seeds!r}.")
     budget = content.get("budget") or {}
     check_budget(budget, BUDGET_KEYS, "`budget`")
     for key in ("arms", "data"):
@@ -152,7 +142,7 @@ def parse_study(content: dict[str, Any], path: str) -> Study:
     study = Study(
         path=path,
         output_dir=Path(content["output_dir"]),
-        seeds=content["seeds"],
+        seeds=seeds,
         baseline=content["baseline"],
         overrides=content.get("overrides") or {},
         data=content["data"],
@@ -175,11 +165,6 @@ def make_arm(name: str, values: dict[str, Any], study_budget: dict[str, Any]) ->
     budget = study_budget if "budget" not in values else values["budget"] or {}
     check_budget(budget, ARM_BUDGET_KEYS, f"`budget` of {where}")
     return Arm(name, values["recipe"], values.get("overrides") or {}, budget, values.get("controls", []))
-
-
-def check_seeds(seeds: list[int]) -> None:
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise InputError(f"`seeds` must be one or more different integers from 0, such as [0, 1], got {seeds!r}.")
 
 
 def check_budget(budget: dict[str, Any], types: dict[str, Any], where: str) -> None:
@@ -246,20 +231,21 @@ def check_names(entries: dict[str, Any], key: str) -> None:
     for name, values in entries.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise InputError(
-                f"`{key}` has the name {name!r}, which can't be a folder's: use letters, digits and `_.-`, and quotes "
-                "around a number."
+                f"`{key}` has the name {name!r}, which can't be the name of a folder: use letters, digits and "
+                "`_.-`, and quotes around a number."
             )
         check_mapping(values, None, f"`{key}` entry `{name}`")
 
 
-def check_mapping(values: Any, types: dict[str, Any] | None, where: str) -> None:
+def check_mapping(values: Any, types: dict[str, Any] | None, where: str = "") -> None:
     """Check a part of the file: it is a mapping, and has known keys with values of their types."""
+    prefix = f"{where}: " if where else ""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be lines of `key: value`, got {values!r}.")
     for key, value in values.items() if types is not None else ():
         if key not in types:
-            raise InputError(f"{where}: unknown key `{key}`" + known(key, types))
-        check_type(f"{where}: `{key}`", value, types[key])
+            raise InputError(f"{prefix}unknown key `{key}`" + known(key, types))
+        check_type(f"{prefix}`{key}`", value, types[key])
 
 
 def known(name: str, names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The final answer of a chain of thought: a number after `####` as in GSM8K, or the content of `\\boxed{}`."""
+"""Extracts the final answer from a chain of thought: a number after `####`, as in GSM8K, or `\\boxed{}`."""
 
 import re
 
@@ -13,22 +13,22 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 def normalize_number(text: str) -> str:
     """
-    Write a number such as `" -$1,036.0"` in its shortest form (`"-1036"`), so that equal numbers are equal strings.
+    Convert a number such as `" -$1,036.0"` to its shortest form (`"-1036"`), so that equal numbers are equal strings.
 
     Raises:
         `InputError`: If `text` is not a number.
     """
     match = NUMBER.fullmatch(text.strip())
     if match is None:
-        raise InputError(f"{text!r} is not a number: give digits, with sign, `$`, separators and decimals at most.")
+        raise InputError(f"{text!r} is not a number: use digits, optionally with a sign, `$`, separators or decimals.")
     return _shortest(match)
 
 
 def extract_answer(text: str) -> str | None:
     """
-    The first number after the last `####`, on the same line, as [`normalize_number`] writes it.
+    Extract the first number after the last `####`, on the same line, normalized with [`normalize_number`].
 
-    The last mark counts, because a model may write several before it settles on an answer.
+    The last mark is used because a model may write several before it settles on an answer.
     """
     _, mark, tail = text.rpartition(ANSWER_MARK)
     match = NUMBER.search(tail.split("\n", 1)[0]) if mark else None
@@ -36,13 +36,13 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_last_number(text: str) -> str | None:
-    """The last number of a text, for models that never learned to mark their answer."""
+    """Extract the last number of a text, for models that never learned to mark their answer."""
     matches = list(NUMBER.finditer(text))
     return _shortest(matches[-1]) if matches else None
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the last non-empty `\\boxed{}`, with matched braces. An unclosed box ends with its line."""
+    """Extract the content of the last non-empty `\\boxed{}`, matching braces. An unclosed box ends with its line."""
     for match in reversed(list(BOX.finditer(text))):
         content = _braced(text, match.end()).strip()
         if content:
@@ -60,7 +60,7 @@ def _braced(text: str, start: int) -> str:
 
 
 def _shortest(match: re.Match) -> str:
-    # Kept as text: a generated number may be longer than Python converts, and must not be rounded
+    # Kept as text: a generated number may be longer than what Python can convert, and must not be rounded
     sign, integer, fraction, bare_fraction = match.groups(default="")
     integer = integer.replace(",", "").lstrip("0") or "0"
     fraction = (fraction or bare_fraction).rstrip("0")

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts at once."""
+"""Greedy decoding of prompts in batches."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def generate_answers(
     show_progress: bool = True,
 ) -> list[str]:
     """
-    Generate answers to prompts by greedy decoding. Draws no random numbers, and leaves the model as it was.
+    Generate answers to prompts by greedy decoding. Draws no random numbers and does not change the model.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -31,13 +31,13 @@ def generate_answers(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Its tokenizer, or a trainer's `processing_class`. Its `padding_side` makes no difference.
         prompts (`Sequence[list[dict] | str]`):
-            Conversations, to which the chat template is applied, or texts, which are used as they are.
+            Conversations, to which the chat template is applied, or texts, which are used unchanged.
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Maximum length of a generation.
+            Maximum length of an answer in tokens.
         batch_size (`int`, *optional*, defaults to `25`):
-            Number of prompts generated at once.
+            Number of prompts per batch.
         device (`torch.device` or `str`, *optional*):
-            Device of the inputs, by default that of the model's embeddings.
+            Device of the inputs. Defaults to that of the model's embeddings.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar on a terminal.
 
@@ -60,11 +60,11 @@ def generate_answers(
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: list[dict] | str) -> list[int]:
-    """Token ids of a prompt; a conversation gets the generation prompt."""
+    """Tokenize a prompt. A conversation is followed by the generation prompt."""
     text_tokenizer = _text_tokenizer(tokenizer)
     if isinstance(prompt, str):
         return text_tokenizer(prompt)["input_ids"]
-    # A processor's template may be missing from its tokenizer
+    # A processor may have a chat template that its tokenizer lacks
     template = {} if text_tokenizer is tokenizer else {"chat_template": tokenizer.chat_template}
     return text_tokenizer.apply_chat_template(
         prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **template
@@ -72,9 +72,9 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt
 
 
 def batches(lengths: list[int], batch_size: int, description: str, show_progress: bool = True) -> Iterator[list[int]]:
-    """Row numbers, longest rows first: little padding, and a lack of memory shows at once."""
+    """Yield batches of row numbers, longest first: there is little padding, and running out of memory shows early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    # disable=None: no bar unless the output is a terminal; leave=None: cleared if inside another bar
+    # disable=None hides the bar unless the output is a terminal; leave=None clears it if inside another bar
     disable = None if show_progress else True
     with tqdm(total=len(order), desc=description, unit="row", disable=disable, leave=None) as progress:
         for start in range(0, len(order), batch_size):
@@ -85,11 +85,11 @@ def batches(lengths: list[int], batch_size: int, description: str, show_progress
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module is in its former mode afterwards."""
+    """Switch to evaluation mode without gradients; restores the mode of every module afterwards."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        # Not `inference_mode`: tensors that a model keeps, e.g. rotary frequencies, could not be used in training
+        # Not `inference_mode`: tensors that a model caches, e.g. rotary frequencies, would be unusable in training
         with torch.no_grad():
             yield
     finally:
@@ -111,7 +111,7 @@ def _generate(
     ids = [torch.tensor(prompt, device=device) for prompt in prompts]
     input_ids = pad_sequence(ids, batch_first=True, padding_side="left", padding_value=tokenizer.eos_token_id)
     attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-    # Whatever is not set here comes from the model's own generation config, which may have sampling and penalties
+    # Options that are not set here come from the model's own generation config, which may set sampling or penalties
     generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -127,7 +127,7 @@ def _generate(
 
 
 def _end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A chat model may end its turn with another token than the tokenizer's end of text; either one stops it."""
+    """Tokens that stop generation: a chat model may end its turn with a token other than the tokenizer's EOS token."""
     from_model = model.generation_config.eos_token_id
     from_model = from_model if isinstance(from_model, list) else [from_model]
     return sorted({tokenizer.eos_token_id, *from_model} - {None})

@@ -26,7 +26,7 @@ def held_out_nll(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> float:
     """
-    Negative log-likelihood of the completions in nats per token, averaged over all their tokens.
+    Compute the negative log-likelihood of the completions in nats per token, averaged over all their tokens.
 
     The tokens are those that [`~trl.SFTTrainer`] supervises: everything after the prompt and the generation prompt,
     including the end of the turn.
@@ -39,17 +39,15 @@ def held_out_nll(
         dataset (`Dataset`):
             Rows with the conversations `prompt` and `completion`.
         batch_size (`int`, *optional*, defaults to `25`):
-            Rows per forward pass. Only affects speed and memory.
+            Number of rows per forward pass. It only affects speed and memory.
         tagged (`bool`, *optional*, defaults to `False`):
-            Whether the completions are tagged responses made from the columns `reasoning` and `answer`. Without
-            `reasoning`, `completion` must hold them.
-        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning, if `tagged`.
-        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer, if `tagged`.
+            Whether the completions are tagged responses, built from the columns `reasoning` and `answer`. Without
+            `reasoning`, `completion` must contain them.
+        thinking_tags, answer_tags (`Sequence[str]`, *optional*):
+            Opening and closing tags of the reasoning and of the answer, by default `<Thinking>` and `<Answer>`.
 
     Raises:
-        `InputError`: If the data set is empty, lacks a column, has no conversations or only empty completions.
+        `InputError`: If the data set is empty, lacks a column, is not conversational, or has only empty completions.
     """
     rows = held_out_nll_of_rows(model, tokenizer, dataset, batch_size, tagged, thinking_tags, answer_tags)
     return sum(nll for nll, _ in rows) / sum(count for _, count in rows)
@@ -65,9 +63,9 @@ def held_out_nll_of_rows(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> list[tuple[float, int]]:
     """
-    Negative log-likelihood of each row's completion in nats, and its number of tokens.
+    Compute the negative log-likelihood of each row's completion in nats, and its number of tokens.
 
-    Arguments and errors are those of [`held_out_nll`], which is the ratio of the two sums.
+    Takes the arguments and raises the errors of [`held_out_nll`], which is the ratio of the two sums.
     """
     if tagged:
         check_tagged_dataset(dataset)
@@ -88,7 +86,7 @@ def held_out_nll_of_rows(
 
 def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
     """
-    Check that a data set has rows and the given columns, of which `prompt` and `completion` must be conversations.
+    Check that a data set has rows and the given columns, and that `prompt` and `completion` are conversations.
 
     Raises:
         `InputError`: If it does not.
@@ -108,8 +106,8 @@ def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:
 
 def check_tagged_dataset(dataset: Dataset) -> None:
     """
-    Check that a data set has the conversation `prompt`, the string `answer`, and `reasoning` or the conversation
-    `completion`.
+    Check that a data set has the columns `prompt` (a conversation), `answer` (a string), and either `reasoning` or
+    `completion` (a conversation).
 
     Raises:
         `InputError`: If it does not.
@@ -117,7 +115,7 @@ def check_tagged_dataset(dataset: Dataset) -> None:
     if "completion" in dataset.column_names and "reasoning" not in dataset.column_names:
         check_dataset(dataset, ("prompt", "completion", "answer"))
     else:
-        _check_columns(dataset, TAGGED_COLUMNS, "tagged responses are made of 'reasoning' and 'answer'")
+        _check_columns(dataset, TAGGED_COLUMNS, "tagged responses are built from 'reasoning' and 'answer'")
         check_dataset(dataset, ("prompt", "answer"))
 
 
@@ -141,10 +139,10 @@ def _completion(row: dict, i: int, tags: tuple[Sequence[str], Sequence[str]] | N
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> dict[str, list[int]]:
-    """`input_ids` of a row, with `labels` on its completion, both as SFTTrainer makes them."""
+    """Tokenize a row as SFTTrainer does, with labels on the completion only."""
     prompt_ids = prompt_token_ids(tokenizer, prompt)
     ids = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
-    # Some templates render the prompt alone differently: the completion starts where the two differ
+    # Some templates render a prompt differently on its own: the completion starts where the two diverge
     same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False))
     prompt_length = len(list(same))
     return {"input_ids": ids, "labels": [-100] * prompt_length + ids[prompt_length:]}

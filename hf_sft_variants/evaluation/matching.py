@@ -1,4 +1,4 @@
-"""Whether two answers are the same, however they are written."""
+"""Compares answers regardless of notation."""
 
 import re
 import threading
@@ -12,21 +12,21 @@ QUOTES = (('"', '"'), ("'", "'"), ("`", "`"), ("“", "”"), ("‘", "’"), ("
 # A number in "x2", "\sqrt{2}", "3 * x" or "x^2" is part of something else; in "42 apples" and "x = 42" it is not
 PART_OF_FORMULA_BEFORE = re.compile(r"(?:\w|[\\^_{*+/√]\s*)\Z")
 PART_OF_FORMULA_AFTER = re.compile(r"\w|\s*[\^_}*+×√π]|\s*\\(?![%$,]|text|mathrm|mbox)")
-# sympy takes minutes for the text of a model that did not stop
+# sympy takes minutes for the output of a model that did not stop
 MAX_FORMULA_LENGTH = 500
 
 
 def same_answer(predicted: str | None, gold: str) -> bool:
     """
-    Whether a predicted answer, `None` if there is none, is the expected one. The first rule that applies decides:
+    Whether a predicted answer (`None` if there is none) is the expected one. The first rule that applies decides:
 
-    * The texts are equal up to white space, case, a final full stop, and quotes, dollar signs or `\\boxed{}` around
-      them.
-    * `gold` is a number: `predicted` contains that number and no other, as in "42 apples". Signs, thousands
-      separators, decimals and dollar signs may be written in any way; per cent and other units are not converted. A
+    * The texts are equal, ignoring white space, case, a final full stop, and any surrounding quotes, dollar signs or
+      `\\boxed{}`.
+    * `gold` is a number: `predicted` must contain that number and no other, as in "42 apples". Signs, thousands
+      separators, decimals and dollar signs may be written in any way; percentages and units are not converted. A
       number that is part of a formula, as in `\\sqrt{2}`, does not count.
     * `gold` is a formula and the optional package math-verify is installed (`pip install 'hf_sft_variants[math]'`):
-      `predicted` is mathematically equal. Main thread only, because math-verify's timeout works only there.
+      `predicted` must be mathematically equal. This only works in the main thread, because math-verify's timeout does.
     """
     if predicted is None:
         return False
@@ -59,7 +59,7 @@ def _number(text: str) -> str | None:
 
 
 def _only_number(text: str) -> str | None:
-    """The number in a text that has exactly one, if it is not part of a formula."""
+    """Return the number in a text that has exactly one, unless it is part of a formula."""
     text = text.replace("**", "")  # Markdown's bold
     matches = list(NUMBER.finditer(text))
     if len(matches) != 1:
@@ -71,7 +71,7 @@ def _only_number(text: str) -> str | None:
 
 
 def _is_formula(text: str) -> bool:
-    """Whether there is anything to compute. To sympy a word is a product, so "Pairs" would equal "Paris"."""
+    """Whether a text is a formula, without words: sympy reads a word as a product, so "Pairs" would equal "Paris"."""
     rest = re.sub(r"\\(?!text|mathrm|mbox)[A-Za-z]+", r"\\", text)
     return re.search(r"[\d\\+\-*/^=<>]", rest) is not None and re.search(r"[^\W\d_]{2}", rest) is None
 
@@ -83,17 +83,17 @@ def _equal_formulas(gold: str, predicted: str) -> bool:
     except ImportError:
         return False
     if threading.current_thread() is not threading.main_thread():
-        warnings.warn("Outside the main thread math-verify can't run: formulas are compared as text.", stacklevel=2)
+        warnings.warn("math-verify only works in the main thread, so formulas are compared as text.", stacklevel=2)
         return False
     if max(len(gold), len(predicted)) > MAX_FORMULA_LENGTH:
         return False
     try:
         return bool(verify(parse(_in_dollars(gold)), parse(_in_dollars(predicted))))
-    # A model's text can make sympy raise anything; the timeout is not an Exception
+    # A model's output can make sympy raise anything; the timeout is not an Exception
     except (Exception, TimeoutException):
         return False
 
 
 def _in_dollars(text: str) -> str:
-    """math-verify reads LaTeX between dollar signs only."""
+    """Put a formula in dollar signs, without which math-verify does not read LaTeX."""
     return f"${text}$" if _is_formula(text) and "$" not in text else text

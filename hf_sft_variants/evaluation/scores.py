@@ -1,4 +1,4 @@
-"""Scores of generated answers."""
+"""Scores generated answers."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,45 +26,39 @@ def exact_match(
     batch_size: int = 25,
 ) -> tuple[float, list[str]]:
     """
-    Share of prompts that the model answers correctly with greedy decoding.
+    Compute the share of prompts that the model answers correctly with greedy decoding.
 
     The answer is the number after the last `####`. It must equal the row's `answer`; only its notation (`36.0`,
-    `1,036`) may differ.
+    `1,036`) may differ. An answer that would come after `max_new_tokens` does not count.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with a chat template.
         dataset (`Dataset`):
-            Rows with the conversation `prompt` and the string `answer`.
-        max_new_tokens (`int`, *optional*, defaults to `128`):
-            Maximum length of a generation. An answer that comes later does not count.
-        batch_size (`int`, *optional*, defaults to `25`):
-            Number of prompts generated at once.
+            Rows with `prompt` (a conversation) and `answer` (a string).
+        model, tokenizer, max_new_tokens, batch_size:
+            As in [`generate_answers`].
 
     Returns:
-        `tuple[float, list[str]]`: The share, and the generated text of each row.
+        `tuple[float, list[str]]`: The share of correct answers, and the generated text for each row.
 
     Raises:
-        `InputError`: If the data set is empty, lacks a column, has no conversations, or an answer is not a number.
+        `InputError`: If the data set is empty, lacks a column or is not conversational, or an answer is not a number.
     """
     check_dataset(dataset, ("prompt", "answer"))
-    numeric_answers(dataset)  # fails before the long step
+    numeric_answers(dataset)  # fails early, before the slow generation
     generations = generate_answers(model, tokenizer, dataset["prompt"], max_new_tokens, batch_size)
     return _share_right(generations, dataset, extract_answer), generations
 
 
 def last_number_match(generations: list[str], dataset: Dataset) -> float:
     """
-    Share of generated texts whose last number is the row's `answer`, whether it is marked with `####` or not. For a
-    model that never learned the mark, this is fairer than [`exact_match`].
+    Compute the share of generated texts whose last number is the row's `answer`, whether or not it is marked with
+    `####`. For a model that never learned the mark, this is fairer than [`exact_match`].
 
     Args:
         generations (`list[str]`):
-            Generated text of each row, as returned by [`exact_match`].
+            Generated text for each row, as returned by [`exact_match`].
         dataset (`Dataset`):
-            Rows with the string `answer`.
+            Rows with `answer` (a string).
 
     Raises:
         `InputError`: If an answer is not a number.
@@ -79,50 +73,52 @@ def tagged_scores(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> dict[str, float]:
     """
-    Score generated texts as tagged responses, accuracy and format independently.
+    Score generated texts as tagged responses, with accuracy and format measured independently.
 
     Answers are also read from malformed tags and from texts without tags
     ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]).
 
     Args:
         generations (`Sequence[str]`):
-            Generated text of each row, as returned by [`generate_answers`].
+            Generated text for each row, as returned by [`generate_answers`].
         answers (`Sequence[str]`):
             Expected answers, compared with [`~hf_sft_variants.evaluation.matching.same_answer`].
-        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning.
-        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer.
+        thinking_tags, answer_tags (`Sequence[str]`, *optional*):
+            Opening and closing tags of the reasoning and of the answer, by default `<Thinking>` and `<Answer>`.
 
     Returns:
         `dict[str, float]`: `accuracy` and `format_rate`, both shares of the rows, and `score`, the SFTKey paper's
         0.7 · accuracy + 0.3 · format rate.
 
     Raises:
-        `InputError`: If there are no rows, a different number of answers, an answer is `None`, or the tags are not
+        `InputError`: If there are no rows, the number of answers differs, an answer is `None`, or the tags are not
             pairs of strings.
     """
     if not generations or len(generations) != len(answers):
         raise InputError(
-            f"`generations` has {len(generations)} rows and `answers` {len(answers)}: pass one answer for each of at "
-            "least one generation."
+            f"`generations` has {len(generations)} rows and `answers` {len(answers)}: pass at least one generation, "
+            "and one answer for each."
         )
     if None in answers:
         raise InputError(f"`answers` of row {list(answers).index(None)} is None: fill it in or drop the row.")
-    tags = (thinking_tags, answer_tags)
-    right = [
-        same_answer(extract_tagged_answer(text, *tags), str(answer))
-        for text, answer in zip(generations, answers, strict=True)
-    ]
-    accuracy = sum(right) / len(right)
-    format_rate = sum(follows_format(text, *tags) for text in generations) / len(right)
+    right, formatted = tagged_results(generations, answers, thinking_tags, answer_tags)
+    accuracy, format_rate = (sum(results) / len(results) for results in (right, formatted))
     score = ACCURACY_WEIGHT * accuracy + FORMAT_WEIGHT * format_rate
     return {"accuracy": accuracy, "format_rate": format_rate, "score": score}
 
 
+def tagged_results(
+    generations: Sequence[str], answers: Sequence[str], thinking_tags: Sequence[str], answer_tags: Sequence[str]
+) -> tuple[list[bool], list[bool]]:
+    """Check whether each text has the expected answer, and whether it has the format of a tagged response."""
+    found = [extract_tagged_answer(text, thinking_tags, answer_tags) for text in generations]
+    right = [same_answer(answer, str(expected)) for answer, expected in zip(found, answers, strict=True)]
+    return right, [follows_format(text, thinking_tags, answer_tags) for text in generations]
+
+
 def numeric_answers(dataset: Dataset) -> list[str]:
     """
-    The column `answer` with every number in its shortest form.
+    Return the column `answer` with every number in its shortest form.
 
     Raises:
         `InputError`: If an answer is not a number.

@@ -1,4 +1,4 @@
-"""Writing and reading tagged responses: `<Thinking>reasoning</Thinking>`, then `<Answer>answer</Answer>`."""
+"""Writes and reads tagged responses: `<Thinking>reasoning</Thinking>`, then `<Answer>answer</Answer>`."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from .matching import PART_OF_FORMULA_AFTER
 THINKING_TAGS = ("<Thinking>", "</Thinking>")
 ANSWER_TAGS = ("<Answer>", "</Answer>")
 
-# A tag other than the four, e.g. misspelt: the text of a malformed answer ends at the first one that closes
+# Tags other than the four, e.g. misspelled ones: a malformed answer ends at the first such closing tag
 FOREIGN_CLOSING = re.compile(r"<\s*(?:/|\Z)")
 FOREIGN_OPENING = re.compile(r"<\s*[A-Za-z]\w*\s*>")
-# Without Markdown's bold; the sentence ends at a full stop followed by white space, so "$3.50" does not end it
+# Drops Markdown's bold; only a full stop before white space ends the sentence, so "$3.50" does not
 SENTENCE = re.compile(r"\banswer\s*(?:is\b\s*:?|:|=)[\s*]*(\S.*?)\**(?:\.?\s*$|\.\s)", re.IGNORECASE | re.MULTILINE)
 
 
@@ -35,7 +35,7 @@ def tagged_response(
 ) -> str:
     """
     Write a tagged response, e.g. `"<Thinking>1 + 1 = 2</Thinking>\\n<Answer>2</Answer>"`: one newline between the
-    blocks, no other white space.
+    blocks and no other added white space.
 
     Raises:
         `InputError`: If `thinking_tags` or `answer_tags` is not a pair of strings, or a tag contains another.
@@ -48,8 +48,8 @@ def follows_format(
     text: str, thinking_tags: Sequence[str] = THINKING_TAGS, answer_tags: Sequence[str] = ANSWER_TAGS
 ) -> bool:
     """
-    Whether a text is a tagged response and nothing else: a non-empty reasoning block, a non-empty answer block, only
-    white space around them, and each of the four tags exactly once with its exact case.
+    Whether a text is exactly one tagged response: a non-empty reasoning block and a non-empty answer block, with only
+    white space around them, and each of the four tags exactly once and in its exact case.
     """
     check_tags(thinking_tags, answer_tags)
     tags = (*thinking_tags, *answer_tags)
@@ -67,22 +67,23 @@ def extract_tagged_answer(
     Find the answer of a response whose tags may be malformed or missing.
 
     A model can give the right answer in the wrong format, so the two are measured independently. Tags match in any
-    case and with white space inside (`< answer >`). The first of these that is not blank is the answer:
+    case and with white space inside (`< answer >`). The answer is the first of the following that is not blank:
 
-    1. The last complete answer block. The last counts, because a model may correct itself; complete blocks come
-       before incomplete ones, because a generation may be cut off anywhere.
-    2. The text after the last opening answer tag, up to the next tag or closing tag of any name: the closing tag is
-       missing, misspelt or another opening one.
-    3. The text after the last closing thinking tag, up to the same: the answer has no tags.
-    4. The last line before a closing answer tag: the opening one is missing.
-    5. Without any of these, an answer that the text itself marks: the number right after the last `####`, else the
-       last `\\boxed{}`, else the text after the last "answer is" (or "answer:"), else the line after the last `####`.
+    1. The last complete answer block. The last one is used because a model may correct itself; complete blocks take
+       precedence over incomplete ones because a generation may be cut off anywhere.
+    2. The text after the last opening answer tag, up to the next tag or any closing tag. This covers a closing tag
+    that
+       is missing, misspelled, or written as another opening tag.
+    3. The text after the last closing thinking tag, with the same end. This covers an answer without tags.
+    4. The last line before a closing answer tag. This covers a missing opening tag.
+    5. Otherwise, an answer that the text itself marks: the number right after the last `####`, else the last
+       `\\boxed{}`, else the text after the last "answer is" (or "answer:"), else the line after the last `####`.
 
-    The text found by 3. and 4. is also searched for the marks of 5. Text inside answer tags is not: it is the answer
-    as the model wrote it.
+    The text found by 3 and 4 is also searched for the marks of 5. Text inside answer tags is not: it is the answer as
+    the model wrote it.
 
     Returns:
-        `str` or `None`: The answer without surrounding white space, `None` if there is none.
+        `str` or `None`: The answer without surrounding white space, or `None` if there is none.
     """
     check_tags(thinking_tags, answer_tags)
     pattern = _any_tag(*thinking_tags, *answer_tags)
@@ -95,7 +96,7 @@ def extract_tagged_answer(
 
 
 def _complete_blocks(text: str, tags: list[_Tag]) -> Iterator[str]:
-    """Last block first; a block that contains other tags is split into the parts between them, last part first."""
+    """Yield the last block first. A block that contains other tags is split at them, with the last part first."""
     blocks, start = [], None
     for i, tag in enumerate(tags):
         if tag.kind == "answer":
@@ -125,7 +126,7 @@ def _before_closings(text: str, tags: list[_Tag]) -> Iterator[str]:
 
 
 def _parts_after(text: str, tags: list[_Tag], kind: str) -> Iterator[str]:
-    """The text between each tag of a kind and the next tag, last first."""
+    """Return the text between each tag of a kind and the next tag, last first."""
     ends = [*(tag.start for tag in tags[1:]), len(text)]
     return (text[tag.end : end] for tag, end in reversed(list(zip(tags, ends, strict=False))) if tag.kind == kind)
 
@@ -166,5 +167,5 @@ def check_tags(thinking_tags: Sequence[str], answer_tags: Sequence[str]) -> None
         if tag in other:
             raise InputError(
                 f"`thinking_tags` is {thinking_tags!r} and `answer_tags` {answer_tags!r}, where {tag!r} is in "
-                f"{other!r}: pass four tags of which none contains another."
+                f"{other!r}: pass four tags, none of which contains another."
             )

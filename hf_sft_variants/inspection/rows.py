@@ -12,7 +12,8 @@ from datasets import IterableDataset
 from trl import SFTTrainer
 
 from ..errors import InputError
-from .token_text import special_ids, token_texts
+from ..text.special_tokens import special_token_ids
+from .token_text import token_texts
 
 
 # An integer column with more values than this is not a grouping
@@ -132,7 +133,7 @@ def parse_range(text: str) -> slice:
     start = int(match[1] or 0)
     stop = start + 1 if match[2] is None else int(match[3]) if match[3] else None
     if stop is not None and stop <= start:
-        raise InputError(f"`--rows` is {text!r}, which is empty: the end, which is exclusive, must be larger.")
+        raise InputError(f"`--rows` must end after its start (the end is exclusive), got {text!r}.")
     return slice(start, stop)
 
 
@@ -168,7 +169,7 @@ def read_view(trainer: SFTTrainer, wanted: slice) -> View:
     ]
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     ids = {token_id for row in rows for token_id in (*row.input_ids, *row.labels) if token_id != -100}
-    return View(rows, columns, num_rows, token_texts(tokenizer, ids), special_ids(tokenizer))
+    return View(rows, columns, num_rows, token_texts(tokenizer, ids), special_token_ids(tokenizer))
 
 
 def _find_columns(examples: list[dict[str, Any]], trainer: SFTTrainer) -> list[Column]:

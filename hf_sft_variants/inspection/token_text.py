@@ -6,20 +6,16 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..text.special_tokens import special_token_ids
+
 
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 _BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of special tokens, including those added later."""
-    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
-
-
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> dict[int, str]:
     """Text of each token: the name of a special token, else [`token_text`]."""
-    special = special_ids(tokenizer)
+    special = special_token_ids(tokenizer)
     return {
         token_id: tokenizer.convert_ids_to_tokens(token_id) if token_id in special else token_text(tokenizer, token_id)
         for token_id in sorted(token_ids)

@@ -3,7 +3,6 @@
 import tempfile
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import transformers
@@ -12,24 +11,13 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, S
 
 from ..base.prepared_sets import is_prepared_and_packed
 from ..errors import InputError, first_line
-from .recipe import load_data, parse, trainer_and_parser
+from .parsing import parse, trainer_and_parser
+from .recipe import load_data
 from .recipe_checks import read_mapping
 
 
 # For machines without a GPU, which refuse a GPU recipe's settings; none of them changes the data
 _WITHOUT_ACCELERATOR = ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"]
-
-# Nothing is trained, reported or uploaded
-_UNTRAINED = {
-    "report_to": [],
-    "push_to_hub": False,
-    "activation_offloading": False,
-    "model_init_kwargs": None,
-}
-
-# Examples stay in the data set's order, and whole
-_VIEW = {"shuffle_dataset": False, "eval_strategy": "no"}
-_UNPACKED = {"packing": False, "padding_free": False}
 
 
 @dataclass
@@ -78,15 +66,14 @@ def prepare_view(recipe: Recipe) -> SFTTrainer:
     Like [`prepare`], but for showing `train_dataset`: examples stay in order, and whole unless they come packed.
     """
     args = recipe.training_args
-    _set(args, _VIEW)
+    args.shuffle_dataset, args.eval_strategy = False, "no"
     train_dataset, _ = load_data(recipe.script_args, recipe.dataset_args)
-    if is_prepared_and_packed(train_dataset):
-        return prepare(recipe)
-    if args.packing and args.packing_strategy == "bfd":
-        args.truncation_mode = "keep_start"  # what this strategy does to a sample that is too long
-    elif args.packing:
-        args.max_length = None  # samples are split, not truncated
-    _set(args, _UNPACKED)
+    if not is_prepared_and_packed(train_dataset):
+        if args.packing and args.packing_strategy == "bfd":
+            args.truncation_mode = "keep_start"  # what this strategy does to an example that is too long
+        elif args.packing:
+            args.max_length = None  # examples are split, not truncated
+        args.packing = args.padding_free = False
     return prepare(recipe)
 
 
@@ -98,11 +85,12 @@ def prepare(recipe: Recipe) -> SFTTrainer:
     Raises:
         `InputError`: If the model or the data can't be loaded, or the trainer refuses them.
     """
-    script_args, args = recipe.script_args, recipe.training_args
-    train_dataset, eval_dataset = load_data(script_args, recipe.dataset_args, evaluates=args.eval_strategy != "no")
-    with tempfile.TemporaryDirectory() as output_dir:  # the trainer creates the folder that it would save to
-        model, processing_class = load_without_weights(recipe)
-        _set(args, {**_UNTRAINED, "output_dir": output_dir})
+    args = recipe.training_args
+    evaluates = args.eval_strategy != "no"
+    train_dataset, eval_dataset = load_data(recipe.script_args, recipe.dataset_args, evaluates)
+    model, processing_class = load_without_weights(recipe)
+    args.report_to, args.push_to_hub, args.activation_offloading, args.model_init_kwargs = [], False, False, None
+    with tempfile.TemporaryDirectory() as args.output_dir:  # the trainer creates the folder that it would save to
         return recipe.trainer_class(
             model=model,
             args=args,
@@ -110,11 +98,6 @@ def prepare(recipe: Recipe) -> SFTTrainer:
             eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
-
-
-def _set(args: SFTConfig, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(args, name, value)
 
 
 def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:

@@ -3,10 +3,11 @@
 import difflib
 import sys
 from argparse import Action, ArgumentTypeError
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import formatannotation
+from pathlib import Path
 from typing import Any, TypedDict, get_type_hints
 
 import yaml
@@ -18,17 +19,26 @@ from trl import TrlParser
 from ..errors import InputError
 
 
-def read_mapping(path: str) -> dict:
+def read_mapping(path: str | Path) -> dict:
+    """Read a YAML file of `key: value` lines."""
     try:
-        with open(path, encoding="utf-8") as file:
-            recipe = yaml.safe_load(file)
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"the recipe `--config {path}` can't be read: {error.strerror}.") from error
+        raise InputError(f"{path} can't be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise InputError(f"{path} must hold lines of `key: value` (a YAML mapping), got {recipe!r}.")
-    return recipe
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold lines of `key: value` (a YAML mapping), got {content!r}.")
+    return content
+
+
+@contextmanager
+def error_in(where: str) -> Iterator[None]:
+    """Say in an `InputError` where the input is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def check_keys(parser: TrlParser, recipe: dict) -> None:
@@ -49,7 +59,7 @@ def check_module(recipe: dict, package: str) -> None:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     started = {package, spec.name.removesuffix(".__main__") if spec else package}
     if recipe.get("module", package) not in started:
-        raise InputError(f"`module` is {recipe['module']}, but {package} was started: start the one that it names.")
+        raise InputError(f"`module` is {recipe['module']}, but {package} was started: start {recipe['module']}.")
 
 
 def check_flags(parser: TrlParser, flags: list[str]) -> None:
@@ -63,7 +73,7 @@ def check_flags(parser: TrlParser, flags: list[str]) -> None:
     if names:
         raise InputError(f"command line: unknown flag `{names[0]}`" + nearest(names[0], parser._option_string_actions))
     if unknown:
-        raise InputError(f"command line: `{unknown[0]}` belongs to no flag; a recipe is given as `--config FILE`.")
+        raise InputError(f"command line: `{unknown[0]}` does not belong to a flag; pass a recipe as `--config FILE`.")
 
 
 def launch_options() -> set[str]:

@@ -1,4 +1,4 @@
-"""Scores the responses of a data set with reference models, each in its own chat template and tokens."""
+"""Scores the responses of a data set with reference models, each with its own chat template and tokenizer."""
 
 import hashlib
 import os
@@ -31,18 +31,19 @@ from .score_files import SCHEMA
 
 logger = get_logger(__name__)
 
-# Increase it when the same model would give other scores
+# Increase this when the same model would yield different scores
 _SCHEMA_VERSION = 1
 
 
 class ReferenceScoringCallback(TrainerCallback):
     """
-    A [`~transformers.TrainerCallback`] that scores the data of a [`PoFTTrainer`] with reference models while the
-    trainer prepares it, before training.
+    A [`~transformers.TrainerCallback`] that scores the data of a [`PoFTTrainer`] with reference models before
+    training, while the trainer prepares the data.
 
-    Each model reads the same messages in its own chat template and tokens, and is freed before the next one is loaded.
-    Scores are cached on disk by the examples' content. One line per model is logged when training starts. The trainer
-    creates this callback from its configuration; pass one to use other options.
+    Each model reads the same messages with its own chat template and tokenizer, and is freed before the next one is
+    loaded. Scores are cached on disk, keyed by the examples' content. When training starts, a summary line is logged
+    for each data set and model. The trainer creates this callback from its configuration; pass your own to use other
+    options.
 
     Example:
 
@@ -60,20 +61,21 @@ class ReferenceScoringCallback(TrainerCallback):
 
     Args:
         models (`list[str]`):
-            Ids or folders of causal language models or PEFT adapters, with any tokenizers.
+            Ids or folders of causal language models or PEFT adapters. Their tokenizers may differ from the trained
+            model's.
         model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained` for all models. `dtype` defaults to bfloat16 on an accelerator,
-            float32 on the CPU.
+            Keyword arguments of `from_pretrained` for all models. `dtype` defaults to bfloat16 on an accelerator and
+            to float32 on the CPU.
         score_cache_dir (`str`, *optional*):
-            Folder of all scores, by default `hf_sft_variants/scores` in the Hugging Face home folder.
+            Folder for all scores. Defaults to `hf_sft_variants/scores` in the Hugging Face home folder.
         batch_tokens (`int`, *optional*, defaults to `4096`):
             Maximum number of tokens in a batch, padding included.
 
     Attributes:
         scores (`dict[str, pa.Table]`):
-            Scores of each data set by its name, as in a score file (`docs/score_file.md`).
+            Maps the name of each data set to its scores, in the format of a score file (`docs/score_file.md`).
         key_of_row (`dict[str, dict[int, str]]`):
-            For each data set the keys of its scored rows, by their numbers.
+            Maps the name of each data set to the keys of its scored rows, by row number.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class ReferenceScoringCallback(TrainerCallback):
     ):
         self.models = [models] if isinstance(models, str) else list(models)
         if not self.models or len(set(self.models)) < len(self.models):
-            raise InputError(f"The reference models are {self.models}: give at least one, and each once.")
+            raise InputError(f"The reference models are {self.models}: pass at least one, and each only once.")
         self.model_init_kwargs = model_init_kwargs
         self.score_cache_dir = score_cache_dir
         self.batch_tokens = batch_tokens
@@ -98,21 +100,21 @@ class ReferenceScoringCallback(TrainerCallback):
             are_folders = os.path.isdir(name) and os.path.isdir(trained)
             if name == trained or (are_folders and fingerprint(name) == fingerprint(trained)):
                 logger.warning(
-                    f"The reference model {name!r} is the model that is trained: it starts without a margin over "
-                    "itself, with τ = 0.5 if it is the only reference model."
+                    f"The reference model {name!r} is also the model to train, so training starts with no margin over "
+                    "it, and with τ = 0.5 if it is the only reference model."
                 )
         for line in self.summary():
             logger.info(line)
 
     def summary(self) -> list[str]:
-        """One line for each scored data set and model."""
+        """Return one line for each scored data set and model."""
         lines = []
         for name, table in self.scores.items():
             for model in self.models:
                 scores = table.filter(pc.equal(table["model"], model))
                 lines.append(
-                    f"{model} on the {name} dataset: {pc.mean(scores['mean_log_prob']).as_py():.4f} nats per token in "
-                    f"the mean over {pc.count(scores['num_tokens'])} examples, {pc.sum(scores['num_tokens'])} tokens"
+                    f"{model} on the {name} dataset: {pc.mean(scores['mean_log_prob']).as_py():.4f} nats per token on "
+                    f"average over {pc.count(scores['num_tokens'])} examples, {pc.sum(scores['num_tokens'])} tokens"
                 )
         return lines
 
@@ -120,17 +122,17 @@ class ReferenceScoringCallback(TrainerCallback):
         self, dataset: Dataset, dataset_name: str, tokenizer: PreTrainedTokenizerBase, args: PoFTConfig
     ) -> pa.Table:
         """
-        Score every example of a prepared data set with every model; where rows have no responses, their tokens are
-        scored. Must be called by all processes at once.
+        Score every example of a prepared data set with every model. If the rows have no responses, their tokens are
+        scored. Must be called by all processes together.
 
         Returns:
-            `pa.Table`: A row for each example and model, null where the example is too long for the model.
+            `pa.Table`: One row for each example and model, with null scores if the example is too long for the model.
 
         Raises:
             `InputError`: If a model can't be loaded, or can't render or score the data.
         """
         has_responses = dataset[0]["has_responses"]
-        # All of them first, so that a misspelt name fails before the other models have scored for hours
+        # Load all tokenizers first, so that a misspelled name fails before other models have scored for hours
         tokenizers = [load_reference_tokenizer(model, self.model_init_kwargs) for model in self.models]
         tables = []
         for model, own_tokenizer in zip(self.models, tokenizers, strict=True):

@@ -1,4 +1,3 @@
-import inspect
 import textwrap
 from functools import cached_property, wraps
 
@@ -13,7 +12,6 @@ from ..base.fingerprints import describe_content
 from ..base.preparation import keep_scorable, map_description
 from ..base.row_checks import require_row
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
-from ..base.validation import resolve_args
 from ..errors import InputError
 from ..scoring import describe_model
 from .config import PoFTConfig
@@ -104,12 +102,12 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     @wraps(AnnotatedSFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
-        arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        self.args = resolve_args(arguments.get("args"), self.config_class, arguments["model"], self._name)
+        arguments = self.bind_arguments(*args, **kwargs)
+        self.args = arguments["args"]
         self.reference_scoring = self._make_scoring(arguments.get("callbacks") or [])
         self._given_train_dataset = arguments.get("train_dataset")
         self._check_eval_datasets(arguments.get("eval_dataset"))
-        super().__init__(**{**arguments, "args": self.args})
+        super().__init__(**arguments)
         if self.reference_scoring:
             self.add_missing_callback(self.reference_scoring)
 

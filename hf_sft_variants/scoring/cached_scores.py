@@ -1,4 +1,4 @@
-"""Scores of a data set: those on disk are read, the missing ones are computed by all processes together and kept."""
+"""Scores a data set with all processes together, reading cached scores from disk and caching new ones."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ from .shards import concat_scores, plan_shards, read_scores, settings_folder, wr
 
 Scorer = Callable[[list[dict]], list[dict]]
 
-# Scores that a process sends to the others at once
+# Number of cached scores that are exchanged at a time
 _ROWS_PER_ROUND = 1000
 
 
@@ -38,11 +38,12 @@ def cached_scores(
     max_tokens: int | None = None,
 ) -> pa.Table:
     """
-    Find the scores of a data set on disk, or compute and keep them. Must be called by all processes at once.
+    Read the scores of a data set from disk; compute and save the missing ones. Must be called by all processes.
 
-    A score belongs to an example's tokens and labels: equal examples are scored once, and found again in any data set,
-    order and batch. The processes share the work in shards, each of which is on disk as soon as it is finished, so a
-    killed run resumes where it stopped. The processes need not share a file system: every machine keeps a copy.
+    Scores are keyed by an example's tokens and labels: equal examples are scored only once, and their scores are
+    reused in any data set, order or batch. The processes share the work in shards, and each shard is written to disk
+    as soon as it is finished, so a killed run resumes where it stopped. The processes need not share a file system:
+    every machine keeps a copy.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -51,20 +52,20 @@ def cached_scores(
             Loads the model and returns a function from a list of examples to a list of dictionaries with their scores.
             Called only if scores are missing and no other run is computing them.
         cache_dir (`str` or `Path`, *optional*):
-            Folder of all scores, by default `hf_sft_variants/scores` in the Hugging Face home folder. Each `settings`
-            has a subfolder.
+            Folder for all scores, by default `hf_sft_variants/scores` in the Hugging Face home folder. It has a
+            subfolder for each `settings`.
         settings (`dict`):
             Everything else that the scores depend on, as JSON values.
         batch_tokens (`int`):
             Maximum number of tokens in a batch, padding included. A longer example is scored alone.
         description (`str`):
-            Text of the progress bar.
+            Description shown in the progress bar.
         max_tokens (`int`, *optional*):
             Maximum number of tokens that the model can read.
 
     Returns:
-        `pa.Table`: The scorer's columns, in the data set's order; null for an example that has more than `max_tokens`
-        tokens or nothing to score.
+        `pa.Table`: The scorer's columns, in the order of the data set. They are null for an example that has more than
+        `max_tokens` tokens or nothing to score.
 
     Raises:
         `InputError`: If scores can't be written (finished shards are kept) or read, if no example can be scored, or if
@@ -98,7 +99,7 @@ def cached_scores(
 
 
 def content_keys(dataset: Dataset, max_tokens: int | None = None) -> list[str | None]:
-    """Hash of each example's tokens and labels; `None` for one that is too long or has nothing to score."""
+    """Hash each example's tokens and labels; `None` for an example that is too long or has nothing to score."""
     keys = []
     for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
         for input_ids, labels in zip(batch["input_ids"].to_numpy(), batch["labels"].to_numpy(), strict=True):
@@ -114,14 +115,14 @@ def _require_same_on_all_processes(values: dict) -> None:
     for process, others in enumerate(everywhere):
         for name in (name for name in values if others.get(name) != everywhere[0].get(name)):
             raise InputError(
-                f"Process {process} would score with another `{name}` than the main process: {others.get(name)!r}, "
-                f"not {everywhere[0].get(name)!r}. Give all machines the same options, and copies of the same models "
-                "and data."
+                f"Process {process} disagrees with the main process on `{name}`: {others.get(name)!r}, not "
+                f"{everywhere[0].get(name)!r}. Give all machines the same options, and copies of the same models and "
+                "data."
             )
 
 
 def _look_up(folder: Path, settings: dict, keys: list[str]) -> tuple[pa.Table, np.ndarray]:
-    """The scores that this process finds, and whether each process (row) finds each key (column)."""
+    """Return the scores that this process finds, and whether each process (row) finds each key (column)."""
     scores, problem = None, None
     try:
         scores = read_scores(folder, settings, set(keys))
@@ -135,11 +136,11 @@ def _look_up(folder: Path, settings: dict, keys: list[str]) -> tuple[pa.Table, n
     return scores, np.array([np.unpackbits(bits, count=len(keys)) for bits, _ in everywhere], dtype=bool)
 
 
-# Both yield this process's part of each round; the parts are gathered after each, so no process waits long for another
+# Both yield this process's part of each round. Parts are gathered after every round, so no process waits long
 
 
 def _parts_to_send(keys: list[str], found: pa.Table, holders: np.ndarray) -> Iterator[pa.Table]:
-    """Scores that only some of the processes see: the first of these sends them."""
+    """Yield the scores that only some processes have: the first process that has a score sends it."""
     rows, senders = np.flatnonzero(holders.any(0) & ~holders.all(0)), holders.argmax(0)
     for start in range(0, len(rows), _ROWS_PER_ROUND):
         numbers = rows[start : start + _ROWS_PER_ROUND]
@@ -155,7 +156,7 @@ def _parts_to_score(
     batch_tokens: int,
     description: str,
 ) -> Iterator[pa.Table]:
-    """Scores that no process sees, a shard in each round."""
+    """Compute the scores that no process has, one shard per round."""
     rows, state = np.flatnonzero(~holders.any(0)), PartialState()
     if len(rows) == 0:
         return
@@ -178,7 +179,7 @@ def _parts_to_score(
 
 
 def _keep(table: pa.Table, known: pa.ChunkedArray, folder: Path, settings: dict) -> None:
-    """Write what this machine does not have yet. Where machines share the folder, the main process writes first."""
+    """Write the scores that this machine lacks. If machines share the folder, the main process writes first."""
     table = table.filter(pc.invert(pc.is_in(table[EXAMPLE_KEY], known)))
     state = PartialState()
     with state.main_process_first():

@@ -1,4 +1,4 @@
-"""Loading causal language models, and PEFT adapters on their base models, for scoring and generation."""
+"""Loads causal language models, and PEFT adapters with their base models, for scoring and generation."""
 
 import os
 import re
@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 # Options of `from_pretrained` that select the files to read
 _FILES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-# Options of `from_pretrained` any of which places the model
+# Options of `from_pretrained` that determine where the model is placed
 _PLACES = ("device_map", "tp_plan", "distributed_config")
 
 # What transformers, PEFT and bitsandbytes raise for files and options that can't be used
@@ -43,11 +43,11 @@ _FIX = (
 @dataclass(frozen=True)
 class ModelFiles:
     """
-    Location of a model and of the adapter on it, if any.
+    Location of a model and of its adapter, if any.
 
     Attributes:
         model (`str`):
-            Id or folder of the model; of an adapter's base model.
+            Id or folder of the model; if there is an adapter, of its base model.
         options (`dict[str, Any]`):
             Keyword arguments of `from_pretrained` for the model.
         adapter (`str`, *optional*):
@@ -69,13 +69,14 @@ def find_files(
     model: str, options: dict[str, Any] | None = None, adapter: str | None = None, what: str = "`model`"
 ) -> ModelFiles:
     """
-    Locate a model; if it is an adapter, its base model too.
+    Locate a model and, if it is an adapter, its base model.
 
-    `revision` refers to `model`, or to the base model if `model` is the folder of an adapter, which has no revision.
-    By default the base model has the revision that the adapter was saved with. Arguments as in [`load_model`].
+    `revision` refers to `model`. If `model` is the folder of an adapter, which has no revision, it refers to the base
+    model instead. The base model's revision defaults to the one saved in the adapter's configuration. Takes the
+    arguments of [`load_model`].
 
     Raises:
-        `InputError`: If the adapter's configuration is missing or can't be read, or names no base model.
+        `InputError`: If the adapter's configuration is missing or can't be read, or does not name a base model.
     """
     options = dict(options or {})
     where = file_options(options)
@@ -85,11 +86,11 @@ def find_files(
     with errors_of_loading(what if adapter is None else "`adapter`", name):
         if find_adapter_config_file(name, **where) is None:
             if adapter is not None:
-                raise InputError("there is no adapter_config.json in it")
+                raise InputError("it has no adapter_config.json")
             return ModelFiles(model, options)
         config = PeftConfig.from_pretrained(name, **where)
         if adapter is None and config.base_model_name_or_path is None:
-            raise InputError("its adapter_config.json names no base model")
+            raise InputError("its adapter_config.json does not name a base model")
     revision = options.get("revision")
     if adapter is None:
         options.pop("subfolder", None)
@@ -111,14 +112,14 @@ def load_model(
 
     Args:
         model (`str`):
-            Id or folder of a model, or of an adapter, which is loaded on its base model.
+            Id or folder of a model, or of an adapter, which is loaded on top of its base model.
         options (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained`; for `revision` see [`find_files`]. With `device_map` the model
-            stays where that places it.
+            Keyword arguments of `from_pretrained`. For `revision`, see [`find_files`]. `device_map` takes precedence
+            over `device`.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Device of the model without `device_map`.
+            Device to load the model on, unless `options` has a `device_map`.
         adapter (`str`, *optional*):
-            Id or folder of an adapter to load on `model`.
+            Id or folder of an adapter to load on top of `model`.
         what (`str`, *optional*, defaults to ``"`model`"``):
             Name of the model in error messages.
 
@@ -143,7 +144,7 @@ def load_tokenizer(
     model: str, options: dict[str, Any] | None = None, adapter: str | None = None, what: str = "`model`"
 ) -> PreTrainedTokenizerBase:
     """
-    Load the tokenizer of a model, or an adapter's own one if it has one. Arguments as in [`load_model`].
+    Load the tokenizer of an adapter, if it has its own, or else of the model. Takes the arguments of [`load_model`].
 
     Raises:
         `InputError`: If the tokenizer can't be loaded.
@@ -160,13 +161,13 @@ def file_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained` that configurations and tokenizers take as well."""
+    """Keyword arguments of `from_pretrained` that configurations and tokenizers also accept."""
     return {name: options[name] for name in (*_FILES, "trust_remote_code") if name in options}
 
 
 @contextmanager
 def errors_of_loading(what: str, name: str) -> Iterator[None]:
-    """Turn whatever a library raises for a model that can't be loaded into an `InputError`."""
+    """Convert the exceptions that libraries raise for a model that can't be loaded to `InputError`."""
     try:
         yield
     except _LOADING_ERRORS as error:
@@ -176,20 +177,20 @@ def errors_of_loading(what: str, name: str) -> Iterator[None]:
 
 def _with_adapter(model: PreTrainedModel, files: ModelFiles) -> PeftModel:
     folder = Path(files.adapter, files.adapter_options.get("subfolder", ""))
-    # PEFT would look for the folder's name on the Hub
+    # Without weights in the folder, PEFT would look up its name on the Hub
     if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         raise InputError(f"it has no {SAFETENSORS_WEIGHTS_NAME}")
     if any(parameter.is_meta for parameter in model.parameters()):
-        # PEFT would place it anew and write the offloaded weights into the base model's own files
+        # PEFT would dispatch it again and write the offloaded weights to the base model's own files
         raise InputError("its base model is offloaded: merge the adapter into it, or use another `device_map`")
     _resize_embeddings(model, files)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")  # they would be random
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # those weights would be random
         return PeftModel.from_pretrained(model, files.adapter, torch_device="cpu", **files.adapter_options)
 
 
 def _resize_embeddings(model: PreTrainedModel, files: ModelFiles) -> None:
-    """Resize the base model to the embeddings in the adapter or, as PEFT does, to the adapter's tokenizer."""
+    """Resize the base model's embeddings to match the adapter's or, as PEFT does, the adapter's tokenizer."""
     embeddings = model.get_input_embeddings()
     size = embeddings.weight.shape[0]
     (name,) = (name for name, module in model.named_modules() if module is embeddings)
@@ -201,14 +202,14 @@ def _resize_embeddings(model: PreTrainedModel, files: ModelFiles) -> None:
         if new_size > size:
             logger.warning(
                 f"The tokenizer of the adapter {files.adapter!r} has {new_size} tokens and its base model {size} "
-                "embeddings, but the adapter has none: the embeddings of the new tokens are random."
+                "embeddings, but the adapter has no embeddings: those of the new tokens are random."
             )
     if new_size != size:
         model.resize_token_embeddings(new_size)
 
 
 def _adapter_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with an adapter, if any."""
+    """Load the tokenizer saved with an adapter, if any."""
     quietly = ("missing_entries", "connection_errors", "gated_repo")
     where = {**files.adapter_options, **{f"_raise_exceptions_for_{name}": False for name in quietly}}
     if files.adapter is None or cached_file(files.adapter, TOKENIZER_CONFIG_FILE, **where) is None:

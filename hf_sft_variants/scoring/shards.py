@@ -74,7 +74,7 @@ def _read_file(path: Path, settings: dict, keys: Collection[str]) -> pa.Table:
         raise InputError(f"The scores in {path} can't be read ({error!r}). Delete the file to score again.") from error
     if written != settings:
         names = sorted(name for name in {*written, *settings} if written.get(name) != settings.get(name))
-        differences = "; ".join(f"{name} was {written.get(name)!r}, is {settings.get(name)!r}" for name in names)
+        differences = "; ".join(f"{name} was {written.get(name)!r}, is now {settings.get(name)!r}" for name in names)
         raise InputError(
             f"The scores in {path} were written with other options: {differences}. Delete the file to score again."
         )

@@ -1,4 +1,4 @@
-"""Turns scores of tokens into group ids, and checks the scores and group ids that users bring themselves."""
+"""Converts token scores to group ids, and checks the scores and group ids that users provide."""
 
 import math
 from enum import IntEnum
@@ -19,7 +19,7 @@ class Group(IntEnum):
 
 
 class RankedGroup(IntEnum):
-    """As [`Group`], before the tokens are ranked by their excess loss."""
+    """Like [`Group`], but before the tokens are ranked by their excess loss."""
 
     UNGROUPED = -1
     RANKED_AT_EACH_STEP = 0
@@ -28,7 +28,7 @@ class RankedGroup(IntEnum):
 
 UNGROUPED, UNIMPORTANT, IMPORTANT = map(int, Group)
 
-# Limits the number of metrics, and catches token ids given as group ids by mistake
+# Limits the number of metrics, and catches token ids passed as group ids by mistake
 MAX_GROUPS = 32
 
 
@@ -38,7 +38,7 @@ def supervised_positions(labels: np.ndarray) -> np.ndarray:
 
 
 def _grouped_positions(labels: np.ndarray, min_grouped_tokens: int) -> np.ndarray:
-    """Positions of the supervised tokens; none if a sample has too few of them to be grouped."""
+    """Positions of the supervised tokens; empty if the sample has too few of them to be grouped."""
     positions = supervised_positions(labels)
     return positions if len(positions) >= max(min_grouped_tokens, 2) else positions[:0]
 
@@ -60,14 +60,14 @@ def group_by_importance(
             Importance of each token.
         important_fraction (`float`):
             Share η of the `n` supervised tokens that is important: `round(η·n)` of them, at least 1 and at most
-            `n - 1`, ties by position.
+            `n - 1`, with ties broken by position.
         min_grouped_tokens (`int`):
             Samples with fewer supervised tokens (or fewer than 2) are not grouped.
         first_token_ids (`set[int]`):
-            Token ids that rank before all others, whatever their score.
+            Token ids that rank before all others, regardless of their scores.
 
     Returns:
-        `list[int]`: Group of each token: 1 important, 0 unimportant, -1 not supervised or not grouped.
+        `list[int]`: Group of each token: 1 (important), 0 (unimportant) or -1 (not supervised or not grouped).
     """
     labels = np.asarray(labels)
     groups = np.full(len(labels), UNGROUPED)
@@ -101,8 +101,8 @@ def add_rankable_groups(
     examples: dict[str, list], rows: list[int], min_grouped_tokens: int, first_token_ids: set[int]
 ) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: annotate rows whose tokens are ranked in training ([`group_by_excess_loss`]): 1 for
-    tokens that rank first, 0 for the other grouped ones, -1 for tokens that are not grouped.
+    For `Dataset.map`, batched: annotate rows whose tokens are ranked during training ([`group_by_excess_loss`]): 1 for
+    tokens that always rank first, 0 for other grouped tokens, -1 for tokens that are not grouped.
     """
     group_ids = []
     for labels in map(np.asarray, examples["labels"]):
@@ -114,24 +114,24 @@ def add_rankable_groups(
 
 
 def annotations(group_ids: list[list[int]], rows: list[int]) -> dict[str, list]:
-    """The annotation columns of rows. The number of a row is repeated for each token, so that it survives packing."""
+    """Return the annotation columns. The row number is repeated for each token so that it survives packing."""
     numbers = [[row] * len(groups) for row, groups in zip(rows, group_ids, strict=True)]
     return {"group_ids": group_ids, "example_number": numbers}
 
 
 def has_groups(dataset: Dataset | IterableDataset) -> bool:
-    """Whether any token is in a group; assumed of a stream."""
+    """Whether any token is in a group; assumed to be true of a stream."""
     return isinstance(dataset, IterableDataset) or any(max(groups) > UNGROUPED for groups in dataset["group_ids"])
 
 
 def add_token_scores(dataset: Dataset, scores: pa.ChunkedArray, name: str) -> Dataset:
-    """Add a column with a score for each token, zeros for an example without scores because it has no labels."""
+    """Add a column with a score for each token; examples without scores, which have no labels, get zeros."""
     lengths = [len(ids) for ids in dataset["input_ids"]]
     values = [
         np.zeros(length, np.float32) if of_tokens is None else of_tokens
         for length, of_tokens in zip(lengths, scores.to_numpy(), strict=True)
     ]
-    if name in dataset.column_names:  # the user's file stays as it is
+    if name in dataset.column_names:  # only from this copy: the user's file does not change
         dataset = dataset.remove_columns(name)
     return dataset.add_column(name, values)
 
@@ -143,28 +143,29 @@ def require_column(examples: dict[str, list], column: str, dataset_name: str) ->
 
 def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset_name: str) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: check the user's own scores and copy them to `importance_scores`.
+    For `Dataset.map`, batched: check the user's scores and copy them to `importance_scores`.
 
     Raises:
-        `InputError`: If a score is not a finite number, naming row, column and value.
+        `InputError`: If a score is not a finite number. The message names the row, column and value.
     """
     require_column(examples, column, dataset_name)
     for row, scores in zip(rows, examples[column], strict=True):
         for score in scores:
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
                 raise InputError(
-                    f"Row {row} of the {dataset_name} dataset: column `{column}` has {score!r} as a score. Give a "
-                    "finite number for each token."
+                    f"Row {row} of the {dataset_name} dataset: column `{column}` has the score {score!r}. Scores must "
+                    "be finite numbers, one for each token."
                 )
     return {"importance_scores": examples[column]}
 
 
 def copy_group_ids(examples: dict[str, list], rows: list[int], column: str, dataset_name: str) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: check the user's own group ids and annotate the rows with them.
+    For `Dataset.map`, batched: check the user's group ids and annotate the rows with them.
 
     Raises:
-        `InputError`: If an id is not an integer from -1 to `MAX_GROUPS - 1`, naming row, column and value.
+        `InputError`: If an id is not an integer from -1 to `MAX_GROUPS - 1`. The message names the row, column and
+            value.
     """
     require_column(examples, column, dataset_name)
     for row, group_ids in zip(rows, examples[column], strict=True):
@@ -172,7 +173,7 @@ def copy_group_ids(examples: dict[str, list], rows: list[int], column: str, data
             is_integer = isinstance(group_id, int) and not isinstance(group_id, bool)
             if not is_integer or not UNGROUPED <= group_id < MAX_GROUPS:
                 raise InputError(
-                    f"Row {row} of the {dataset_name} dataset: column `{column}` has {group_id!r} as a group id. Give "
-                    f"an integer from 0 to {MAX_GROUPS - 1} for each token, or -1 for a token in no group."
+                    f"Row {row} of the {dataset_name} dataset: column `{column}` has the group id {group_id!r}. Group "
+                    f"ids must be integers from 0 to {MAX_GROUPS - 1}, or -1 for a token without a group."
                 )
     return annotations(examples[column], rows)

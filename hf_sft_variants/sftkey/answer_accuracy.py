@@ -44,11 +44,11 @@ class AnswerAccuracyCallback(TrainerCallback):
         num_samples (`int`, *optional*):
             Number of rows to use of each data set, from the start. By default all.
         thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
-            Opening and closing tag of the reasoning.
+            Opening and closing tags of the reasoning.
         answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
-            Opening and closing tag of the answer. Without tags an answer is found after `####`, in `\boxed{}` or after
-            "the answer is" ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]), but the format
-            rate and the score are then meaningless.
+            Opening and closing tags of the answer. Without tags, an answer is found after `####`, in `\boxed{}` or
+            after "the answer is" ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]), but the
+            format rate and the score are then meaningless.
 
     Raises:
         InputError: If a data set is empty, a stream or lacks a column or an answer, a number is below 1, or the tags

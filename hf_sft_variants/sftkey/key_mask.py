@@ -1,4 +1,4 @@
-"""Which tokens of an example are on its key."""
+"""Marks the tokens of an example that belong to its key."""
 
 from collections.abc import Callable
 from enum import IntEnum
@@ -34,17 +34,19 @@ NO_LABEL, NOT_KEY, KEY = map(int, KeyMask)
 
 def key_mask(example: RenderedExample, labels: list[int], find_key: KeyFinder) -> list[int]:
     """
-    Mark the tokens of an example: 1 on the key, 0 on other tokens of the loss, -1 on tokens without a label.
+    Mark the tokens of an example: 1 for tokens of the key, 0 for other tokens in the loss, -1 for tokens without a
+    label.
 
-    A token is on the key if any of its characters is: the `>` of `</Thinking>` may be one token with what follows.
+    A token belongs to the key if any of its characters does: the `>` of `</Thinking>` may share a token with what
+    follows.
 
     Raises:
-        `NoKeyError`: If there is no key, more than one in a turn, or none of its tokens has a label.
+        `NoKeyError`: If there is no key, a turn has more than one, or no token of the key has a label.
     """
     mask = [NOT_KEY if label != -100 else NO_LABEL for label in labels]
     turns = example.turns[-1:] if find_key.key_turns == "last" else example.turns
     if not turns:
-        raise NoKeyError("there is no assistant's turn with text (of messages, those with the role 'assistant' count)")
+        raise NoKeyError("there is no assistant turn with text (in messages, a turn with the role 'assistant')")
     problems = []
     for turn in turns:
         try:
@@ -62,7 +64,7 @@ def key_mask(example: RenderedExample, labels: list[int], find_key: KeyFinder) -
 
 
 def _key_tokens(example: RenderedExample, turn: Turn, find_key: KeyFinder) -> list[int]:
-    """Tokens of the key, and those from its end to the end of the turn."""
+    """Indices of the tokens of the key and of those that follow the turn's content, up to the end of the turn."""
     start, end = turn.content
     spans = [(start + first, start + last) for first, last in find_key(example.text[start:end])]
     tokens = [i for span in spans for i in example.tokens_in(span)]
@@ -82,15 +84,15 @@ def add_key_mask(
     dataset_name: str,
 ) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: add `num_key_tokens` and, unless the rows have it already, the column `key_mask`.
+    For `Dataset.map`, batched: add the column `num_key_tokens` and, unless the rows already have it, `key_mask`.
 
-    The rows are rendered if they have texts or messages (`has_text`), otherwise their tokens are decoded. For an
-    example without a key, or with two, `on_missing="error"` raises, `"drop"` gives it -1 key tokens, and `"ignore"`
-    marks none.
+    Rows with text or messages (`has_text`) are rendered; the tokens of all others are decoded. For an example with no
+    key, or with several, `on_missing="error"` raises an error, `"drop"` sets its number of key tokens to -1, and
+    `"ignore"` marks no tokens.
 
     Raises:
-        `InputError`: If an example has no key or two, naming the row; if the chat template hides the answer; if a
-            column `key_mask` has values other than 1, 0 and -1.
+        `InputError`: If an example has no key or several (the message names the row), if the chat template omits the
+            answer, or if an existing column `key_mask` has values other than 1, 0 and -1.
     """
     special = {i for i in special_token_ids(tokenizer) if not find_key.looks_for(tokenizer.convert_ids_to_tokens(i))}
     if not has_text:
@@ -123,19 +125,19 @@ def add_key_mask(
 def _own_mask(mask: list[int], labels: list[int]) -> list[int]:
     wrong = [value for value in mask if value not in (KEY, NOT_KEY, NO_LABEL)]
     if wrong:
-        raise InputError(f"column `key_mask` has {wrong[0]!r}: give 1 on the tokens of the key and 0 on others")
+        raise InputError(f"column `key_mask` has {wrong[0]!r}: it must be 1 on tokens of the key and 0 on others")
     if len(mask) != len(labels):
         return mask  # refused before truncation, like every per-token column
     mask = [value if label != -100 else NO_LABEL for value, label in zip(mask, labels, strict=True)]
     if KEY not in mask[1:]:
-        raise NoKeyError("column `key_mask` has no 1 on a token of the loss")
+        raise NoKeyError("column `key_mask` is not 1 on any token in the loss")
     return mask
 
 
 def _key_mask_of_tokens(
     example: dict[str, Any], read_tokens: Callable[..., RenderedExample], find_key: KeyFinder
 ) -> list[int]:
-    """Each document of a packed row has its own key."""
+    """Mark the key in each document of a row, which may be packed."""
     mask = []
     for length in example.get("seq_lengths") or [len(example["input_ids"])]:
         token_ids, labels = (example[column][len(mask) : len(mask) + length] for column in ("input_ids", "labels"))
@@ -147,14 +149,14 @@ def _missing_key_message(row: int, dataset_name: str, problem: InputError) -> st
     message = f"Row {row} of the {dataset_name} dataset: {problem}."
     if isinstance(problem, NoKeyError):
         message += (
-            " Say where the answer is with `key_delimiter`, `key_pattern`, the tags, or `reasoning_column` and "
+            " Specify where the answer is with `key_delimiter`, `key_pattern`, the tags, or `reasoning_column` and "
             "`answer_column`; or set `missing_key='drop'` to train without such examples."
         )
     return message
 
 
 def has_whole_key(example: dict[str, Any]) -> bool:
-    """Whether truncation has left all tokens of the key, at least one of them predicted."""
+    """Whether truncation has kept all tokens of the key, at least one of which is predicted."""
     mask = example["key_mask"]
     return KEY in mask[1:] and mask.count(KEY) == example["num_key_tokens"]
 
@@ -169,17 +171,17 @@ def _tagged(
     dataset_name: str,
 ) -> dict[str, Any]:
     """
-    For `Dataset.map`: make the response of a reasoning and an answer, in the place of a response that is there.
+    For `Dataset.map`: build the response from a reasoning and an answer, replacing any existing response.
 
     Raises:
-        `InputError`: If a column is missing or no text, or there is neither `prompt` nor `messages`.
+        `InputError`: If a column is missing or has no text, or there is neither `prompt` nor `messages`.
     """
     where = f"Row {row} of the {dataset_name} dataset"
     for name, column in (("reasoning_column", reasoning_column), ("answer_column", answer_column)):
         if column not in example:
             raise InputError(f"{where} has no column `{column}`, which `{name}` names; it has {sorted(example)}.")
         if not isinstance(example[column], str):
-            raise InputError(f"{where}: column `{column}` (`{name}`) has {example[column]!r}; give a text.")
+            raise InputError(f"{where}: column `{column}` (`{name}`) has {example[column]!r}; it must be a string.")
     response = tagged_response(example[reasoning_column], example[answer_column], thinking_tags, answer_tags)
     message = {"role": "assistant", "content": response}
     if isinstance(example.get("prompt"), str):
@@ -193,7 +195,7 @@ def _tagged(
 
 
 def tag_responses(dataset: Dataset | IterableDataset, args: SFTConfig, dataset_name: str) -> Dataset | IterableDataset:
-    """Make tagged responses of reasonings and answers, unless the rows are tokenized."""
+    """Build tagged responses from the columns with reasonings and answers, unless the rows are tokenized."""
     require_row(f"The {dataset_name} dataset", dataset)
     has_transform = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"  # `SFTTrainer` refuses it
     if has_transform or "input_ids" in get_dataset_column_names(dataset):

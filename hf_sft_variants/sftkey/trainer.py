@@ -22,25 +22,25 @@ logger = get_logger(__name__)
 
 class SFTKeyTrainer(AnnotatedSFTTrainer):
     """
-    Trainer for SFTKey: first the whole response, then the answer alone.
+    Trainer for SFTKey, which trains on the whole response first and then on the answer alone.
 
-    A run has stages ([`SFTKeyConfig`]). In a `"full"` stage the loss is [`~trl.SFTTrainer`]'s; in a `"key"` stage only
-    the labels of the key are left, the answer with what follows it to the end of its turn, while the reasoning stays
-    in the input: the mean over the key tokens of the optimizer step's batch. All stages are one `train()`; each has
-    its own warm-up and schedule and begins with a fresh optimizer. Takes the arguments of [`~trl.SFTTrainer`]. Method:
-    [SFTKey](https://huggingface.co/papers/2512.21017). No official code is known; the paper gives plain sums, so the
-    mean, the fresh optimizer and the schedule of the second stage are our decisions.
+    A run consists of stages ([`SFTKeyConfig`]). In a `"full"` stage, the loss is that of [`~trl.SFTTrainer`]. In a
+    `"key"` stage, it is the mean over the key tokens of the optimizer step: the answer and what follows it to the end
+    of its turn. The reasoning remains in the input, but without labels. One `train()` runs all stages; each has its
+    own warm-up and schedule and, by default, starts with a fresh optimizer. Takes the arguments of
+    [`~trl.SFTTrainer`]. Method: [SFTKey](https://huggingface.co/papers/2512.21017). We know of no official code. The
+    paper gives plain sums; the mean, the fresh optimizer and the schedule of the second stage are our choices.
 
-    Evaluation reports the loss of the whole response in every stage, so that `eval_loss` can be compared over stages
-    and arms; the key's is `eval_sftkey/key_nll`.
+    Evaluation reports the loss on the whole response in every stage, so that `eval_loss` is comparable across stages
+    and runs; the loss on the key is `eval_sftkey/key_nll`.
 
-    Logs beside SFTTrainer's metrics and `nll` (of the tokens in the loss): `sftkey/stage` (from 1), `sftkey/key_nll`
-    and `sftkey/other_nll` (nats per token; the latter where other tokens are in the loss), `sftkey/key_fraction`
-    (share of the response's tokens, more exactly of all tokens that have a label in a `"full"` stage); with
-    `answer_eval_steps` also `sftkey/accuracy`, `sftkey/format_rate` and `sftkey/score` of generated answers, each
-    evaluation set's own with its name before if there are several: `<name>_sftkey/accuracy`.
+    In addition to SFTTrainer's metrics and `nll` (of the tokens in the loss), logs `sftkey/stage` (from 1),
+    `sftkey/key_nll` and `sftkey/other_nll` (nats per token; the latter only if other tokens are in the loss), and
+    `sftkey/key_fraction` (share of the key in all tokens that have a label in a `"full"` stage). With
+    `answer_eval_steps`, also logs `sftkey/accuracy`, `sftkey/format_rate` and `sftkey/score` of generated answers. If
+    there are several evaluation sets, each has its name as a prefix: `<name>_sftkey/accuracy`.
 
-    The data may bring its own column `key_mask`, 1 on each token of the key and 0 on others, beside `input_ids`.
+    Tokenized data may include its own column `key_mask`, which is 1 on each token of the key and 0 on all others.
 
     Example:
 
@@ -83,7 +83,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         arguments = self.bind_arguments(*args, **kwargs)
         config, train_dataset = arguments["args"], arguments.get("train_dataset")
         if config.reasoning_column is not None and config.completion_only_loss is None and train_dataset is not None:
-            config = copy(config)  # `SFTTrainer` would look for a `completion` before there is one
+            config = copy(config)  # `SFTTrainer` would look for a `completion` that does not exist yet
             config.completion_only_loss = "prompt" in get_dataset_column_names(train_dataset)
         super().__init__(**{**arguments, "args": config})
         self._refuse_other_schedulers()
@@ -94,7 +94,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
     def _refuse_other_schedulers(self):
         if self._has_stages and self.lr_scheduler is not None:
             raise InputError(
-                "`optimizers` brings a learning-rate scheduler, but each stage has its own. Pass `optimizers="
+                "`optimizers` includes a learning-rate scheduler, but each stage has its own. Pass `optimizers="
                 "(optimizer, None)` and set `lr_scheduler_type`."
             )
         deepspeed_plugin = self.accelerator.state.deepspeed_plugin
@@ -128,11 +128,11 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             raise InputError(
                 f"`answer_eval_steps={self.args.answer_eval_steps}` needs an `eval_dataset` (in a recipe: "
                 f"`eval_strategy`) that is not a stream and has the columns `prompt` and `{column}`; found "
-                f"{columns or 'none'} in the {dataset_name} dataset."
+                f"{columns or 'no columns'} in the {dataset_name} dataset."
             )
         return rows.select_columns(["prompt", column]).rename_columns({column: "answer"})
 
-    # Annotation: where the key is
+    # Annotation: finding the key
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if self.args.reasoning_column is not None:
@@ -144,7 +144,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             "thinking_tags", "answer_tags", "key_delimiter", "key_pattern", "reasoning_column", "answer_column",
             "key_turns", "key_tags_in_loss",
         )  # fmt: skip
-        # Without need of keys, examples stay that have none, or not all of it
+        # If no keys are needed, examples whose key is missing or cut off are kept
         stages = "with keys" if self.args.needs_keys else "without keys"
         return {"stages": stages, **{name: getattr(self.args, name) for name in names}}
 
@@ -177,21 +177,21 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             kept = dataset.filter(has_whole_key, **map_kwargs)
         if not isinstance(dataset, Dataset):
             logger.warning(
-                f"The {dataset_name} dataset is a stream: its examples whose key is cut by `max_length`, or missing "
-                "with `missing_key='drop'`, are dropped as they come and not counted."
+                f"The {dataset_name} dataset is a stream: examples whose key is cut off by `max_length` or, with "
+                "`missing_key='drop'`, missing are dropped as they arrive and not counted."
             )
             return kept
         if len(kept) < len(dataset):
             missing = sum(count < 0 for count in dataset["num_key_tokens"])
             logger.warning(
                 f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: "
-                f"{missing} without a key or with two, {len(dataset) - len(kept) - missing} with a key that "
-                f"max_length={self.args.max_length} cuts."
+                f"{missing} without a key or with several, {len(dataset) - len(kept) - missing} with a key that is "
+                f"cut off by max_length={self.args.max_length}."
             )
         if len(kept) == 0:
             raise InputError(
                 f"No example of the {dataset_name} dataset has a key within max_length={self.args.max_length}. Check "
-                "where the key is said to be, and `max_length`."
+                "`max_length` and the settings that locate the key."
             )
         return kept
 
@@ -203,7 +203,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
     @property
     def current_stage(self) -> int:
-        """Number of the stage, from 0, that the next optimizer step belongs to."""
+        """Index, from 0, of the stage that the next optimizer step belongs to."""
         if self.state.max_steps <= 0:  # not training yet
             return 0
         return stage_at(self.state.global_step, self.args.stage_fractions, self.state.max_steps)
@@ -216,7 +216,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        # Before anything is counted: the LM head then skips the other tokens, where TRL's head skips ignored ones
+        # Done before tokens are counted, so the LM head skips the other tokens just as TRL's skips ignored ones
         if self.args.stages[self.current_stage] == KEY and self.args.full_loss_weight == 0:
             epoch_iterator = map(keep_key_labels, epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -235,7 +235,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         args, key_mask, nll = self.args, batch.annotations["key_mask"], -batch.log_probs
         on_key = (key_mask == KeyMask.KEY) & batch.label_mask
         self._add_metrics(batch, on_key)
-        # Evaluation does not follow the stages: its losses are compared over the run
+        # Evaluation ignores the stages, so that its losses are comparable throughout the run
         stage = args.stages[self.current_stage] if self.model.training else FULL
         if stage == KEY:
             key_loss = (nll * on_key).sum() / batch.num_items["key_tokens"]
@@ -259,5 +259,5 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
 
 def keep_key_labels(inputs):
-    """Take the labels of all other tokens out of a collated batch."""
+    """Remove the labels of all tokens outside the key from a collated batch."""
     return {**inputs, "labels": inputs["labels"].masked_fill(inputs["key_mask"] != KeyMask.KEY, -100)}

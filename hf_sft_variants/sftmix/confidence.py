@@ -1,4 +1,4 @@
-"""Measures how well a model in training predicts each training example, at several checkpoints of the run."""
+"""Measures how well a model predicts each training example at several checkpoints of its training run."""
 
 import math
 from collections.abc import Sequence
@@ -37,22 +37,24 @@ class ConfidenceTrackingCallback(TrainerCallback):
     [SFTMix](https://huggingface.co/papers/2410.05248). For [`~trl.SFTTrainer`] and its subclasses.
 
     The perplexity of an example is exp of the mean negative log-likelihood (NLL) of its labels, in float32, with the
-    NLL clamped to 20. Evaluation is without dropout, and shared by all processes. It leaves the run as it was: no
-    random number is drawn, weights and modes stay the same. (On some CPUs, however, bitsandbytes rounds the scales of
-    a 4-bit model whenever it is evaluated.) Each checkpoint is written to `<output_file>.checkpoints` as soon as it is
-    evaluated, so a resumed run finds it.
+    NLL clamped to 20. Evaluation runs without dropout and is divided among the processes. It does not affect training:
+    it draws no random numbers and leaves weights and modes unchanged. (On some CPUs, however, bitsandbytes rounds the
+    scales of a 4-bit model whenever it is evaluated.) The results of each checkpoint are written to
+    `<output_file>.checkpoints` immediately, so that a resumed run can use them.
 
-    The file has a row for each example, in the order of the training data:
+    The output file has one row per example, in the order of the training data:
 
-    - **example_key** (string): a hash of the example's content, or the data set's own column of this name, which must
-      be unique. Equal examples have the same hash and values.
-    - **num_labels** (int64): number of its labels. Without labels all other columns are null.
+    - **example_key** (string): a hash of the example's content, or the data set's own column of this name, whose
+    values
+      must be unique. Equal examples have the same hash and values.
+    - **num_labels** (int64): number of labels. If there are none, all other columns are null.
     - **nll_<step>**, **perplexity_<step>** (double) for each checkpoint: after that optimizer step; NLL in nats.
     - **mean_nll**, **mean_perplexity** (double): over the checkpoints.
-    - **rank** (int64): from 0, the most confident one.
-    - **half** (string): `"confident"`, `"unconfident"`, or null for the middle one of an odd number.
+    - **rank** (int64): from 0, which is the most confident example.
+    - **half** (string): `"confident"`, `"unconfident"`, or null for the middle example of an odd number.
 
-    Its schema metadata hold JSON under the key `hf_sft_variants`: the format's `version`, `measure`, `steps`, and
+    Its schema metadata contain JSON under the key `hf_sft_variants`: the `version` of the format, `measure`, `steps`,
+    and
     `keys`, the source of the keys (`"text"`, `"tokens"` or `"column"`).
 
     Example:
@@ -74,17 +76,17 @@ class ConfidenceTrackingCallback(TrainerCallback):
             Parquet file, written by the main process.
         checkpoints (`Sequence[int]`, *optional*):
             Optimizer steps after which to evaluate. Defaults to the end of each epoch if there are three or more,
-            otherwise to three evenly spaced steps, including the last one. The paper is silent on this.
+            otherwise to three evenly spaced steps, including the last one. The paper does not specify this.
         measure (`str`, *optional*, defaults to `"perplexity"`):
-            What to rank by: the mean `"perplexity"` or `"mean_nll"`. Ties go by mean NLL, then by position.
+            What to rank by: the mean `"perplexity"` or `"mean_nll"`. Ties are broken by mean NLL, then by position.
         dataset ([`~datasets.Dataset`], *optional*):
-            Prepared examples to evaluate, with `input_ids` and `labels`. Defaults to the training data; packed rows
-            are cut into their documents, whose keys are made of tokens.
+            Prepared examples to evaluate, with `input_ids` and `labels`. Defaults to the training data, where packed
+            rows are split into their documents, whose keys are hashes of tokens.
 
     Raises:
-        `InputError`: When training starts, for streams, for packing that cuts examples, for tensor parallelism, for
-            checkpoints after the last step, and if the resumed run has passed a checkpoint that was not evaluated.
-            During training, if an example's NLL is NaN.
+        `InputError`: When training starts: for streams, packing that cuts examples, tensor parallelism, or checkpoints
+            after the last step, or if the resumed run has passed a checkpoint that was not evaluated. During training:
+            if an example's NLL is NaN.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         refuse_tensor_parallelism(self.trainer)
-        steps_per_epoch = None  # of a stream
+        steps_per_epoch = None  # unknown for a stream
         if has_length(train_dataloader):
             steps_per_epoch = max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
         self._steps = checkpoint_steps(self.checkpoints, state.max_steps, steps_per_epoch)
@@ -115,7 +117,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
             token_keys = add_content_keys(self._examples.remove_columns(EXAMPLE_KEY), args.dataset_num_proc)
         on_main_process(partial(self._check_parts, state.global_step))
         self._num_labels = np.array([sum(label != -100 for label in row[1:]) for row in self._examples["labels"]])
-        # The first of equal examples is evaluated for all, since the values of two batches differ by rounding
+        # Equal examples are evaluated only once, because rounding would make their values differ between batches
         _, first, number = np.unique(token_keys[EXAMPLE_KEY][:], return_index=True, return_inverse=True)
         self._evaluated_row = first[number]
         rows, lengths = np.sort(first).tolist(), [len(ids) for ids in self._examples["input_ids"]]
@@ -123,9 +125,9 @@ class ConfidenceTrackingCallback(TrainerCallback):
         self._batches = [[rows[number] for number in batch] for shard in shards for batch in shard]
 
     def _keyed_examples(self, args) -> tuple[Dataset, str]:
-        """The examples with their keys, and what these are made of."""
+        """Return the examples with their keys, and the source of the keys."""
         examples = trained_examples(self.trainer) if self.dataset is None else self.dataset
-        examples = examples.with_format(None)  # the user's may be another
+        examples = examples.with_format(None)  # the user may have set another format
         if EXAMPLE_KEY in examples.column_names:
             keys_of = "column"
             if self.dataset is None:
@@ -137,24 +139,24 @@ class ConfidenceTrackingCallback(TrainerCallback):
         return examples.select_columns([EXAMPLE_KEY, "input_ids", "labels"]), keys_of
 
     def _part(self, step: int) -> Path:
-        """Where the values of one checkpoint are kept, for a run that is resumed."""
+        """File with the values of one checkpoint, kept so that the run can be resumed."""
         return self.output_file.with_name(f"{self.output_file.name}.checkpoints") / f"step-{step}.parquet"
 
     def _check_parts(self, global_step: int) -> None:
-        """Remove the parts of an earlier run or of steps lost in a crash, and check the others."""
+        """Remove the parts left by an earlier run or by steps lost in a crash, and check the remaining ones."""
         for part in self._part(0).parent.glob("step-*.parquet"):
             if int(part.stem.removeprefix("step-")) > global_step:
                 part.unlink()
         for part in (self._part(step) for step in self._steps if step <= global_step):
             if not part.is_file():
                 raise InputError(
-                    f"The run is resumed at step {global_step}, but {part} is missing: the data was not evaluated "
-                    "then. Start from the beginning, or from a checkpoint before that step."
+                    f"The run was resumed at step {global_step}, but {part} is missing: the data was not evaluated at "
+                    "that step. Start from the beginning, or resume from a checkpoint before that step."
                 )
             if pq.read_table(part)[EXAMPLE_KEY].to_pylist() != self._examples[EXAMPLE_KEY][:]:
                 raise InputError(
-                    f"{part} was written for other examples than those of the run that is resumed, or in another "
-                    "order. Resume with the same data set, or start from the beginning."
+                    f"The examples in {part} differ from those of this run, or are in a different order. Resume with "
+                    "the same data set, or start from the beginning."
                 )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -175,10 +177,10 @@ class ConfidenceTrackingCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
 
     def _evaluate(self, step: int) -> np.ndarray:
-        """Mean NLL of each example's labels, NaN without a label; the same on all processes."""
+        """Mean NLL of each example's labels, or NaN without labels; identical on all processes."""
         accelerator, model = self.trainer.accelerator, self.trainer.model_wrapped
         num_processes, found = accelerator.num_processes, []
-        # All processes must call a sharded model equally often
+        # All processes must run a sharded model the same number of times
         rounds = range(math.ceil(len(self._batches) / num_processes))
         hide_progress = not accelerator.is_main_process or self.trainer.args.disable_tqdm
         with evaluation_mode(model):
@@ -194,33 +196,34 @@ class ConfidenceTrackingCallback(TrainerCallback):
         if len(wrong):
             raise InputError(
                 f"The perplexity of row {wrong[0]} of the train dataset (key "
-                f"{self._examples[EXAMPLE_KEY][int(wrong[0])]}) is NaN after step {step}, and {len(wrong)} of "
-                f"{len(nll)} are. Training has diverged: lower `learning_rate`, or look at the row."
+                f"{self._examples[EXAMPLE_KEY][int(wrong[0])]}) is NaN after step {step} (as in {len(wrong)} of "
+                f"{len(nll)} rows). Training has diverged: lower `learning_rate`, or inspect the row."
             )
         return nll
 
 
 def refuse_tensor_parallelism(trainer: SFTTrainer) -> None:
-    """Evaluation gives each process different examples, but its processes need the same."""
+    """Refuse tensor parallelism, whose processes need the same examples, while evaluation gives each its own."""
     if (trainer.get_tp_size() or 1) > 1:
         raise InputError(
             "ConfidenceTrackingCallback gives each process different examples, which tensor parallelism does not "
-            "allow. Run it without, or use `confidence_source='file'`."
+            "allow. Train without tensor parallelism, or use `confidence_source='file'`."
         )
 
 
 def _mean_nll(model, examples: list[dict], device: torch.device) -> list[float]:
-    """Mean NLL of each example's labels, NaN without a label."""
+    """Mean NLL of each example's labels, or NaN without labels."""
     batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)  # padding is masked
     outputs = model(**send_to_device(batch, device), score_labels=True)
-    # Counted here, since after the virtual tokens of prompt learning the first token is predicted, too
+    # Counted here because, with the virtual tokens of prompt learning, the first token is predicted too
     return (-outputs.log_probs.float().cpu().double().sum(1) / outputs.label_mask.cpu().sum(1)).tolist()
 
 
 def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epoch: int | None) -> list[int]:
     """
-    Optimizer steps after which a run evaluates its data: those `wanted` or, by default, the ends of three or more
-    epochs, or else three evenly spaced steps, since each evaluation is a forward pass over the data.
+    Return the optimizer steps after which a run evaluates its data: those `wanted` or, by default, the end of each
+    epoch. With fewer than three epochs, the default is three evenly spaced steps. Each evaluation is a forward pass
+    over the data.
 
     Raises:
         `InputError`: If the run has no such step.
@@ -236,16 +239,16 @@ def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epo
 
 
 def trained_examples(trainer: SFTTrainer) -> Dataset:
-    """The examples that a trainer trains on, one in each row; refuses streams, and packing that cuts examples."""
+    """Return a trainer's training examples, one per row. Refuses streams, and packing that cuts examples."""
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset):
-        raise InputError("`train_dataset` is a stream, whose examples can't be ranked. Load it without streaming.")
+        raise InputError("`train_dataset` is a stream, so its examples can't be ranked. Load it without streaming.")
     if not trainer.args.packing:
         return dataset
     if trainer.args.packing_strategy != "bfd":
         raise InputError(
             f"`packing_strategy={trainer.args.packing_strategy!r}` cuts examples, so they can't be ranked. Use 'bfd', "
-            "or give ConfidenceTrackingCallback the `dataset` before packing."
+            "or pass the unpacked `dataset` to ConfidenceTrackingCallback."
         )
     return dataset.map(_cut_into_documents, batched=True, remove_columns=dataset.column_names, desc="Unpacking")
 

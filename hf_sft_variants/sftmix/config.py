@@ -166,7 +166,7 @@ class SFTMixConfig(SFTConfig):
             if getattr(self, name) not in (None, False) and source != its_source:
                 reason = f"`confidence_source` is {source!r}" if source else "no confidence is needed here"
                 raise InputError(
-                    f"`{name}={getattr(self, name)!r}` is used with `confidence_source={its_source!r}` only, but "
+                    f"`{name}={getattr(self, name)!r}` is only used with `confidence_source={its_source!r}`, but "
                     f"{reason}. Remove it."
                 )
         checkpoints = self.confidence_checkpoints

@@ -1,6 +1,6 @@
 """
-Assigns examples to halves and draws an order of pairs. Both are functions of the seed and the epoch, so a resumed run
-or another number of processes draws the same.
+Assigns examples to halves and draws the order of pairs. Both depend only on the seed and the epoch, so resuming or
+changing the number of processes does not affect them.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ CONFIDENT, UNCONFIDENT, NEITHER = 1, 0, -1
 
 
 def random_halves(num_examples: int, seed: int) -> torch.Tensor:
-    """Random halves, the control; `NEITHER` for one example of an odd number."""
+    """Assign examples to random halves, as a control. With an odd number, one example is `NEITHER`."""
     return halves_of_order(np.random.default_rng(seed % 2**64).permutation(num_examples), num_examples)
 
 
 def halves_of_order(order: np.ndarray, num_examples: int) -> torch.Tensor:
     """
-    Split examples into two equal halves by their order, the numbers of those to split with the most confident one
-    first. `NEITHER` are the middle one of an odd number and examples that are not in `order`.
+    Split examples into two equal halves. `order` has the numbers of the examples to split, the most confident one
+    first. The middle one of an odd number and examples that are not in `order` are `NEITHER`.
     """
     halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
     size = len(order) // 2
@@ -33,8 +33,8 @@ def halves_of_order(order: np.ndarray, num_examples: int) -> torch.Tensor:
 
 def order_by_confidence(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> np.ndarray:
     """
-    Numbers of the examples, the most confident one first. Ties go by mean NLL, then by number. Examples without a
-    value (NaN) are left out.
+    Return the numbers of the examples, the most confident one first. Ties are broken by mean NLL, then by number.
+    Examples without a value (NaN) are left out.
     """
     by = (mean_nll, mean_perplexity) if measure == "perplexity" else (mean_nll,)
     order = np.lexsort(by)  # stable; the last key counts first
@@ -42,14 +42,14 @@ def order_by_confidence(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measu
 
 
 def split_in_halves(mean_perplexity: np.ndarray, mean_nll: np.ndarray, measure: str) -> torch.Tensor:
-    """Halves of examples by their confidence."""
+    """Split examples into halves by their confidence."""
     return halves_of_order(order_by_confidence(mean_perplexity, mean_nll, measure), len(mean_nll))
 
 
 def draw_order(halves: torch.Tensor, seed: int, epoch: int) -> list[int]:
     """
-    Order of the rows with these halves in an epoch: pairs of a confident row and an unconfident one, drawn anew each
-    epoch without replacement, and then in random order the rows without a partner.
+    Draw the order of the rows in an epoch, given their halves: first pairs of a confident and an unconfident row,
+    drawn without replacement and different in each epoch, then the rows without a partner in random order.
     """
     generator = np.random.default_rng([seed % 2**64, epoch])
     confident, unconfident, others = (
@@ -63,8 +63,9 @@ def draw_order(halves: torch.Tensor, seed: int, epoch: int) -> list[int]:
 
 class PairSampler(Sampler[int]):
     """
-    Yields the rows of an [`SFTMixTrainer`] in pairs, by the halves that it has when an epoch begins. The epoch is the
-    trainer's: a data loader sets none in the first epoch after resuming with several processes.
+    Yields the rows of an [`SFTMixTrainer`] in pairs, using the trainer's halves at the start of the epoch. The epoch
+    is read from the trainer, because data loaders don't set it in the first epoch after resuming with several
+    processes.
     """
 
     def __init__(self, trainer: Trainer):

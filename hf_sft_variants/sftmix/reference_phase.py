@@ -1,4 +1,4 @@
-"""The first phase of SFTMix: training a reference model and measuring its confidence."""
+"""First phase of SFTMix: trains a reference model and measures its confidence."""
 
 import copy
 import json
@@ -37,73 +37,74 @@ class ReferencePhase:
     """
     Trains the reference model of an [`SFTMixTrainer`] by ordinary supervised fine-tuning and measures its confidence.
 
-    A plain [`~trl.SFTTrainer`] gets the trainer's own arguments: the same initial model (loaded again by its name, or
-    copied if it was passed as an object), data, seed and adapter; or another model, `reference_model`. It has no
-    trackers and no user callbacks, and pushes nothing. The trained model is kept in `<output_dir>/reference`; its
-    checkpoints are removed when it is trained. `confidence.parquet` is written last and marks the end of the phase.
+    It runs a plain [`~trl.SFTTrainer`] with the trainer's own arguments: the same data, seed, adapter and initial
+    model (reloaded by name, or copied if it was passed as an object), or `reference_model` instead of the latter.
+    There are no trackers or user callbacks, and nothing is pushed. The trained model is saved to
+    `<output_dir>/reference`; its checkpoints are removed once training has finished. `confidence.parquet` is written
+    last and marks the end of the phase.
 
-    Meanwhile the model that is trained next is on the CPU, unless it is quantized or split over devices.
+    In the meantime, the model for the second phase is moved to the CPU, unless it is quantized or split over devices.
 
     Args:
         arguments (`dict[str, Any]`):
-            Arguments of the [`SFTMixTrainer`], before it has used them.
+            Arguments of the [`SFTMixTrainer`], as they were passed to it.
     """
 
     def __init__(self, arguments: dict[str, Any]):
         self.arguments = arguments
-        self.peft_config = copy.deepcopy(arguments.get("peft_config"))  # `SFTTrainer` changes the user's
+        self.peft_config = copy.deepcopy(arguments.get("peft_config"))  # `SFTTrainer` modifies the user's object
         self.start: dict[str, Any] | None = None
 
     def check(self, trainer: AnnotatedSFTTrainer) -> None:
-        """Refuse in advance what would fail once the reference model is loaded."""
+        """Refuse early what would only fail once the reference model is loaded."""
         refuse_tensor_parallelism(trainer)
         model, name = self.arguments["model"], trainer.args.reference_model
         if trainer.optimizer is not None or trainer.lr_scheduler is not None:
             raise InputError(
-                "`optimizers` belong to the model that is trained, and the reference model needs its own. Use `optim` "
-                "or `optimizer_cls_and_kwargs`, or `confidence_source='file'`."
+                "`optimizers` are tied to the model to train, but the reference model needs its own. Use `optim` or "
+                "`optimizer_cls_and_kwargs`, or `confidence_source='file'`."
             )
         is_sharded = is_deepspeed_zero3_enabled() or any(isinstance(p, DTensor) for p in trainer.model.parameters())
         if is_sharded and not isinstance(name or model, str):
             raise InputError(
-                f"`model` is a {type(model).__name__} whose weights are sharded, which can't be copied for the "
-                "reference. Pass the model's id or path, or `confidence_source='file'`."
+                f"`model` is a {type(model).__name__} with sharded weights, which can't be copied for the reference. "
+                "Pass the model's id or path, or use `confidence_source='file'`."
             )
         if name is not None and "input_ids" in self.arguments["train_dataset"].column_names:
             require_same_vocabulary(name, trainer.processing_class, trainer.args.model_init_kwargs)
 
     def run(self, trainer: AnnotatedSFTTrainer, resume: bool, checkpoint: str | None) -> Path:
         """
-        Train the reference unless it is trained already, and return its confidence file. Must be called by all
-        processes at once. The main process decides by its files: other machines may have folders of their own.
+        Train the reference unless this has already been done, and return its confidence file. Must be called by all
+        processes together. Only the main process's files decide, because other machines may have separate folders.
 
         Args:
             trainer ([`AnnotatedSFTTrainer`]):
-                Trainer that needs the reference.
+                Trainer that the reference is for.
             resume (`bool`):
                 Whether to resume from the reference's last checkpoint, if there is one.
             checkpoint (`str`, *optional*):
-                Checkpoint of the second phase from which the run resumes.
+                Checkpoint of the second phase that the run resumes from.
 
         Raises:
-            `InputError`: If the folder's reference was trained with other settings or other data.
+            `InputError`: If the reference in the folder was trained with different settings or data.
         """
-        if self.start is None:  # a second `train()` finds the model trained
+        if self.start is None:  # at a second `train()`, the model has already been trained
             self.start = describe_start(trainer, self.arguments["model"])
         settings = describe_reference(trainer, self.arguments, self.peft_config, self.start)
         folder = reference_folder(trainer.args)
         path, settings_path = folder / _CONFIDENCE_FILE, folder / _SETTINGS_FILE
         is_done = on_main_process(path.is_file)
-        # A checkpoint of the second phase is compared by itself
+        # A checkpoint of the second phase has its own check
         if checkpoint is None if is_done else resume and on_main_process(settings_path.is_file):
             on_main_process(partial(require_same_reference, settings_path, settings))
         if is_done:
-            logger.warning(f"The confidence in {path} is used. Remove its folder to train the reference again.")
+            logger.warning(f"Using the confidence in {path}. Remove its folder to train the reference again.")
         else:
             if trainer.is_world_process_zero():
                 folder.mkdir(parents=True, exist_ok=True)
                 settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            logger.info(f"SFTMix, first phase: the reference model is trained, {folder}.")
+            logger.info(f"SFTMix, first phase: training the reference model in {folder}.")
             with _on_the_cpu(trainer):
                 self._train(trainer, path, resume)
                 release_memory()
@@ -116,7 +117,7 @@ class ReferencePhase:
         rows = self.arguments["train_dataset"].with_format(None)
         formatting_func = self.arguments.get("formatting_func")
         if EXAMPLE_KEY not in rows.column_names:
-            # The trainer's keys, since the reference's tokenizer may end texts differently
+            # Uses the trainer's keys, since the reference's tokenizer may end texts differently
             rows = rows.add_column(EXAMPLE_KEY, trainer.example_keys)
             formatting_func = formatting_func and partial(_format_without_key, formatting_func)
         arguments = {**self.arguments, **self._start(trainer)}
@@ -137,7 +138,7 @@ class ReferencePhase:
         )
 
     def _start(self, trainer: AnnotatedSFTTrainer) -> dict[str, Any]:
-        """The initial model, and the arguments that depend on it."""
+        """Return the initial model and the arguments that depend on it."""
         if trainer.args.reference_model is not None:
             model = trainer.args.reference_model
             return {"model": model, "peft_config": self.peft_config, "processing_class": None}
@@ -145,20 +146,20 @@ class ReferencePhase:
             return {"peft_config": self.peft_config}
         model = copy.deepcopy(trainer.model)
         base_model = model.get_base_model() if is_peft_model(model) else model
-        vars(base_model).pop("forward")  # it calls the forward of the model it was copied from
+        vars(base_model).pop("forward")  # it would call the forward of the original model
         return {"model": model, "peft_config": None, "quantization_config": None}
 
 
 class ReferenceTrainer(SFTTrainer):
-    """A plain `SFTTrainer`, created while another trainer has set up DeepSpeed."""
+    """Plain `SFTTrainer` that can be created after another trainer has set up DeepSpeed."""
 
     def _build_accelerator_args(self, **kwargs):
-        # Accelerate takes DeepSpeed's plugin from the other trainer, and refuses to be given it again
+        # Accelerate takes the DeepSpeed plugin from the other trainer, and refuses a second one
         return {**super()._build_accelerator_args(**kwargs), "deepspeed_plugin": None}
 
 
 class _SavingCallback(ConfidenceTrackingCallback):
-    """Saves the trained model before the confidence, which marks the end of the phase."""
+    """Saves the trained model before the confidence file, which marks the end of the phase."""
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.save_model()
@@ -167,27 +168,27 @@ class _SavingCallback(ConfidenceTrackingCallback):
 
 
 def reference_folder(args: SFTConfig) -> Path:
-    """Folder of a run's reference model."""
+    """Return the folder of a run's reference model."""
     return Path(args.output_dir) / "reference"
 
 
 def not_pushed(args: SFTMixConfig) -> list[str]:
-    """Patterns of the reference's files that are not pushed to the Hub with `output_dir`."""
+    """Return patterns for the reference's files that are not pushed to the Hub with `output_dir`."""
     folder, pushed = reference_folder(args), (_CONFIDENCE_FILE, _SETTINGS_FILE) if args.push_confidence else ()
     kept = [path for path in folder.glob("*") if path.name not in pushed]
     return [f"{folder.name}/{path.name}{'/' if path.is_dir() else ''}" for path in kept]
 
 
 def _reference_args(args: SFTConfig, loads_model: bool) -> SFTConfig:
-    args = copy.copy(args)  # a new one would replace the global configuration of DeepSpeed
+    args = copy.copy(args)  # a new instance would replace DeepSpeed's global configuration
     args.output_dir = str(reference_folder(args))
     args.push_to_hub = False
     args.hub_model_id = None
     args.report_to = []
     if loads_model and args.world_size > 1:
-        # After another trainer has set up FSDP, each process would spread its model over all devices
+        # With FSDP already set up by another trainer, each process would spread its model over all devices
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "device_map": None}
-    if args.metric_for_best_model is not None:  # `SFTTrainer` logs the next-token loss only as its loss
+    if args.metric_for_best_model is not None:  # `SFTTrainer` only logs the NLL as its loss
         args.metric_for_best_model = re.sub("nll$", "loss", args.metric_for_best_model)
     return args
 
@@ -197,7 +198,7 @@ def _format_without_key(function: Callable[[dict], str], row: dict) -> str:
 
 
 def _cast_as(model, reference) -> None:
-    """Give the reference the dtypes of the trained model, whose user may have made its adapter float32."""
+    """Cast the reference to the dtypes of the trained model, whose adapter the user may have cast to float32."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in reference.named_parameters():
         if parameter.requires_grad and name in dtypes:

@@ -1,4 +1,3 @@
-import inspect
 import textwrap
 from functools import partial, wraps
 from typing import Any
@@ -15,7 +14,6 @@ from ..base.example_keys import EXAMPLE_KEY, add_content_keys
 from ..base.preparation import map_description
 from ..base.processes import on_main_process
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
-from ..base.validation import resolve_args
 from ..errors import InputError
 from .confidence_file import halves_from_file, require_unique_keys
 from .config import SFTMixConfig
@@ -109,13 +107,12 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     @wraps(AnnotatedSFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
-        arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        config = resolve_args(arguments.get("args"), self.config_class, arguments["model"], self._name)
-        train_dataset = arguments.get("train_dataset")
+        arguments = self.bind_arguments(*args, **kwargs)
+        config, train_dataset = arguments["args"], arguments.get("train_dataset")
         self._has_numbers = config.numbers_examples and not isinstance(train_dataset, IterableDataset)
         self._refuse_train_dataset(config, train_dataset)
         self._reference_phase = ReferencePhase(arguments)
-        super().__init__(**{**arguments, "args": config})
+        super().__init__(**arguments)
         if self._has_numbers:
             self.halves = self._halves_at_the_start()
         if config.needs_reference:

@@ -1,4 +1,4 @@
-"""Where the assistant's turns are in an example that is rendered as text: its words, and what ends a turn."""
+"""Renders an example as text and finds the assistant's turns: their content, and the token that ends each one."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .turn_contents import ContentFinder
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn of the assistant: characters of its own words, and number of the first token after its end of turn."""
+    """Assistant turn: the characters of its content, and the index of the first token after the turn has ended."""
 
     content: Span
     end_token: int
@@ -25,17 +25,17 @@ class Turn:
 @dataclass(frozen=True)
 class RenderedExample:
     """
-    An example as the model reads it.
+    Example as the model reads it.
 
     Attributes:
         text (`str`):
-            The text, including what the chat template adds.
+            Text, including what the chat template adds.
         token_ids (`list[int]`):
             Its tokens.
         offsets (`list[tuple[int, int]]`):
-            Characters [start, end) that each token covers; an empty span for a token that covers none.
+            Characters [start, end) that each token covers; empty if it covers none.
         turns (`list[Turn]`):
-            The assistant's turns that have words, in order.
+            Assistant turns with content, in order.
     """
 
     text: str
@@ -44,7 +44,7 @@ class RenderedExample:
     turns: list[Turn]
 
     def tokens_in(self, span: Span) -> list[int]:
-        """Numbers of the tokens that cover any of the characters [start, end)."""
+        """Indices of the tokens that cover any of the characters [start, end)."""
         return [i for i, (start, end) in enumerate(self.offsets) if start < span[1] and end > span[0]]
 
 
@@ -52,13 +52,13 @@ def render_example(
     example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, text_field: str
 ) -> RenderedExample:
     """
-    Render and tokenize a row as `SFTTrainer` does, and find the assistant's turns.
+    Render and tokenize a row as `SFTTrainer` does, and find the assistant turns.
 
-    The row has `messages`, `prompt` and `completion`, or a text in `text_field`; texts end with the end of sequence
-    that [`~trl.SFTTrainer`] has added. The chat template is by default the tokenizer's.
+    The row has `messages`, `prompt` and `completion`, or a text in `text_field`; texts end with the end-of-sequence
+    token that [`~trl.SFTTrainer`] has added. The chat template defaults to the tokenizer's.
 
     Raises:
-        `InputError`: If the assistant's words can't be found in the rendered text.
+        `InputError`: If the assistant's text can't be found in the rendered text.
     """
     if is_conversational(example):
         tools = example.get("tools")
@@ -78,13 +78,15 @@ def render_example(
 
 def require_same_tokens(rendered: RenderedExample, input_ids: list[int]) -> None:
     """
+    Check that a rendered row has the trainer's tokens.
+
     Raises:
-        `InputError`: If the tokens of the rendered row are not the trainer's.
+        `InputError`: If it does not.
     """
     if rendered.token_ids != input_ids:
         raise InputError(
-            "the tokens of the text are not those that SFTTrainer made of it, so the assistant's words can't be found "
-            "among them: give the data set as `input_ids` and `labels`"
+            "the tokens of the rendered text differ from those that SFTTrainer gave the row, so the assistant's text "
+            "can't be found in them: pass the data set as `input_ids` and `labels`"
         )
 
 
@@ -92,10 +94,10 @@ def render_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], first: int = 0, **template_options: Any
 ) -> RenderedExample:
     """
-    Render a conversation with the chat template and find the assistant's turns from message number `first` on.
+    Render a conversation with the chat template and find the assistant turns, starting with message number `first`.
 
     Raises:
-        `InputError`: If the words of its last turn can't be found in the rendered text.
+        `InputError`: If the content of the last assistant turn can't be found in the rendered text.
     """
     render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options)
     text = render(messages)
@@ -106,8 +108,8 @@ def render_conversation(
     contents = finder.find_contents(messages, numbers, text)
     if numbers and contents[-1] is None:
         raise InputError(
-            f"The chat template doesn't show the assistant's words {messages[numbers[-1]]['content'][:80]!r}... of "
-            f"message {numbers[-1]}, or rewrites them with the turns that follow. Use a chat template that keeps them."
+            f"The chat template omits the assistant's text {messages[numbers[-1]]['content'][:80]!r}... of message "
+            f"{numbers[-1]}, or changes it depending on later turns. Use a chat template that keeps the text."
         )
     turns = []
     for i, content in zip(numbers, contents, strict=True):
@@ -118,7 +120,7 @@ def render_conversation(
 
 
 def render_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> RenderedExample:
-    """Tokenize a plain prompt and completion. The completion is a turn, ended by the end of sequence."""
+    """Tokenize a plain prompt and completion. The completion is a turn that ends with the end-of-sequence token."""
     text = prompt + completion
     token_ids, offsets = tokenize_with_offsets(tokenizer, text, add_special_tokens=True)
     end = len(text.removesuffix(tokenizer.eos_token or ""))
@@ -136,11 +138,11 @@ def _has_words(message: dict[str, Any]) -> bool:
 def _end_token(
     text: str, token_ids: list[int], offsets: list[Span], special: set[int], content_end: int, turn_end: int
 ) -> int:
-    """The words are followed by a special token that ends the turn, or by text that does, or by nothing."""
+    """Index after the turn's last token. Its end may be marked by a special token, by text, or not at all."""
     following = next((i for i, (start, _) in enumerate(offsets) if start >= content_end), len(offsets))
     for i in range(following, len(offsets)):
         start, end = offsets[i]
-        # With no text in between, the model has to stop with the marker of the next turn
+        # If nothing separates the turns, the model must stop with the next turn's marker
         if start > max(turn_end, content_end) or (start == turn_end > content_end and end > start):
             break
         if token_ids[i] in special:

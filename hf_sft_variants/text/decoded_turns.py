@@ -1,4 +1,4 @@
-"""Where the assistant's turns are in an example that has tokens only, found in the text that they decode to."""
+"""Finds the assistant turns of an example that only has tokens, in the text that they decode to."""
 
 import re
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ from .token_offsets import Span, TokenOffsets, common_length
 
 
 _UNKNOWN_TURNS = (
-    "the assistant's turns can't be told from the others, because every token has a label and {}: give messages, or "
-    "labels that are -100 on all tokens but the assistant's, or set `key_turns='last'`"
+    "the assistant turns can't be told from the others, because every token has a label and {}: pass messages, pass "
+    "labels that are -100 except on the assistant's tokens, or set `key_turns='last'`"
 )
 
 
 def assistant_header(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> re.Pattern | None:
     """
-    Pattern of what the chat template puts before the assistant's words.
+    Build a pattern for what the chat template puts before an assistant turn.
 
-    It is the part of the generation prompt that finished turns begin with too; for a template without a generation
-    prompt, what is between a question and its answer. White space is optional, because not every tokenizer keeps it.
-    `None` if there is no template or no header.
+    This is the part of the generation prompt that completed turns also begin with or, if the template has no
+    generation prompt, the text between a question and its answer. White space is optional, because not every tokenizer
+    preserves it. `None` if there is no template or no header.
     """
     if not (chat_template or tokenizer.chat_template):
         return None
@@ -55,12 +55,12 @@ def decode_example(
     every_turn: bool,
 ) -> RenderedExample:
     """
-    Decode the tokens of an example and find the assistant's turns: runs of tokens with labels that follow the
-    assistant's `header` and end with one of the `special` tokens. Without any header, every run is taken for a turn.
-    With `every_turn` all of them are needed; the last one alone can be found in more cases.
+    Decode the tokens of an example and find the assistant turns: runs of labelled tokens that follow the assistant's
+    `header` and end with one of the `special` tokens. If the text has no header, every run is taken for a turn.
+    `every_turn` requires that all turns can be found; without it, the last one is enough, which works in more cases.
 
     Raises:
-        `InputError`: If `every_turn` and the assistant's turns can't be told from the others.
+        `InputError`: If `every_turn` is set and the assistant turns can't be told from the others.
     """
     text, offsets = token_offsets(token_ids)
     headers = [match.end() for match in header.finditer(text)] if header else []
@@ -76,14 +76,14 @@ def decode_example(
             is_ended = end < len(token_ids) and labels[end] != -100  # by a special token
             turns.append(Turn((first, last), end + is_ended))
     if every_turn and not headers and len(turns) > 1 and -100 not in labels:
-        raise InputError(_UNKNOWN_TURNS.format("none begins as the chat template has it"))
+        raise InputError(_UNKNOWN_TURNS.format("none begins with the chat template's header"))
     return RenderedExample(text, token_ids, offsets, turns)
 
 
 def _labelled_runs(
     token_ids: list[int], labels: list[int], special: set[int], offsets: list[Span]
 ) -> Iterator[tuple[int, int, int]]:
-    """Runs [start, end) of ordinary tokens with a label, each with the character after the last special token."""
+    """Yield runs [start, end) of labelled ordinary tokens, each with the end of the last special token before it."""
     after_special = 0
     kinds = [(token_id in special, label != -100) for token_id, label in zip(token_ids, labels, strict=True)]
     for (is_special, has_label), run in groupby(range(len(kinds)), key=kinds.__getitem__):

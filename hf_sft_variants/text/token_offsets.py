@@ -1,4 +1,4 @@
-"""Which characters of a text each token covers, for any tokenizer."""
+"""Finds the characters of a text that each token covers, for any tokenizer."""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise, zip_longest
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 
 
-# What incomplete characters decode to
+# Incomplete characters decode to this
 _REPLACEMENT = "\ufffd"
 
 Span = tuple[int, int]
@@ -18,18 +18,18 @@ def tokenize_with_offsets(
     tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
 ) -> tuple[list[int], list[Span]]:
     """
-    Tokenize a text and return its token ids with the span of characters that each token covers. Tokens added by the
-    tokenizer cover none.
+    Tokenize a text and return the token ids and the span of characters that each token covers. Tokens that the
+    tokenizer adds cover no characters.
 
     Raises:
-        `InputError`: If the tokenizer neither returns offsets nor decodes its tokens to the text.
+        `InputError`: If the tokenizer neither returns offsets nor decodes its tokens back to the text.
     """
     if not tokenizer.is_fast:
         token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         decoded, offsets = TokenOffsets(tokenizer)(token_ids)
         if decoded != text:
             raise InputError(
-                f"{type(tokenizer).__name__} gives no offsets, and decodes {text[:80]!r}... to {decoded[:80]!r}..., "
+                f"{type(tokenizer).__name__} returns no offsets, and decodes {text[:80]!r}... to {decoded[:80]!r}..., "
                 "so the tokens of an answer can't be found. Use a fast tokenizer."
             )
         return token_ids, offsets
@@ -40,7 +40,7 @@ def tokenize_with_offsets(
     for (start, end), is_added in zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True):
         if is_added:
             start = end = position
-        elif start == end:  # byte-level tokenizers trim spaces from offsets, so a token of spaces seems empty
+        elif start == end:  # byte-level tokenizers trim spaces from offsets, so a token of spaces looks empty
             start = min(position, start)
         offsets.append((start, end))
         position = max(position, end)
@@ -51,21 +51,21 @@ class TokenOffsets:
     """
     Decodes tokens and finds the characters that each of them covers.
 
-    Works by decoding alone, for tokenizers with and without offsets, and is not misled by normalization or trimmed
-    white space. An incomplete character has to decode to U+FFFD, as it does in the fast tokenizers of Transformers.
-    The spans are in order and cover the text. Tokens that share a character (the bytes of an emoji) each span all of
-    it; a token that adds nothing (the space that SentencePiece strips) has an empty span.
+    It only decodes, so it works for tokenizers with and without offsets and is not misled by normalization or trimmed
+    white space. Incomplete characters must decode to U+FFFD, as with the fast tokenizers of Transformers. The spans
+    are in order and cover the text. Tokens that share a character (the bytes of an emoji) each span all of it; a token
+    that adds nothing (the space that SentencePiece strips) has an empty span.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        # Decoders treat the first token of a text differently, so other tokens are decoded after this one
+        # Decoders treat the first token of a text differently, so other tokens are decoded after this context
         self._context = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._context_length = len(self._decode(self._context))
         self._pieces: dict[int, str] = {}
 
     def __call__(self, token_ids: Sequence[int]) -> tuple[str, list[Span]]:
-        """Text of some tokens, special tokens included, and the span [start, end) of each token in it."""
+        """Decode tokens, special tokens included, and return the text and the span [start, end) of each token."""
         token_ids = [int(token_id) for token_id in token_ids]
         text = self._decode(token_ids)
         spans = self._spans_by_pieces(token_ids, text)
@@ -75,13 +75,13 @@ class TokenOffsets:
         if spans is None or not _cover(spans, text):
             raise InputError(
                 f"The tokens of {text[:80]!r}... can't be found in that text: {type(self.tokenizer).__name__} decodes "
-                "the start of these tokens to something else than the start of the text. Use a tokenizer that decodes "
-                "from left to right, as the fast tokenizers of Transformers do."
+                "the first of these tokens to something other than the start of the text. Use a tokenizer that "
+                "decodes from left to right, as the fast tokenizers of Transformers do."
             )
         return text, spans
 
     def _spans_by_pieces(self, token_ids: list[int], text: str) -> list[Span] | None:
-        """Decode shortest runs of tokens that end with a whole character; `None` if they don't make up `text`."""
+        """Decode the shortest runs of tokens that end with a whole character; `None` if they don't make up `text`."""
         spans, pieces = [], []
         start = position = 0
         for end in range(1, len(token_ids) + 1):
@@ -112,10 +112,10 @@ class TokenOffsets:
 
 def _spans_of_prefixes(prefixes: Iterable[str], text: str) -> list[Span] | None:
     """
-    Spans of tokens, given what the first one, two, ... of them decode to; `None` if a prefix does not begin the text.
+    Compute token spans from the decoded prefixes (of one token, two, ...); `None` if the text doesn't start with one.
 
-    A token starts at the first character that was incomplete before it, and ends after the last one that it completes
-    or begins. Incomplete characters show as replacement characters at the end of a prefix.
+    A token starts at the first character that is incomplete without it, and ends after the last one that it completes
+    or begins. Incomplete characters appear as replacement characters at the end of a prefix.
     """
     lengths, complete, is_open = [], [], []
     for prefix in prefixes:
@@ -126,7 +126,7 @@ def _spans_of_prefixes(prefixes: Iterable[str], text: str) -> list[Span] | None:
         lengths.append(len(prefix))
         complete.append(common)
         is_open.append(prefix.endswith(_REPLACEMENT))
-    # A complete character stays: what a later prefix lacks was the replacement of an incomplete one
+    # Complete characters stay: if a later prefix lacks one, it was the replacement of an incomplete character
     shortest = list(accumulate(reversed(lengths), min))[::-1]
     spans, start = [], 0
     for length, common, limit, ends_open in zip(lengths, complete, shortest, is_open, strict=True):

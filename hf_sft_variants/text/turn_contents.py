@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation are the words of each turn, found by rendering it with changes."""
+"""Finds the content of each turn in a rendered conversation, by rendering modified versions of the conversation."""
 
 import json
 from collections.abc import Callable
@@ -16,13 +16,13 @@ Messages = list[dict[str, Any]]
 @dataclass(frozen=True)
 class ContentFinder:
     """
-    Finds the words of turns in a rendered conversation.
+    Finds the content of turns in a rendered conversation.
 
     Attributes:
         render (`Callable`):
-            Applies the chat template to messages.
+            Function that applies the chat template to messages.
         special_texts (`tuple[str, ...]`):
-            The special tokens that may end a turn.
+            Special tokens that may end a turn.
     """
 
     render: Callable[..., str]
@@ -30,8 +30,8 @@ class ContentFinder:
 
     def find_contents(self, messages: Messages, numbers: list[int], text: str) -> list[Span | None]:
         """
-        Characters of `text`, the rendered conversation, that are the words of the messages with the given numbers;
-        `None` for a message whose words the template hides.
+        Find the content of the messages with the given numbers in `text`, the rendered conversation. Returns their
+        characters, with `None` for a message whose content the template leaves out.
         """
         for words_of in (str, str.strip):
             contents = self._by_marks(messages, numbers, text, words_of)
@@ -48,10 +48,10 @@ class ContentFinder:
         self, messages: Messages, numbers: list[int], text: str, words_of: Callable[[str], str]
     ) -> list[Span] | None:
         """
-        Render with a mark before and after the words of each turn: exact for any template that copies them.
+        Render with a mark before and after the content of each turn, which is exact for any template that copies it.
 
-        Templates may trim the words or leave out the reasoning, so the marks can enclose a part of them. `None` if the
-        template changes more, that is if removing the marks does not give the text.
+        Templates may trim the content or drop the reasoning, so the marks may also enclose only a part of it. `None`
+        if the template changes more than that, so that removing the marks does not restore the text.
         """
         everything = text + json.dumps(messages, ensure_ascii=False, default=str)
         opening, closing = [mark for mark in map(chr, range(0xE000, 0xE200)) if mark not in everything][:2]
@@ -71,8 +71,8 @@ class ContentFinder:
 
     def _by_prefixes(self, messages: Messages, number: int, text: str) -> Span | None:
         """
-        What the template adds to the conversation for a turn, without the special token that ends it: for templates
-        that rewrite the words. `None` if the turn is rendered differently once others follow.
+        Return what the template adds to the conversation for a turn, without the special token that ends it. This
+        works for templates that rewrite the content. `None` if the turn is rendered differently once others follow.
         """
         before, through = self._render_part(messages[:number]), self._render_part(messages[: number + 1])
         prompted = self._render_part(messages[:number], add_generation_prompt=True)
@@ -87,7 +87,7 @@ class ContentFinder:
         return start, start + len(words) - len(turn_end) if turn_end else len(through)
 
     def find_turn_end(self, messages: Messages, number: int, text: str, content_end: int) -> int:
-        """Where a turn ends, with what the template adds after its words, and the next one begins."""
+        """Find the end of a turn, including what the template adds after its content."""
         if number == len(messages) - 1:
             return len(text)
         through = self._render_part(messages[: number + 1])
@@ -95,12 +95,12 @@ class ContentFinder:
             return content_end
         if text.startswith(through):
             return len(through)
-        # The template renders the last turn of a conversation differently, but ends it like any other
+        # The template renders the last turn of a conversation differently, but ends it like the others
         (content,) = self.find_contents(messages[: number + 1], [number], through)
         return content_end + common_length(through[content[1] :] if content else "", text[content_end:])
 
     def _render_part(self, messages: Messages, **options: Any) -> str:
-        """Render the start of a conversation; empty if the template refuses it, for example without a question."""
+        """Render the first messages of a conversation; empty if the template rejects them, e.g. without a question."""
         try:
             return self.render(messages, **options) if messages else ""
         except TemplateError:

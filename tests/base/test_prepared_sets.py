@@ -60,19 +60,19 @@ def first_loss(trainer):
 
 # Settings that the annotations depend on: method, the set's, the later trainer's, what is named
 CHANGES = {
-    "end of turn": ("poft", {}, {"score_end_of_turn": False}, "`score_end_of_turn` was True, is False"),
-    "delimiter": ("sftkey", {}, {"key_delimiter": "tens."}, "`key_delimiter` was '####', is 'tens.'"),
-    "key tags": ("sftkey", {}, {"key_tags_in_loss": False}, "`key_tags_in_loss` was True, is False"),
+    "end of turn": ("poft", {}, {"score_end_of_turn": False}, "`score_end_of_turn` was True, is now False"),
+    "delimiter": ("sftkey", {}, {"key_delimiter": "tens."}, "`key_delimiter` was '####', is now 'tens.'"),
+    "key tags": ("sftkey", {}, {"key_tags_in_loss": False}, "`key_tags_in_loss` was True, is now False"),
     "keys": ("sftkey", {"stages": ["full"]}, {"stages": ["full", "key"]}, "`stages` was 'without keys'"),
-    "no keys": ("sftkey", {}, {"stages": ["full"]}, "`stages` was 'with keys', is 'without keys'"),
+    "no keys": ("sftkey", {}, {"stages": ["full"]}, "`stages` was 'with keys', is now 'without keys'"),
     "control": ("poft", {"preference_weighting": "uniform"}, {}, "`preference_weighting` was 'uniform'"),
-    "fraction": ("sft_go", PACKED, {**PACKED, "important_fraction": 0.2}, "`important_fraction` was 0.5, is 0.2"),
+    "fraction": ("sft_go", PACKED, {**PACKED, "important_fraction": 0.2}, "`important_fraction` was 0.5, is now 0.2"),
     "scope": ("sft_go", {**PACKED, "group_scope": "micro_batch"}, PACKED, "`group_scope` was 'micro_batch'"),
-    "length": ("sft_go", {"max_length": 40}, {}, "`max_length` was 40, is 64"),
+    "length": ("sft_go", {"max_length": 40}, {}, "`max_length` was 40, is now 64"),
     "cut end": ("sft_go", {"max_length": 40}, {"max_length": 40, "truncation_mode": "keep_end"}, "`truncation_mode`"),
-    "packing": ("sftkey", PACKED, {}, "`packing` was 'bfd', is False"),
-    "wrapped": ("sft_go", {**PACKED, "packing_strategy": "wrapped"}, PACKED, "`packing` was 'wrapped', is 'bfd'"),
-    "packed length": ("sft_go", PACKED, {**PACKED, "max_length": 80}, "`max_length` was 64, is 80"),
+    "packing": ("sftkey", PACKED, {}, "`packing` was 'bfd', is now False"),
+    "wrapped": ("sft_go", {**PACKED, "packing_strategy": "wrapped"}, PACKED, "`packing` was 'wrapped', is now 'bfd'"),
+    "packed length": ("sft_go", PACKED, {**PACKED, "max_length": 80}, "`max_length` was 64, is now 80"),
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ CHANGES = {
 def test_other_settings_are_refused(change, make, rows):
     method, before, after, message = CHANGES[change]
     prepared = make(method, rows, **before).train_dataset
-    with pytest.raises(InputError, match=f"The train dataset was prepared with other settings: {message}.* Set them"):
+    with pytest.raises(InputError, match=f"dataset was prepared with different settings: {message}.* Restore them"):
         make(method, prepared, **after)
     with pytest.raises(InputError, match=message):
         make(method, prepared, **after, **SKIP)
@@ -95,7 +95,7 @@ def test_other_settings_are_refused(change, make, rows):
 def test_other_groups_are_refused(make, rows, references):
     prepared = make("sft_go", rows, **PACKED).train_dataset
     options = {"group_by": "rho1", "reference_model": str(references / "first"), "score_cache_dir": str(references)}
-    with pytest.raises(InputError, match="`group_by` was 'tfidf', is 'rho1'"):
+    with pytest.raises(InputError, match="`group_by` was 'tfidf', is now 'rho1'"):
         make("sft_go", prepared, **PACKED, **options)
     prepared = make("sft_go", rows, **PACKED, **options).train_dataset
     options["reference_model"] = str(references / "second")
@@ -121,7 +121,7 @@ class TestReferences:
             scored("second", rows=prepared)
         with pytest.raises(InputError, match="the scores of 1 reference models, but .* names 2"):
             scored("first", "second", rows=prepared)
-        with pytest.raises(InputError, match="`length_normalizer` was 'own', is 'target'"):
+        with pytest.raises(InputError, match="`length_normalizer` was 'own', is now 'target'"):
             scored("first", rows=prepared, length_normalizer="target")
 
     def test_a_copy_elsewhere_is_the_same(self, scored, make, references, tmp_path):
@@ -217,13 +217,13 @@ def test_annotations_of_unknown_origin(make, rows):
         prepared = make(method, rows).train_dataset.remove_columns(MADE_WITH)
         others = {"scored_mask", "reference_log_prob_0", "reference_log_prob_1", "example_number"} - {column}
         unknown = prepared.remove_columns([name for name in others if name in prepared.column_names])
-        with pytest.raises(InputError, match=f"has the column `{column}`, which this trainer makes, but no column"):
+        with pytest.raises(InputError, match=f"has the column `{column}`, which this trainer creates, but no column"):
             make(method, unknown)
         make(method, prepared, **SKIP)
-    with pytest.raises(InputError, match="has the column `group_ids`, which this trainer makes, but no column"):
+    with pytest.raises(InputError, match="has the column `group_ids`, which this trainer creates, but no column"):
         make("sft_go", rows.add_column("group_ids", [7] * 12))
     strange = make("poft", rows).train_dataset.map(lambda row: {MADE_WITH: "a human"})
-    with pytest.raises(InputError, match="column `annotated_with` that no trainer wrote"):
+    with pytest.raises(InputError, match="column `annotated_with` of the train dataset was not written by a trainer"):
         make("poft", strange)
 
 
@@ -268,7 +268,7 @@ def test_examples_that_a_reference_model_could_not_read_are_gone(make, rows, ref
     options = {"group_by": "rho1", "reference_model": str(references / "first"), "score_cache_dir": str(references)}
     prepared = make("sft_go", rows, **options).train_dataset
     make("sft_go", prepared, important_fraction=0.2, **options)
-    with pytest.raises(InputError, match="`reference_model` was {.*, is None"):
+    with pytest.raises(InputError, match="`reference_model` was {.*, is now None"):
         make("sft_go", prepared)
 
 
@@ -313,7 +313,7 @@ class TestVariants:
         common = (FirstWordsTrainer, SFTGOConfig, tiny_model, tokenizer)
         prepared = make_trainer(*common, rows, tmp_path).train_dataset
         make_trainer(*common, prepared, tmp_path)
-        with pytest.raises(InputError, match="`important_fraction` was 0.5, is 0.2"):
+        with pytest.raises(InputError, match="`important_fraction` was 0.5, is now 0.2"):
             make_trainer(*common, prepared, tmp_path, important_fraction=0.2)
 
     def test_without_annotations(self, rows, token_rows, make, tiny_model, tokenizer, tmp_path):

@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch, tiny_model, tokenizer, chat_rows):
 
 @pytest.fixture
 def trained_rows(folder, tiny_model, tokenizer):
-    """What SFTGOTrainer really trains on."""
+    """The rows that SFTGOTrainer trains on."""
 
     def prepare(**options):
         args = SFTGOConfig("out", **{**SMALL, "max_length": 128, "min_grouped_tokens": 2, **options})
@@ -269,14 +269,14 @@ class TestText:
         (["--rows", "a:b"], "`--rows` must be a range such as 0:20 or 100:, or a row's number, got 'a:b'"),
         (["--rows", ""], "`--rows` must be a range such as 0:20 or 100:, or a row's number, got ''"),
         (["--rows=-3:"], "a row's number, got '-3:'"),
-        (["--rows", "5:5"], "`--rows` is '5:5', which is empty"),
+        (["--rows", "5:5"], "`--rows` must end after its start (the end is exclusive), got '5:5'"),
         (["--rows", "12:20"], "`--rows` starts at row 12, but the prepared data set has 12 rows"),
         (["--learnin_rate", "1"], "unknown flag `--learnin_rate`; did you mean `--learning_rate`?"),
         (["--model_name_or_path", "nowhere"], "`model_name_or_path` is 'nowhere', which could not be loaded"),
         (["--dataset_name", "./nowhere"], "`dataset_name` is './nowhere'"),
         (["--max_length", "2"], "The train dataset has no supervised token"),
         (["--output", "sft.yaml/page.html"], "`--output` is 'sft.yaml/page.html', which can't be written"),
-        (["--config", "nowhere.yaml"], "the recipe `--config nowhere.yaml` can't be read"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml can't be read: No such file"),
         (["--config", "misspelt.yaml"], "misspelt.yaml: unknown key `max_lenght`; did you mean `max_length`?"),
         (["--config", "no_module.yaml"], "`module` is 'no_such_package', which can't be imported"),
         (

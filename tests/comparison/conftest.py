@@ -21,7 +21,7 @@ RECIPE = {
     "bf16": False,
     "gradient_checkpointing": False,
 }
-# Two arms, of which nothing is left out that has to be there
+# Two arms with every required key
 STUDY = {
     "output_dir": "study",
     "seeds": [0, 1],
@@ -64,7 +64,7 @@ def write_study(folder):
 
 
 class RunInThisProcess:
-    """What stands for the process of a run: imports take ten times as long as a tiny model's training."""
+    """Replaces the process of a run, whose imports would take ten times as long as the training."""
 
     def __init__(self, folder, device=None):
         self.folder, self.device = folder, device
@@ -83,7 +83,7 @@ class RunInThisProcess:
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """The folders of the runs that are started, in their order; they run in this process."""
+    """Makes runs start in this process; returns their folders in order."""
     started = []
 
     def start(folder, device=None):

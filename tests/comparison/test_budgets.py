@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from hf_sft_variants.comparison import plan_runs, read_study, run
-from hf_sft_variants.comparison.budgets import resolve_budget
 from hf_sft_variants.comparison.files import read_json, write_json
 from hf_sft_variants.comparison.plan import description
+from hf_sft_variants.comparison.run import resolve_budget
 from hf_sft_variants.launch.loading import load_model_and_tokenizer, load_split
 
 
@@ -22,7 +22,7 @@ METHODS = {
 
 @pytest.fixture
 def make_run(write_study, in_this_process):
-    """The folder of one run, ready to be done."""
+    """The folder of a run that has not started."""
 
     def make(budget, recipe="sft.yaml", **overrides):
         arm = {"recipe": recipe, "overrides": overrides, "budget": budget}

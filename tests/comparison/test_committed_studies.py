@@ -1,15 +1,16 @@
-"""The studies of this repository, on a few rows of their data: every arm can be trained, on the rows it should be."""
+"""Every arm of the repository's studies can be trained, on the right rows; here on a few rows of the data."""
 
 import runpy
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from hf_sft_variants.comparison import plan_runs, read_study
-from hf_sft_variants.comparison.run import parse_run
-from hf_sft_variants.launch.recipe import build_trainer
+from hf_sft_variants.launch import recipe
+from hf_sft_variants.launch.parsing import parse_recipe
 from hf_sft_variants.quickstart import build_splits, write_data
 
 
@@ -19,7 +20,7 @@ STUDIES = sorted(path.stem for path in ROOT.glob("studies/*.yaml"))
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
-    """What the commands before a study write, small, beside the repository's recipes and studies."""
+    """The repository's recipes and studies, with a small model and little data."""
     folder = tmp_path_factory.mktemp("studies")
     for name in ("recipes", "studies"):
         shutil.copytree(
@@ -47,6 +48,7 @@ def checkout(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
 def test_every_arm_can_be_trained_on_the_rows_of_sft(name, checkout, monkeypatch, tmp_path):
     shutil.copytree(checkout, tmp_path / "checkout", symlinks=True)
     monkeypatch.chdir(tmp_path / "checkout")
+    monkeypatch.setattr(recipe, "load_dataset", cache(recipe.load_dataset))  # most arms have the same data
     study = read_study(f"studies/{name}.yaml")
     runs = plan_runs(study)
     data = next(iter(study.data))
@@ -56,8 +58,8 @@ def test_every_arm_can_be_trained_on_the_rows_of_sft(name, checkout, monkeypatch
         for other in run.others:
             shutil.copytree("quickstart/model", other, dirs_exist_ok=True)
         if run.recipe.get("group_by") != "llmlingua2":  # its classifier is on the Hub
-            trainer_class, arguments = parse_run(run.recipe, name)
-            trainer = build_trainer(trainer_class, *arguments)
+            trainer_class, arguments = parse_recipe(run.recipe)
+            trainer = recipe.build_trainer(trainer_class, *arguments)
             prepared[run.arm] = trainer.train_dataset.select_columns(["input_ids", "labels"])[:]
     baseline = prepared.pop(study.baseline)
     assert len(baseline["input_ids"]) == 8 and -100 in baseline["labels"][0]

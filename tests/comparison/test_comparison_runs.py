@@ -1,9 +1,8 @@
-"""Runs are trained once, whatever stops the study, and a resumed study has the results of an unbroken one."""
+"""Each run is trained once, even if the study is stopped; a resumed study equals an uninterrupted one."""
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from hf_sft_variants.launch.loading import load_model_and_tokenizer, load_split
 SFT, SFT_GO = {"recipe": "sft.yaml"}, {"recipe": "sft_go.yaml"}
 POFT = {"recipe": "poft.yaml", "overrides": {"reference_models": ["model", "{runs}/sft/seed_{seed}"]}}
 
-# Trains as SFTTrainer does, but the first time its study is killed after a step
+# Trains like SFTTrainer, but the first time it kills its study after a step
 STOPPED_ONCE = """
 import os, signal, threading
 from filelock import FileLock
@@ -44,7 +43,7 @@ def read_results(folder="study"):
 
 
 def without_costs(results):
-    """What must be the same when a study is done again."""
+    """Results without the figures that differ from run to run."""
     for result in results["runs"]:
         for name in ("seconds", "seconds_before_training", "peak_memory_bytes"):
             assert result.pop(name) > 0
@@ -55,7 +54,7 @@ def without_costs(results):
 
 
 def ids_of_files(folder, name):
-    """Which files they are: one that is written again is another one."""
+    """Inode of each file: a rewritten file has another."""
     return {path: path.stat().st_ino for path in Path(folder).rglob(name)}
 
 
@@ -115,7 +114,13 @@ def test_a_run_that_fails_stops_no_other(write_study, in_this_process, capsys, f
     assert in_this_process[2:] == ["study/runs/sums/broken/seed_0", "study/runs/sums/needs/seed_0"]
 
 
-def test_a_killed_study_goes_on_to_the_same_results(write_study, in_this_process, folder):
+def run_study(folder, path):
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] += f":{folder}"  # for the process of each run
+    cli(["compare", "--config", path])
+
+
+def test_a_killed_study_goes_on_to_the_same_results(write_study, in_this_process, folder, other_process):
     (folder / "stopped_once.py").write_text(STOPPED_ONCE)
     recipe = yaml.safe_load((folder / "sft_go.yaml").read_text())
     (folder / "stopped_once.yaml").write_text(yaml.safe_dump({**recipe, "module": "stopped_once"}, sort_keys=False))
@@ -123,10 +128,7 @@ def test_a_killed_study_goes_on_to_the_same_results(write_study, in_this_process
     assert cli(["compare", "--config", write_study(**changes, arms={"sft": SFT})]) == 0
     arms = {"sft": SFT, "stopped": {"recipe": "stopped_once.yaml"}, "sft_go": SFT_GO}
     path, in_this_process[:] = write_study(**changes, arms=arms), []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", "from hf_sft_variants.cli import main; main()", "compare", "--config", path]
-    killed = subprocess.run(command, env=environment, capture_output=True)
-    assert killed.returncode == -9
+    assert other_process.run(run_study, folder, path) == -signal.SIGKILL
     with FileLock("alive.lock", timeout=60):  # the run's process has noticed, and is gone, too
         pass
     results = read_results()
@@ -143,7 +145,7 @@ def test_a_killed_study_goes_on_to_the_same_results(write_study, in_this_process
 
 
 def test_devices_are_shared_out(write_study, monkeypatch, in_this_process):
-    """Each run has a device to itself, and one that is free again takes the next run."""
+    """Each run has its own device, and a free device takes the next run."""
     seen = []
 
     class Process:
@@ -177,7 +179,7 @@ def test_interrupted(write_study, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_sft_variants.comparison.do_missing_runs", interrupt)
+    monkeypatch.setattr("hf_sft_variants.comparison.runs.do_missing_runs", interrupt)
     assert cli(["compare", "--config", write_study()]) == 130
     assert "stopped; the same command continues" in capsys.readouterr().err
 

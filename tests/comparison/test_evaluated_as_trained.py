@@ -1,4 +1,4 @@
-"""`compare` evaluates the model that was trained: loaded as the recipe says, and asked for the recipe's tags."""
+"""`compare` loads the trained model with the recipe's options and evaluates it with the recipe's tags."""
 
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def test_another_chat_template(do_run, folder, tiny_model, tokenizer):
 
 
 def test_tags(do_run, folder, monkeypatch):
-    """Those of the arm: in the likelihood, and in how its answers are read."""
+    """The arm's own tags count in the likelihood and in reading its answers."""
     for split in ("train", "test"):
         rows = load_split("data", split)
         rows = rows.add_column("reasoning", ["Add."] * len(rows)).remove_columns("completion")

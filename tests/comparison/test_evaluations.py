@@ -1,4 +1,4 @@
-"""What is measured of a model, row by row."""
+"""Evaluations of a model, row by row."""
 
 import pytest
 from datasets import Dataset

@@ -1,4 +1,4 @@
-"""The page says what the results say, and needs nothing else."""
+"""The page shows the results and loads nothing else."""
 
 import copy
 import json

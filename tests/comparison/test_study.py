@@ -1,4 +1,4 @@
-"""What a study says, and what is wrong with it, before anything is trained."""
+"""Studies are read and checked before anything is trained."""
 
 import json
 import os
@@ -50,9 +50,15 @@ def test_values_and_defaults(write_study):
         ({"seeds": [True]}, "`seeds` must be list[int], got [True]"),
         ({"data": {}}, "`data` is empty"),
         ({"data": {"sums": {"max_length": 3}}}, "data set `sums` needs `dataset_name`"),
-        ({"data": {"a/b": {"dataset_name": "data"}}}, "`data` has the name 'a/b', which can't be a folder's"),
+        (
+            {"data": {"a/b": {"dataset_name": "data"}}},
+            "`data` has the name 'a/b', which can't be the name of a folder",
+        ),
         ({"arms": {"..": SFT}}, "`arms` has the name '..'"),
-        ({"arms": {1: SFT}}, "`arms` has the name 1, which can't be a folder's: use letters, digits and `_.-`, and"),
+        (
+            {"arms": {1: SFT}},
+            "`arms` has the name 1, which can't be the name of a folder: use letters, digits and `_.-`, and",
+        ),
         ({"arms": {"sft": "sft.yaml"}}, "must be lines of `key: value`, got 'sft.yaml'"),
         (arms(x={"overrides": {}}), "arm `x` needs `recipe`"),
         (arms(x={**SFT, "override": {}}), "arm `x`: unknown key `override`; did you mean `overrides`?"),
@@ -116,7 +122,7 @@ def test_what_is_wrong_with_the_study(write_study, changes, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (arms(x={"recipe": "nowhere.yaml"}), "the recipe `--config nowhere.yaml` can't be read"),
+        (arms(x={"recipe": "nowhere.yaml"}), "nowhere.yaml can't be read: No such file"),
         (
             arms(x={**SFT, "overrides": {"learnin_rate": 1}}),
             "unknown key `learnin_rate`; did you mean `learning_rate`?",
@@ -213,7 +219,7 @@ def test_a_folder_of_another_run(write_study):
     (run, *_) = plan_runs(read_study(write_study()))
     run.folder.mkdir(parents=True)
     (run.folder / "notes.txt").touch()
-    with pytest.raises(InputError, match="study/runs/sums/sft/seed_0 is to hold the run .* but has other files"):
+    with pytest.raises(InputError, match="study/runs/sums/sft/seed_0 should hold the run .* but has other files"):
         plan_runs(read_study(write_study()))
     (run.folder / "run.json").write_text(json.dumps(description(run)))
     assert plan_runs(read_study(write_study()))
@@ -246,7 +252,7 @@ def test_other_test_rows_are_evaluated_again(write_study):
 
 
 def test_a_study_that_is_not_there():
-    with pytest.raises(InputError, match="the study nowhere.yaml can't be read: there is no such file"):
+    with pytest.raises(InputError, match="nowhere.yaml can't be read: No such file"):
         read_study("nowhere.yaml")
 
 

@@ -90,5 +90,5 @@ def test_all_machines_wait_while_one_finds_a_lock(results):
 @needs("sft_go", "poft")
 def test_what_differs_is_refused_on_all_machines(results):
     for machine in results:
-        assert "Process 1 would score with another `version` than the main process" in machine["other_model"]
-        assert "Process 1 would score with another `examples` than the main process" in machine["other_data"]
+        assert "Process 1 disagrees with the main process on `version`" in machine["other_model"]
+        assert "Process 1 disagrees with the main process on `examples`" in machine["other_data"]

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-import two_processes
 from helpers import assert_same_gradients, save_models, scores_in
 from methods import needs
-from torch.distributed.run import main as torchrun
-from two_processes import EVALUATIONS, OTHERS, RUNS, STEPS, load_rows, make_trainer_of, of_methods, run
+from two_processes import EVALUATIONS, OTHERS, RUNS, STEPS, load_rows, make_trainer_of, of_methods, run, run_on_two
 
 
 pytestmark = pytest.mark.distributed
@@ -32,11 +30,8 @@ def folder(tmp_path_factory, tiny_model_factory, tokenizer, token_rows):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    """All cases in one launch."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        torchrun(["--standalone", "--nproc_per_node=2", two_processes.__file__, str(folder)])
+def results(folder, other_process):
+    assert other_process.run(run_on_two, folder, forks=2) == 0
     return torch.load(folder / "results.pt", weights_only=True)
 
 

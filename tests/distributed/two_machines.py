@@ -3,6 +3,7 @@ Started by `accelerate launch` as one of two machines, each with its own models,
 method two steps, one after the other, and writes the results.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -118,6 +119,7 @@ def main(folder: Path):
     os.chdir(folder)
     shards.BATCHES_PER_SHARD = 1  # so that the few rows are shards for both processes
     arguments = load()
+    gc.freeze()  # a run collects garbage several times, which takes longer the more has been imported
     results = {name: train(name, *arguments, [AssertTwoMachines()]) for name in CASES}
     if "sft_go" in METHODS:
         results["rho1_served"] = train_with_the_others_scores(arguments)

@@ -1,16 +1,8 @@
-"""
-Runs of a few optimizer steps, which `test_two_processes.py` makes on one process.
+"""Runs of a few optimizer steps, which `test_two_processes.py` makes on one process and on two."""
 
-As a program, started by torchrun: makes them on two; the first process writes logs, gradients and weights.
-"""
-
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from datasets import Dataset
@@ -30,7 +22,7 @@ RANDOM_PAIRS = {"confidence_split": "random", "train_sampling_strategy": "random
 SEPARATE_COUNTS = {"average_tokens_across_devices": False}
 # Two steps with the whole response, two with the key, each stage with a warm-up
 STAGES = {"max_steps": 4, "learning_rate": 1e-2, "stage_learning_rates": [1e-2, 2e-3], "warmup_steps": 1}
-# Two epochs of two steps, after a reference that has as many; the checkpoint is inside the second epoch
+# Two epochs of two steps, after a reference of the same length; the checkpoint is inside the second epoch
 PHASES = {
     "max_steps": 4,
     "learning_rate": 0.1,
@@ -152,7 +144,9 @@ def run(case: Case, folder: Path, output_dir: Path, callback=None, **options) ->
     }
 
 
-def main(folder: Path) -> None:
+def run_on_two(folder: str) -> None:
+    """Called by both processes; the first writes logs, gradients and weights."""
+    folder = Path(folder)
     shards.BATCHES_PER_SHARD = 1  # so that both processes score some of the few rows
     cases = of_methods({**STEPS, **RUNS, **EVALUATIONS, **OTHERS})
     results = {
@@ -162,7 +156,3 @@ def main(folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import yaml
 from datasets import Dataset
+from methods import METHODS
 from trl import SFTConfig
 
 import hf_sft_variants
@@ -76,10 +77,9 @@ def test_yaml(code, tmp_path):
         return
     recipe = {"model_name_or_path": "a/model", "dataset_name": "a/data", "output_dir": "out", **mapping}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    for name in ("SFTGO", "SFTKey", "PoFT", "SFTMix"):
-        classes = [getattr(hf_sft_variants, name + part) for part in ("Trainer", "Config")]
+    for name in METHODS.keys() - {"base"}:
         flags = ["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true", "--bf16", "false"]
-        parse(make_parser(*classes), flags)
+        parse(make_parser(*METHODS[name].classes), flags)
 
 
 @pytest.mark.parametrize("code", blocks("diff"))

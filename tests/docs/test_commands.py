@@ -7,13 +7,11 @@ arms by `tests/comparison/test_committed_studies.py`.
 """
 
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from contextlib import nullcontext, redirect_stdout
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from shlex import split
@@ -24,10 +22,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from helpers import LAUNCH, STRATEGIES
 from huggingface_hub import ModelCard
+from launches import launch_of_trl, start
 from methods import METHODS
 from test_code_blocks import ROOT, blocks, texts
-from trl.cli import accelerate_launcher
-from trl.cli.main import main as trl_main
 
 from hf_sft_variants.cli import main
 from hf_sft_variants.comparison import plan_runs, read_study
@@ -107,7 +104,7 @@ def sequences_to_run() -> list:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
-    """What `hf-sft-variants quickstart` writes, the repository's files, and a recipe whose run was killed."""
+    """The quickstart's folder, the repository's files, and a recipe with a checkpoint."""
     folder = tmp_path_factory.mktemp("commands")
     splits = build_splits(train_size=24, test_size=4)
     write_data(folder / "quickstart" / "data", splits)
@@ -139,7 +136,7 @@ def folder(quickstart, tmp_path, monkeypatch) -> Path:
 
 
 def python_in_this_process(command, run=subprocess.run, **options):
-    """Stands in for `subprocess.run`, so that the scripts which measure a process of their own import nothing anew."""
+    """Replaces `subprocess.run`, so that scripts which start Python import nothing again."""
     if command[0] != sys.executable:
         return run(command, **options)
     output = StringIO()
@@ -168,24 +165,6 @@ def run(command: str) -> None:
         start(Namespace(module=is_module, training_script=script, training_script_args=arguments))
 
 
-def launch_of_trl(words: list[str]) -> Namespace:
-    """What the stock `trl` command would launch."""
-    launches = []
-    launch = partial(accelerate_launcher.launch_training_script, launch_command_fn=launches.append)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(accelerate_launcher, "launch_training_script", launch)
-        trl_main(words)
-    return launches[0]
-
-
-def start(launch: Namespace) -> None:
-    run = partial(runpy.run_module, alter_sys=True) if launch.module else runpy.run_path
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", [launch.training_script, *launch.training_script_args])
-        monkeypatch.setattr(sys, "path", [str(Path(launch.training_script).parent), *sys.path])
-        run(launch.training_script, run_name="__main__")
-
-
 @pytest.mark.parametrize("sequence", sequences_to_run())
 def test_commands(sequence, folder):
     for command in sequence:
@@ -195,7 +174,7 @@ def test_commands(sequence, folder):
 
 
 def assert_trained(output: Path) -> None:
-    """An adapter is there, trained by the method that its folder is named after."""
+    """There is an adapter, trained by the method its folder is named after."""
     assert (output / "adapter_model.safetensors").is_file()
     tags = {*ModelCard.load(output / "README.md").data.tags} & {*TAGS.values()}
     assert tags == {tag for method, tag in TAGS.items() if output.name.startswith(method)}
@@ -209,7 +188,7 @@ def test_named_program(command, folder):
 
 @pytest.mark.parametrize("command", named("hf-sft-variants"))
 def test_named_command(command, folder, capsys):
-    """It runs if it has a recipe; others lack a model or need the Hub, and have flags that are there."""
+    """Runs commands with a recipe; of others, which need a model or the Hub, checks the flags."""
     _, subcommand, *words = made_small(command).split()
     if "--config" in words:
         run(command)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from methods import METHODS
 
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def code_cells(name: str) -> list[nbformat.NotebookNode]:
 
 @each_notebook
 def test_runs(name, tiny_model, tokenizer, tmp_path, monkeypatch):
-    """In this process and with a tiny model; nothing but the installation is a command of IPython."""
+    """Runs in this process with a tiny model; only the installation is an IPython command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SMALL_RUN", "1")
     tiny_model.save_pretrained("quickstart/model")
@@ -37,7 +38,7 @@ def test_runs(name, tiny_model, tokenizer, tmp_path, monkeypatch):
 
 
 def test_there_is_one_for_each_method():
-    assert NOTEBOOKS.keys() == {"compare", "poft", "sft_go", "sftkey", "sftmix"}
+    assert NOTEBOOKS.keys() == {"compare", *METHODS} - {"base"}
 
 
 @each_notebook

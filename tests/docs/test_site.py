@@ -3,8 +3,6 @@
 import ast
 import html
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,12 +19,17 @@ VARIANTS = [method for method in METHODS if method != "base"]
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
-    """Broken links are warnings, and warnings are errors."""
+def site(tmp_path_factory, other_process) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-d", folder / "doctrees", DOCS, folder / "html"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    assert other_process.run(build, folder) == 0
     return folder / "html"
+
+
+def build(folder: str) -> None:
+    """Broken links are warnings, and warnings are errors."""
+    from sphinx.cmd.build import main
+
+    assert main(["-W", "-q", "-d", f"{folder}/doctrees", str(DOCS), f"{folder}/html"]) == 0
 
 
 def text_of(page: Path) -> str:

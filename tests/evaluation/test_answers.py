@@ -359,7 +359,7 @@ def test_another_answer(predicted, gold):
         (r"so $\frac{2}{4}$.", r"\frac12", True),
         (r"\{2, 1\}", r"\{1, 2\}", True),
         ("x + 2", "x + 1", False),
-        ("Pairs", "Paris", False),  # no product of five symbols
+        ("Pairs", "Paris", False),  # not a product of five symbols
         ("silent 1", "listen 1", False),
         ("(" * 400, "x + 1", False),
         ("(" * 5000, "x + 1", False),
@@ -378,7 +378,7 @@ def test_a_formula_without_end_is_given_up():
 
 @pytest.fixture
 def stub_math_verify(monkeypatch):
-    """In place of math-verify, whose `parse` fails for `?` as it does after a timeout; returns what was parsed."""
+    """Stub of math-verify, whose `parse` fails for `?` as after a timeout; returns what was parsed."""
 
     class TimeoutException(BaseException):
         pass

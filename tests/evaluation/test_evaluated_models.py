@@ -64,7 +64,7 @@ def load_base(**options):
 
 
 def resized(model, tokenizer, size):
-    """As TRL does where `chat_template_path` adds tokens: dummy tokens fill the embeddings up."""
+    """Resize as TRL does when `chat_template_path` adds tokens: dummy tokens fill the tokenizer up to the new size."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([f"<extra_{number}>" for number in range(size - len(tokenizer))])
     model.resize_token_embeddings(size)
@@ -105,7 +105,7 @@ def test_adapter(kind, evaluate, tokenizer, rows):
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["", "modules_to_save"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_adapter_of_resized_embeddings(tied, options, base_size, evaluate, tokenizer, rows):
-    """TRL also makes embeddings smaller, where a model has more of them than tokens."""
+    """TRL also shrinks the embeddings of a model that has more of them than tokens."""
     model = load_base()
     model.resize_token_embeddings(base_size)
     if not tied:
@@ -152,7 +152,7 @@ def test_adapter_on_four_bits(evaluate, tokenizer, rows):
 
 
 def test_dtype(evaluate, tokenizer, rows):
-    """By default the one that the model was saved with."""
+    """By default the dtype that the model was saved with."""
     load_base().bfloat16().save_pretrained("base")
     for options, dtype in (([], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
         expected = slow_nll(load_base(dtype=dtype), tokenizer, rows)
@@ -189,7 +189,7 @@ def test_revision(revisions, evaluate, tokenizer, rows):
 
 
 def test_revision_of_an_adapters_base_model(folder, revisions, evaluate, tokenizer, rows):
-    """The one that the adapter was saved with, if it says so, or the one that is asked for."""
+    """The revision that the adapter was saved with, if it records one, or the given one."""
     old = AutoModelForCausalLM.from_pretrained("org/base", revision="a" * 40)
     adapted = get_peft_model(old, LoraConfig(**LORA), revision="a" * 40).eval()
     adapted.save_pretrained("adapter")
@@ -200,7 +200,7 @@ def test_revision_of_an_adapters_base_model(folder, revisions, evaluate, tokeniz
     assert evaluate("adapter")["held_out_nll"] != pytest.approx(expected, rel=1e-3)
     for model in (["adapter"], ["org/base", "--adapter", "adapter"]):
         assert evaluate(*model, "--model_revision", "a" * 40)["held_out_nll"] == pytest.approx(expected, rel=1e-6)
-    # An adapter of the Hub has revisions of its own
+    # An adapter on the Hub has its own revisions
     shutil.copytree("adapter", commit_of(folder / "hub" / "models--org--adapter", "c"), dirs_exist_ok=True)
     figures = evaluate("org/adapter", "--model_revision", "c" * 40)
     assert figures["held_out_nll"] == evaluate("adapter")["held_out_nll"]
@@ -210,7 +210,7 @@ def test_revision_of_an_adapters_base_model(folder, revisions, evaluate, tokeniz
 def test_virtual_tokens_stand_before_every_prompt_of_a_batch(kind, tiny_model, tokenizer, rows):
     set_seed(1)
     adapted = get_peft_model(tiny_model, ADAPTERS[kind])
-    # By itself a prompt has no padding
+    # A single prompt has no padding
     batched, single = (generate_answers(adapted, tokenizer, rows["prompt"], 6, size) for size in (12, 1))
     assert batched == single != generate_answers(tiny_model, tokenizer, rows["prompt"], 6)
 
@@ -228,7 +228,7 @@ def break_adapter_config(folder):
 def break_base_name(folder):
     path = folder / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
-    return ["adapter"], "`model` 'adapter' can't be loaded: its adapter_config.json names no base model"
+    return ["adapter"], "`model` 'adapter' can't be loaded: its adapter_config.json does not name a base model"
 
 
 def break_adapter_type(folder):
@@ -259,108 +259,82 @@ def leave_out_weights(folder):
     ], r"`model` 'base' can't be loaded: it lacks the weights \['model.norm.weight'\], which would be random"
 
 
-def no_adapter(folder):
-    return ["base", "--adapter", "base"], "`adapter` 'base' can't be loaded: there is no adapter_config.json in it"
-
-
-def other_device(folder):
-    return ["base", "--device", "cuda:99"], r"`device` is 'cuda:99', which can't be used here \(.+\): pass e.g. cpu"
-
-
-def device_without_numbers(folder):
-    return ["base", "--device", "meta"], r"`device` is 'meta', which can't be used here \(.+\): pass e.g. cpu"
-
-
-def folder_of_json(folder):
-    return ["base", "--json", "nowhere/figures.json"], "`--json` is 'nowhere/figures.json', which can't be written"
-
-
-def json_is_a_folder(folder):
-    return ["base", "--json", "data"], "`--json` is 'data', which can't be written: name a file in an existing folder"
-
-
-def json_in_a_file(folder):
-    path = "base/config.json/figures.json"
-    return ["base", "--json", path], f"`--json` is '{path}', which can't be written: name a file in an existing folder"
-
-
-def both_bits(folder):
-    return ["base", "--load_in_4bit", "--load_in_8bit"], "`--load_in_4bit` and `--load_in_8bit` exclude each other"
-
-
-def no_compute_dtype(folder):
-    options = ["--load_in_4bit", "--dtype", "auto"]
-    return ["base", *options], "`dtype` must be float32, bfloat16 or float16 with `load_in_4bit`, got 'auto'"
-
-
-def unknown_storage(folder):
-    options = ["--load_in_4bit", "--bnb_4bit_quant_storage", "zip"]
-    return ["base", *options], "The quantization keys can't be used: `bnb_4bit_quant_storage` must be"
-
-
-def tags_without_tagged(folder):
-    return ["base", "--answer-tags", "[a]", "[/a]"], "`--thinking-tags` and `--answer-tags` need `--tagged`"
-
-
-def same_tags(folder):
-    Path("data/test.jsonl").write_text('{"prompt": [{}], "reasoning": "a", "answer": "5"}\n')
-    return [
-        "base",
-        "--tagged",
-        "--answer-tags",
-        "[a]",
-        "[a]",
-    ], r".*`answer_tags` \['\[a\]', '\[a\]'\], where '\[a\]' is in"
-
-
-def empty_completions(folder):
-    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [], "answer": "5"}
-    Path("data/test.jsonl").write_text(json.dumps(row) + "\n")
-    return ["base"], "`dataset` has only empty completions: pass at least one that has tokens"
-
-
-def completion_of_a_later_row(folder):
+def leave_out_a_later_completion(folder):
     rows = Path("data/test.jsonl").read_text().splitlines()
     rows[3] = json.dumps({**json.loads(rows[3]), "completion": None})
     Path("data/test.jsonl").write_text("\n".join(rows))
     return ["base"], "Column 'completion' of `dataset` holds None in row 3: pass conversations"
 
 
-def empty_prompt(folder):
-    row = {"prompt": [], "completion": [{"role": "assistant", "content": "5"}], "answer": "5"}
-    Path("data/test.jsonl").write_text(json.dumps(row) + "\n")
-    return ["base"], r"Column 'prompt' of `dataset` holds \[\] in row 0: pass conversations"
+ARGUMENTS = [
+    (["--adapter", "base"], "`adapter` 'base' can't be loaded: it has no adapter_config.json"),
+    (["--device", "cuda:99"], r"`device` is 'cuda:99', which can't be used here \(.+\): pass e.g. cpu"),
+    (["--device", "meta"], r"`device` is 'meta', which can't be used here \(.+\): pass e.g. cpu"),
+    *(
+        (["--json", path], f"`--json` is '{path}', which can't be written: name a file in an existing folder")
+        for path in ("nowhere/figures.json", "data", "base/config.json/figures.json")
+    ),
+    (["--load_in_4bit", "--load_in_8bit"], "`--load_in_4bit` and `--load_in_8bit` exclude each other"),
+    (
+        ["--load_in_4bit", "--dtype", "auto"],
+        "`dtype` must be float32, bfloat16 or float16 with `load_in_4bit`, got 'auto'",
+    ),
+    (
+        ["--load_in_4bit", "--bnb_4bit_quant_storage", "zip"],
+        "The quantization keys can't be used: `bnb_4bit_quant_storage` must be",
+    ),
+    (["--answer-tags", "[a]", "[/a]"], "`--thinking-tags` and `--answer-tags` need `--tagged`"),
+    (["--tagged", "--answer-tags", "[a]", "[a]"], r".*`answer_tags` \['\[a\]', '\[a\]'\], where '\[a\]' is in"),
+]
+QUESTION, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "5"}
+ROWS = [
+    (
+        {"prompt": [QUESTION], "completion": []},
+        "`dataset` has only empty completions: pass at least one that has tokens",
+    ),
+    ({"prompt": [], "completion": [ANSWER]}, r"Column 'prompt' of `dataset` holds \[\] in row 0: pass conversations"),
+    ({"prompt": ["Hi"], "completion": ["5"]}, r"Column 'prompt' of `dataset` holds \['Hi'\] in row 0: pass conv"),
+    ('{"prompt": [', "`dataset` 'data' with `split` 'test' could not be loaded"),
+]
 
 
-def messages_that_are_texts(folder):
-    row = {"prompt": ["Hi"], "completion": ["5"], "answer": "5"}
-    Path("data/test.jsonl").write_text(json.dumps(row) + "\n")
-    return ["base"], r"Column 'prompt' of `dataset` holds \['Hi'\] in row 0: pass conversations"
+@pytest.fixture
+def error_of_evaluate(folder, capsys, monkeypatch):
+    """The message of an error that comes before anything is generated."""
+    monkeypatch.setattr("hf_sft_variants.evaluation.generation._generate", None)
 
+    def run(arguments):
+        assert main(["evaluate", "--dataset", "data", "--device", "cpu", *arguments]) == 2
+        return capsys.readouterr().err.partition("hf-sft-variants: error: ")[2]
 
-def broken_data(folder):
-    Path("data/test.jsonl").write_text('{"prompt": [')
-    return ["base"], "`dataset` 'data' with `split` 'test' could not be loaded"
+    return run
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
         break_weights, break_adapter_config, break_base_name, break_adapter_type, remove_adapter_weights,
-        leave_out_adapter_weights, leave_out_weights, no_adapter, other_device, device_without_numbers,
-        folder_of_json, json_is_a_folder, json_in_a_file, both_bits, no_compute_dtype, unknown_storage,
-        tags_without_tagged, same_tags, empty_completions, completion_of_a_later_row, empty_prompt,
-        messages_that_are_texts, broken_data,
+        leave_out_adapter_weights, leave_out_weights, leave_out_a_later_completion,
     ],
 )  # fmt: skip
-def test_what_can_not_be_evaluated_is_an_error_without_a_traceback(spoil, folder, capsys, monkeypatch):
-    """Its argument, its value and the fix are named, before anything is generated."""
-    monkeypatch.setattr("hf_sft_variants.evaluation.generation._generate", None)
+def test_unusable_files_are_named(spoil, folder, error_of_evaluate):
     get_peft_model(load_base(), ADAPTERS["lora"]).save_pretrained("adapter")
     arguments, message = spoil(folder)
-    assert main(["evaluate", "--dataset", "data", "--device", "cpu", *arguments]) == 2
-    printed = capsys.readouterr().err
-    assert re.search(f"hf-sft-variants: error: {message}", printed), printed
+    assert re.match(message, error_of_evaluate(arguments))
+
+
+@pytest.mark.parametrize("arguments, message", ARGUMENTS)
+def test_unusable_arguments_are_named(arguments, message, error_of_evaluate):
+    if "--tagged" in arguments:
+        Path("data/test.jsonl").write_text('{"prompt": [{}], "reasoning": "a", "answer": "5"}\n')
+    assert re.match(message, error_of_evaluate(["base", *arguments]))
+
+
+@pytest.mark.parametrize("row, message", ROWS)
+def test_unusable_rows_are_named(row, message, error_of_evaluate):
+    text = row if isinstance(row, str) else json.dumps({**row, "answer": "5"})
+    Path("data/test.jsonl").write_text(text + "\n")
+    assert re.match(message, error_of_evaluate(["base"]))
 
 
 def test_an_exception_without_a_message_has_its_name(folder, capsys, monkeypatch):
@@ -373,7 +347,7 @@ def test_an_exception_without_a_message_has_its_name(folder, capsys, monkeypatch
 
 
 def test_own_tags(folder, tokenizer, tiny_model, rows, capsys, monkeypatch):
-    """Likelihood, accuracy and format are those of responses with the tags that are asked for."""
+    """Likelihood, accuracy and format refer to responses with the given tags."""
     tags = {"thinking_tags": ["[t]", "[/t]"], "answer_tags": ["[a]", "[/a]"]}
     tagged = rows.add_column("reasoning", ["Add."] * len(rows)).remove_columns("completion")
     tagged.to_json("tagged/test.jsonl")

@@ -29,7 +29,7 @@ def rows(chat_rows) -> Dataset:
 
 @pytest.fixture
 def tagged_rows(rows) -> Dataset:
-    """The same rows as they are for SFTKey: reasoning and answer, and no completion."""
+    """The same rows for SFTKey: with reasoning and answer, without completion."""
     return rows.add_column("reasoning", [f"It is {answer}." for answer in rows["answer"]]).remove_columns("completion")
 
 
@@ -88,7 +88,7 @@ def test_nll_of_tagged_responses_needs_no_completion(tiny_model, tokenizer, tagg
     ready = with_completions(tagged_rows)
     nll = held_out_nll(tiny_model, tokenizer, tagged_rows, tagged=True)
     assert nll == held_out_nll(tiny_model, tokenizer, ready)
-    # A ready completion counts only where there is nothing to make it of
+    # `completion` is used only without `reasoning`
     assert nll == held_out_nll(tiny_model, tokenizer, ready.remove_columns("reasoning"), tagged=True)
     other = with_completions(tagged_rows, thinking_tags=("[t]", "[/t]"), answer_tags=("[a]", "[/a]"))
     assert nll == held_out_nll(tiny_model, tokenizer, other, tagged=True) != held_out_nll(tiny_model, tokenizer, other)
@@ -102,7 +102,7 @@ def test_nll_of_tagged_responses_has_the_tags_that_are_asked_for(tiny_model, tok
 
 def test_evaluating_leaves_the_model_in_its_mode(tiny_model, tokenizer, rows):
     tiny_model.train()
-    tiny_model.model.layers[0].eval()  # as of a frozen part
+    tiny_model.model.layers[0].eval()  # like a frozen part
     modes = [module.training for module in tiny_model.modules()]
     held_out_nll(tiny_model, tokenizer, rows.select(range(2)))
     generate_answers(tiny_model, tokenizer, ["Hi"], max_new_tokens=1)
@@ -217,7 +217,7 @@ def test_an_adapter_folder_is_loaded_on_the_base_model_it_names(saved_model, sav
 def test_what_cannot_be_loaded_is_named(tmp_path, saved_model, tiny_model, tokenizer):
     with pytest.raises(InputError, match="`model` 'nowhere/at-all' can't be loaded"):
         load_model_and_tokenizer("nowhere/at-all")
-    with pytest.raises(InputError, match=r"`adapter` .* can't be loaded: there is no adapter_config\.json in it"):
+    with pytest.raises(InputError, match=r"`adapter` .* can't be loaded: it has no adapter_config\.json"):
         load_model_and_tokenizer(saved_model, adapter=saved_model)
     with pytest.raises(InputError, match="`device` is 'gpu9'"):
         load_model_and_tokenizer(saved_model, device="gpu9")

@@ -1,4 +1,3 @@
-import functools
 import importlib
 import json
 import os
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from launches import launch_of_trl, start
+from methods import METHODS, needs
 from safetensors import SafetensorError
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -80,21 +81,14 @@ def argv_of_accelerate(argv, monkeypatch):
 
 
 def argv_of_trl(argv, monkeypatch):
-    """What the installed TRL hands to our module: its own command, without the launch."""
-    from trl.cli import accelerate_launcher
-    from trl.cli.main import main as trl_main
-
-    launches = []
-    launch = functools.partial(accelerate_launcher.launch_training_script, launch_command_fn=launches.append)
-    with monkeypatch.context() as patch:
-        patch.setattr(accelerate_launcher, "launch_training_script", launch)
-        trl_main(["sft", *argv])
-    assert launches[0].module and launches[0].training_script == "toy_variant"
-    return launches[0].training_script_args
+    """What the installed TRL passes to our module."""
+    launch = launch_of_trl(["sft", *argv])
+    assert launch.module and launch.training_script == "toy_variant"
+    return launch.training_script_args
 
 
 @pytest.fixture(params=[argv_of_module, argv_of_accelerate, argv_of_trl])
-def start(request, monkeypatch):
+def read_as_started(request, monkeypatch):
     return lambda argv: read(request.param(argv, monkeypatch))
 
 
@@ -105,44 +99,44 @@ def test_trl_repeats_keys_and_names_its_script(recipe, monkeypatch):
     assert argv[script].endswith("sft.py") and argv[script + 3 :] == ["--seed", "1"]
 
 
-def test_recipe_values_arrive_with_their_types(start, recipe):
-    script_args, training_args, model_args, _ = start(["--config", recipe()])
+def test_recipe_values_arrive_with_their_types(read_as_started, recipe):
+    script_args, training_args, model_args, _ = read_as_started(["--config", recipe()])
     assert (script_args.dataset_name, model_args.model_name_or_path) == ("a/dataset", "a/model")
     assert (training_args.learning_rate, training_args.max_length) == (1e-3, None)
     assert (training_args.toy_weight, training_args.centered, training_args.toy_mode) == (0.5, False, "fast")
     assert (training_args.reference_models, training_args.rates) == (["a", "b"], [1e-3, 0.1])
 
 
-def test_flags_override_the_recipe(start, recipe):
+def test_flags_override_the_recipe(read_as_started, recipe):
     flags = "--learning_rate 0.1 --max_length 7 --toy_weight 0.25 --reference_models c d --steps_between none"
     flags += " --packing --rates 0.5 --centered --toy_mode=exact --logging_steps 2"
-    _, training_args, _, _ = start(["--config", recipe(RECIPE + "packing: false\n"), *flags.split()])
+    _, training_args, _, _ = read_as_started(["--config", recipe(RECIPE + "packing: false\n"), *flags.split()])
     assert (training_args.learning_rate, training_args.max_length, training_args.packing) == (0.1, 7, True)
     assert (training_args.toy_weight, training_args.reference_models, training_args.rates) == (0.25, ["c", "d"], [0.5])
     assert (training_args.steps_between, training_args.centered, training_args.toy_mode) == (None, True, "exact")
 
 
-def test_a_flag_equal_to_the_repeated_key_is_kept(start, recipe):
-    _, training_args, _, _ = start(["--config", recipe(), "--toy_weight", "0.5", "--no_centered"])
+def test_a_flag_equal_to_the_repeated_key_is_kept(read_as_started, recipe):
+    _, training_args, _, _ = read_as_started(["--config", recipe(), "--toy_weight", "0.5", "--no_centered"])
     assert (training_args.toy_weight, training_args.centered) == (0.5, False)
 
 
-def test_a_single_value_of_a_list_key_is_a_list_of_one(start, recipe):
-    _, training_args, model_args, _ = start(
+def test_a_single_value_of_a_list_key_is_a_list_of_one(read_as_started, recipe):
+    _, training_args, model_args, _ = read_as_started(
         ["--config", recipe(RECIPE.replace("[a, b]", "a") + "lora_target_modules: all-linear\n")]
     )
     assert training_args.reference_models == ["a"]
     assert model_args.lora_target_modules == "all-linear"  # unpacked by TRL, as on the command line
 
 
-def test_env_of_the_recipe_is_set(start, recipe, monkeypatch):
+def test_env_of_the_recipe_is_set(read_as_started, recipe, monkeypatch):
     monkeypatch.setenv("TOY_VARIABLE", "0")
-    start(["--config", recipe(RECIPE + "env: {TOY_VARIABLE: 1}\n")])
+    read_as_started(["--config", recipe(RECIPE + "env: {TOY_VARIABLE: 1}\n")])
     assert os.environ["TOY_VARIABLE"] == "1"
 
 
-def test_accelerate_config_may_stand_in_the_recipe(start, recipe):
-    start(["--config", recipe(RECIPE + "accelerate_config: single_gpu\n")])
+def test_accelerate_config_may_stand_in_the_recipe(read_as_started, recipe):
+    read_as_started(["--config", recipe(RECIPE + "accelerate_config: single_gpu\n")])
 
 
 def test_without_a_recipe():
@@ -160,30 +154,30 @@ def test_trl_without_a_recipe_or_without_module_in_it(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["toy_wieght: 0.3", "learnin_rate: 0.1"])
-def test_misspelt_key_below_module(start, recipe, key):
+def test_misspelt_key_below_module(read_as_started, recipe, key):
     nearest = {"toy_wieght": "toy_weight", "learnin_rate": "learning_rate"}[key.partition(":")[0]]
     with pytest.raises(InputError, match=rf"recipe\.yaml: unknown key .*; did you mean `{nearest}`\?"):
-        start(["--config", recipe(RECIPE + key)])
+        read_as_started(["--config", recipe(RECIPE + key)])
 
 
-def test_misspelt_flag(start, recipe):
+def test_misspelt_flag(read_as_started, recipe):
     with pytest.raises(InputError, match=r"command line: unknown flag `--toy_wieght`; did you mean `--toy_weight`\?"):
-        start(["--config", recipe(), "--toy_wieght", "0.3"])
+        read_as_started(["--config", recipe(), "--toy_wieght", "0.3"])
 
 
-def test_abbreviated_flag(start, recipe):
+def test_abbreviated_flag(read_as_started, recipe):
     with pytest.raises(InputError, match=r"unknown flag `--learning_rat`; did you mean `--learning_rate`\?"):
-        start(["--config", recipe(), "--learning_rat", "0.3"])
+        read_as_started(["--config", recipe(), "--learning_rat", "0.3"])
 
 
-def test_launch_option_below_module(start, recipe):
+def test_launch_option_below_module(read_as_started, recipe):
     with pytest.raises(InputError, match="`num_machines` is an option of `accelerate launch`: move it above `module`"):
-        start(["--config", recipe(RECIPE + "num_machines: 1\n")])
+        read_as_started(["--config", recipe(RECIPE + "num_machines: 1\n")])
 
 
-def test_launch_option_on_the_command_line(start, recipe):
+def test_launch_option_on_the_command_line(read_as_started, recipe):
     with pytest.raises(InputError, match="`--num_processes` is an option of `accelerate launch`"):
-        start(["--config", recipe(), "--num_processes", "2"])
+        read_as_started(["--config", recipe(), "--num_processes", "2"])
 
 
 @pytest.mark.parametrize(
@@ -234,12 +228,12 @@ def test_wrong_recipe(recipe, text, message):
 
 
 def test_missing_recipe():
-    with pytest.raises(InputError, match=r"the recipe `--config nowhere\.yaml` can't be read: No such file"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml can't be read: No such file"):
         read(["--config", "nowhere.yaml"])
 
 
 def test_recipe_given_without_config(recipe):
-    with pytest.raises(InputError, match="belongs to no flag; a recipe is given as `--config FILE`"):
+    with pytest.raises(InputError, match="does not belong to a flag; pass a recipe as `--config FILE`"):
         read([recipe()])
 
 
@@ -306,7 +300,7 @@ def test_chat_templates_of_recipes_are_there():
         ("sft_go.yaml", {"group_by", "important_fraction", "worst_group_weight"}),
         ("poft.yaml", {"reference_models", "beta", "gamma"}),
         ("poft_uniform.yaml", {"preference_weighting"}),
-        ("sftmix.yaml", {"mixup_weight", "mixup_alpha", "confidence_source"}),
+        pytest.param("sftmix.yaml", {"mixup_weight", "mixup_alpha", "confidence_source"}, marks=needs("sftmix")),
     ],
 )
 def test_quickstart_recipes_differ_in_the_method_alone(recipe_name, own_keys):
@@ -335,7 +329,7 @@ def test_quickstart_recipes_of_sftkey_differ_in_stages_and_epochs_alone():
         assert recipe == recipes["sftkey"] | {"output_dir": f"quickstart/runs/{name}"}
 
 
-# What LoRA and QLoRA on one GPU need; all of the method stays
+# LoRA and QLoRA on one GPU change these keys, none of the method's
 LORA_KEYS = {"num_processes", "accelerate_config", "dtype", "output_dir", "learning_rate", "reference_batch_tokens"}
 LORA_KEYS |= {"use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "optim", "load_in_4bit"}
 LORA_KEYS |= {"use_bnb_nested_quant", "per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -365,7 +359,7 @@ def test_each_method_has_recipes_for_lora_and_qlora():
     methods = {
         suffix: {path.parent.name for path in RECIPES if path.stem.endswith(suffix)} for suffix in ("_lora", "_qlora")
     }
-    assert methods["_lora"] == methods["_qlora"] == {"sft_go", "sftkey", "poft", "sftmix"}
+    assert methods["_lora"] == methods["_qlora"] == METHODS.keys() - {"base"}
 
 
 # The commands themselves, on a tiny model.
@@ -381,30 +375,10 @@ def dataset_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+def model_folder(tmp_path_factory, tiny_model_factory, tokenizer):
     folder = str(tmp_path_factory.mktemp("model"))
-    words = ["<pad>", "<eos>", "<unk>", "what", "is", "plus", *map(str, range(20))]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_model_factory(num_hidden_layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -431,11 +405,6 @@ def tiny_recipe(tmp_path, model_folder, dataset_folder):
     return path
 
 
-def run(*command):
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=str(REPOSITORY), PYTHONWARNINGS="ignore")
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 def assert_sft_go_trained(folder, steps, worst_group_weight):
     """Returns what was logged."""
     assert (folder / "adapter_model.safetensors").is_file()
@@ -448,30 +417,33 @@ def assert_sft_go_trained(folder, steps, worst_group_weight):
 
 
 def test_stock_trl_command_runs_the_method(tiny_recipe):
+    """In a process of its own; the other tests start what the command would launch."""
     trl = Path(sys.executable).with_name("trl")
-    finished = run(trl, "sft", "--config", tiny_recipe, "--max_steps", "2", "--worst_group_weight", "0.25")
+    command = [trl, "sft", "--config", tiny_recipe, "--max_steps", "2", "--worst_group_weight", "0.25"]
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=str(REPOSITORY), PYTHONWARNINGS="ignore")
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "Model saved to" in finished.stdout
     assert_sft_go_trained(tiny_recipe.parent / "run", steps=2, worst_group_weight=0.25)
 
 
 def test_accelerate_launch_runs_the_method(tiny_recipe):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "hf_sft_variants.sft_go"]
-    finished = run(*launch, "--config", tiny_recipe, "--max_steps", "1", "--eval_strategy", "steps")
-    assert finished.returncode == 0, finished.stderr
+    command = ["--cpu", "-m", "hf_sft_variants.sft_go", "--config", str(tiny_recipe)]
+    start(launch_command_parser().parse_args([*command, "--max_steps", "1", "--eval_strategy", "steps"]))
     logs = assert_sft_go_trained(tiny_recipe.parent / "run", steps=1, worst_group_weight=0.5)
     assert any("eval_loss" in log for log in logs)
 
 
-def test_stock_trl_command_refuses_a_misspelt_key(tiny_recipe):
+def test_stock_trl_command_refuses_a_misspelt_key(tiny_recipe, capsys):
     tiny_recipe.write_text(tiny_recipe.read_text() + "learnin_rate: 0.1\n")
-    finished = run(Path(sys.executable).with_name("trl"), "sft", "--config", tiny_recipe)
-    assert finished.returncode != 0
-    assert f"error: {tiny_recipe}: unknown key `learnin_rate`; did you mean `learning_rate`?" in finished.stderr
+    with pytest.raises(SystemExit, match="2"):
+        start(launch_of_trl(["sft", "--config", str(tiny_recipe)]))
+    error = f"error: {tiny_recipe}: unknown key `learnin_rate`; did you mean `learning_rate`?"
+    assert error in capsys.readouterr().err
 
 
 def test_refusals_and_missing_models_are_short_messages(tmp_path, capsys):
-    """What a trainer refuses ends like any other input that can't be used."""
+    """A trainer's `InputError` ends the program like any other wrong input."""
 
     class RefusingTrainer:
         """Stands in for a trainer that refuses its data."""

@@ -34,7 +34,7 @@ def rows() -> Dataset:
 
 @pytest.fixture(scope="session")
 def even_rows() -> Dataset:
-    """The same with twelve labels in each row, where the mean over examples is SFTTrainer's mean over tokens."""
+    """The same with twelve labels per row, so that the mean over examples equals SFTTrainer's mean over tokens."""
     return pre_tokenized((3, 9, 1, 12, 6, 2, 15, 4), [12] * 8)
 
 
@@ -64,7 +64,7 @@ def it_trains(*args, **kwargs):
 
 
 class Start:
-    """Starts trainers on a model, which may be replaced, and on rows by name; none may get as far as a step."""
+    """Starts trainers on a replaceable model and on rows by name; reaching a training step is an error."""
 
     def __init__(self, model, tokenizer, token_rows, chat_rows):
         self.model, self.tokenizer = model, copy.deepcopy(tokenizer)

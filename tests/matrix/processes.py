@@ -1,8 +1,8 @@
 """
-The runs that `test_processes.py` makes on one process, and a launch by `trl sft` on two.
+The cases that `test_processes.py` runs on one process, and `trl sft` on two.
 
-As a program, started with one of `recipes/accelerate`: runs the cases, writes their results, and last trains by the
-recipe that it was started with.
+As a program, launched with a configuration from `recipes/accelerate`: runs all cases, writes their results, and then
+trains the recipe it was launched with.
 """
 
 import gc
@@ -44,10 +44,10 @@ STEPS = {
     "save_strategy": "no",
 }
 SAVING = {"save_strategy": "steps", "save_steps": 2}
-# On eleven rows the last batch is smaller, and accelerate repeats rows to give each process as many
-# With SGD: Adam makes steps of full size of gradients that are rounding errors
-UNEVEN = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.3}
-SEPARATE_COUNTS = {**UNEVEN, "max_steps": 2, "average_tokens_across_devices": False}
+# Of eleven rows, the last batch is smaller, and accelerate repeats rows so that each process has the same number. With
+# SGD, because Adam makes steps of full size of gradients that are rounding errors
+UNEVEN = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.3}
+SEPARATE_COUNTS = {**UNEVEN, "max_steps": 1, "average_tokens_across_devices": False}
 
 RANDOM_PAIRS = {"confidence_split": "random"}
 AS_USED = {name: dict(method.options) for name, method in METHODS.items()}
@@ -82,24 +82,24 @@ def cases_like_one_process(folder: Path) -> dict[str, Case]:
     cases = {name: Case(name, {**options, **SAVING}, eval_rows="texts") for name, options in AS_USED.items()}
     if "sftkey" in cases:
         cases["sftkey"].options |= {"answer_eval_steps": 2, "answer_eval_max_new_tokens": 6}
-    cases["sft_go_lora"] = Case("sft_go", AS_USED.get("sft_go", {}), lora=True)
-    cases["sftmix_lora"] = Case("sftmix", RANDOM_PAIRS, lora=True)
+    cases["sft_go_lora"] = Case("sft_go", {**AS_USED.get("sft_go", {}), "max_steps": 2}, lora=True)
+    cases["sftmix_lora"] = Case("sftmix", {**RANDOM_PAIRS, "max_steps": 2}, lora=True)
     # One process without a pair
     packed = {"packing": True, "max_length": 40, "per_device_train_batch_size": 1, "max_steps": 1, "seed": 5}
     cases["sftmix_packed"] = Case("sftmix", {**RANDOM_PAIRS, **packed}, rows="eight_tokens")
     # A reference to train first; LM heads with a bias, and one that shares its weights
     cases["sftmix_reference"] = Case("sftmix", model="biased")
     cases["sftmix_copied"] = Case("sftmix", model="biased", is_loaded=True)
-    cases["sftmix_online"] = Case("sftmix", {"confidence_source": "online", "max_steps": 6}, model="tied")
+    cases["sftmix_online"] = Case("sftmix", {"confidence_source": "online"}, model="tied")
     return available(cases | {f"{name}_found": case for name, case in scoring_cases(folder, "one").items()})
 
 
 def scoring_cases(folder: Path, scores_of: str) -> dict[str, Case]:
-    """Another model scores the data first, unless its scores are there."""
+    """A reference model scores the data first, unless the scores are cached."""
     reference, scores = str(folder / "reference"), {"score_cache_dir": str(folder / f"scores_of_{scores_of}")}
     # Few tokens in a batch, so that there are several for each process
-    poft = {**scores, "reference_models": [reference], "reference_batch_tokens": 100}
-    sft_go = {**scores, **AS_USED.get("sft_go", {}), "score_batch_tokens": 100}
+    poft = {**scores, "reference_models": [reference], "reference_batch_tokens": 100, "max_steps": 1}
+    sft_go = {**scores, **AS_USED.get("sft_go", {}), "score_batch_tokens": 100, "max_steps": 1}
     llmlingua2 = {"group_by": "llmlingua2", "importance_model": str(folder / "importance")}
     return available(
         {
@@ -111,7 +111,7 @@ def scoring_cases(folder: Path, scores_of: str) -> dict[str, Case]:
 
 
 def cases_in_bfloat16() -> dict[str, Case]:
-    """Responses of more tokens than bfloat16 can count."""
+    """Responses with more tokens than bfloat16 can count."""
     options = {"bf16": True, "max_length": 400, "max_steps": 1}
     own = {**AS_USED, "sftkey": {"stages": ["full"], "key_loss_weight": 3.7}}
     return available({f"{name}_bf16": Case(name, {**own[name], **options}, rows="long") for name in own})
@@ -155,7 +155,7 @@ def load_rows(folder: Path, name: str) -> Dataset:
 
 
 def result_of(trainer) -> dict[str, Any]:
-    """What is compared; to be called by all processes. Flips are counted since this process saw a sample last."""
+    """Everything the tests compare. All processes must call it. Flips are left out: each process counts its own."""
     logs = [log for log in trainer.state.log_history if "loss" in log]
     evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
     names = [name for name in logs[-1] if name == "nll" or ("/" in name and name != "sft_go/flip_rate")]
@@ -227,7 +227,7 @@ def allow_fsdp_on_the_cpu():
 
 
 def watch_device_maps():
-    """On GPUs a model that is loaded without one is spread over all of them, except under plain DDP."""
+    """Without a device map, a model is spread over all GPUs, except under plain DDP."""
     load = sft_trainer.create_model_from_path
 
     def load_on_one_device(*args, **kwargs):
@@ -245,7 +245,7 @@ def do_not_compile_deepspeed():
 
 
 def keep_no_weights_together(trainer):
-    """By default ZeRO-3 shards weights again after use only if there are more than a billion."""
+    """By default, ZeRO-3 keeps up to a billion gathered weights."""
     trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
         "stage3_max_live_parameters": 0,
         "stage3_max_reuse_distance": 0,
@@ -286,7 +286,8 @@ class AssertStrategy(TrainerCallback):
 
 
 def run(case, folder, output_dir, **options):
-    """The result of a case, or the message that it is refused with."""
+    """The result of a case, or the error message that refuses it."""
+    gc.freeze()  # a run collects garbage several times, which takes longer the more has been imported
     try:
         trainer = make_trainer_of(case, folder, output_dir, **options)
     except ValueError as error:
@@ -300,7 +301,7 @@ def run(case, folder, output_dir, **options):
 
 
 def refusals(folder, strategy):
-    """The message of each method about samples whose tokens lie on several processes."""
+    """Each method's error message for samples whose tokens are spread over several processes."""
     return {
         f"{name}_sharded": run(
             Case(name, method.control, control_rows(name)),
@@ -325,7 +326,6 @@ def train_recipe(strategy):
 
 
 def main(path: Path):
-    gc.freeze()  # each run collects garbage several times
     shards.BATCHES_PER_SHARD = 1  # so that the few rows are shards for both processes
     allow_fsdp_on_the_cpu()
     watch_device_maps()
@@ -344,6 +344,6 @@ def main(path: Path):
 
 if __name__ == "__main__":
     main(Path(sys.argv[sys.argv.index("--config") + 1]).absolute())
-    # A process that ends by itself is sometimes aborted by a thread that still runs
+    # On a normal exit, a thread that is still running sometimes aborts the process
     sys.stdout.flush()
     os._exit(0)

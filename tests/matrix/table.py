@@ -15,7 +15,7 @@ import pytest
 
 TITLES = {"base": "base", "sft_go": "SFT-GO", "sftkey": "SFTKey", "poft": "PoFT", "sftmix": "SFTMix"}
 COLUMNS = {name: title for name, title in TITLES.items() if find_spec(f"hf_sft_variants.{name}")}
-# Areas of other names come after these
+# Other areas come after these
 AREAS = ["Data", "Batches", "Models", "PEFT", "Processes", "Resume", "Control", "TRL's expectations", "Bad input"]
 INTRODUCTION = """\
 # Compatibility
@@ -51,14 +51,14 @@ def cells_of(item: pytest.Item) -> list[Cell]:
 
 
 class KeepItems:
-    """Plugin that keeps the tests that pytest finds."""
+    """Plugin that keeps the collected tests."""
 
     def pytest_collection_finish(self, session):
         self.items = session.items
 
 
 def cells_of_all_tests(config: pytest.Config) -> set[Cell]:
-    """The cells of the whole suite, whichever of its tests run now."""
+    """The cells of the whole suite, including tests that do not run now."""
     found = KeepItems()
     options = ["--collect-only", "-n0", "-p", "no:terminal", "-p", "no:cacheprovider", f"--rootdir={config.rootpath}"]
     folders = [str(config.rootpath / folder) for folder in config.getini("testpaths") or ["."]]
@@ -91,7 +91,7 @@ def row(entries: list[str]) -> str:
 
 
 class TableWriter:
-    """Gathers the reports of a run and writes the table, if all tests of all cells have passed."""
+    """Collects test reports and writes the table if every test of every cell has passed."""
 
     def __init__(self, path: Path):
         self.path = path

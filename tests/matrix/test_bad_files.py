@@ -1,4 +1,4 @@
-"""Files, models and recipes that users bring, damaged in many ways: an error in words before any step."""
+"""Damaged files, models and recipes raise an error with a clear message before the first step."""
 
 import copy
 import io
@@ -317,7 +317,7 @@ RECIPES = [
 
 
 @pytest.mark.cell(
-    "Bad input", "wrong data, options, files and models: an error in words, nothing trains", refused=True
+    "Bad input", "invalid data, options, files and models: an error names the fix before training", refused=True
 )
 @pytest.mark.parametrize(
     ("method", "case"), [(case.method, case) for case in FILES + MODELS if case.method in METHODS]

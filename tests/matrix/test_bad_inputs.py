@@ -1,4 +1,4 @@
-"""Configurations, data and arguments that are wrong: an error in words before any step."""
+"""Wrong configurations, data and arguments raise an error with a clear message before the first step."""
 
 import math
 from dataclasses import fields
@@ -37,8 +37,8 @@ RANGES = [
     configuration("base", "`per_device_train_batch_size` must be .* got 0", per_device_train_batch_size=0),
     configuration("sft_go", "`gradient_accumulation_steps` must be .* got 0", gradient_accumulation_steps=0),
     # SFT-GO
-    configuration("sft_go", "`important_fraction` must lie between 0 and 1, both excluded", important_fraction=0.0),
-    configuration("sft_go", "`important_fraction` must lie .* got 1.0", important_fraction=1.0),
+    configuration("sft_go", "`important_fraction` must be between 0 and 1, exclusive", important_fraction=0.0),
+    configuration("sft_go", "`important_fraction` must be between 0 and 1, .* got 1.0", important_fraction=1.0),
     configuration("sft_go", "`important_fraction` must be a number between .* got nan", important_fraction=math.nan),
     configuration("sft_go", "`worst_group_weight` must be a number .* got -0.1", worst_group_weight=-0.1),
     configuration("sft_go", "`worst_group_weight` must be a number .* got 1.5", worst_group_weight=1.5),
@@ -46,15 +46,15 @@ RANGES = [
     configuration("sft_go", "`min_grouped_tokens` must be 0 or more, got -1", min_grouped_tokens=-1),
     configuration("sft_go", "`score_batch_tokens` must be 1 or more, got 0", score_batch_tokens=0),
     # SFTKey
-    configuration("sftkey", "`stages` has no stage; give a list of 'full' and 'key'", stages=[]),
+    configuration("sftkey", "`stages` has no stage; it must be a list of 'full' and 'key'", stages=[]),
     configuration("sftkey", r"must be positive and sum to 1, not 1.1", stage_fractions=[0.5, 0.6]),
     configuration("sftkey", r"must be positive and sum to 1", stage_fractions=[1.5, -0.5]),
     configuration("sftkey", r"must be positive and sum to 1, not nan", stage_fractions=[math.nan, 0.5]),
     configuration("sftkey", "must have one number for each stage", stage_fractions=[1.0]),
     configuration("sftkey", "must have one number for each stage", stages=["full"] * 3),
-    configuration("sftkey", "must have one learning rate, 0 or more, for each", stage_learning_rates=[1e-5]),
-    configuration("sftkey", "must have one learning rate, 0 or more, for each", stage_learning_rates=[1e-5, -1e-5]),
-    configuration("sftkey", "must have one learning rate, 0 or more, for each", stage_learning_rates=[math.nan, 0.1]),
+    configuration("sftkey", "must have one learning rate .* for each", stage_learning_rates=[1e-5]),
+    configuration("sftkey", "must have one learning rate .* for each", stage_learning_rates=[1e-5, -1e-5]),
+    configuration("sftkey", "must have one learning rate .* for each", stage_learning_rates=[math.nan, 0.1]),
     configuration("sftkey", "`full_loss_weight` must be a number of 0 or more, got -1.0", full_loss_weight=-1.0),
     configuration("sftkey", "`key_loss_weight` must be a number of 0 or more, got nan", key_loss_weight=math.nan),
     configuration("sftkey", "`answer_eval_steps` must be 1 or more, got 0", answer_eval_steps=0),
@@ -80,7 +80,7 @@ CHOICES = [
     configuration("sft_go", "`group_scope='batch'` is unknown", group_scope="batch"),
     configuration("sft_go", "`sample_weighting='equal'` is unknown", sample_weighting="equal"),
     configuration("sft_go", "`worst_group_schedule='step'` is unknown", worst_group_schedule="step"),
-    configuration("sftkey", "`stages` has 'answer'; give a list of", stages=["full", "answer"]),
+    configuration("sftkey", "`stages` has 'answer'; it must be a list of", stages=["full", "answer"]),
     configuration("sftkey", "`missing_key='skip'` is unknown", missing_key="skip"),
     configuration("sftkey", "`key_turns='first'` is unknown", key_turns="first"),
     configuration("poft", r"`length_normalizer='mean'` is unknown; choose one of", length_normalizer="mean"),
@@ -97,25 +97,25 @@ CONFLICTS = [
     configuration("base", "`eval_packing=True` without `packing=True` is not supported", eval_packing=True),
     configuration("sft_go", "`max_length` can't be `None`: set it", packing=True, max_length=None),
     configuration("sft_go", "`importance_column` .* or `group_column` .* got neither", group_by="column"),
-    configuration("sft_go", "one of them; got both", group_by="column", importance_column="a", group_column="b"),
-    configuration("sft_go", "`group_column='b'` is used with `group_by='column'` only", group_column="b"),
-    configuration("sft_go", "`tfidf_file='f'` is used with `group_by='tfidf'` only", tfidf_file="f",
+    configuration("sft_go", "`group_column` .* got both", group_by="column", importance_column="a", group_column="b"),
+    configuration("sft_go", "`group_column='b'` is only used with `group_by='column'`", group_column="b"),
+    configuration("sft_go", "`tfidf_file='f'` is only used with `group_by='tfidf'`", tfidf_file="f",
                   group_by="column", group_column="b"),
     configuration("sft_go", "`group_by='rho1'` needs `reference_model`", group_by="rho1"),
-    configuration("sft_go", "`reference_model='a'` is used with `group_by='rho1'` only", reference_model="a"),
+    configuration("sft_go", "`reference_model='a'` is only used with `group_by='rho1'`", reference_model="a"),
     configuration("sftkey", "`learning_rate=0.0` must be positive with", stage_learning_rates=[1e-5, 1e-5],
                   learning_rate=0.0),
-    configuration("sftkey", "`full_loss_weight=0.1` has an effect in a 'key' stage only", full_loss_weight=0.1,
+    configuration("sftkey", "`full_loss_weight=0.1` only has an effect in a 'key' stage", full_loss_weight=0.1,
                   stages=["full"]),
-    configuration("sftkey", "`key_loss_weight=2.0` has an effect in a 'full' stage only", key_loss_weight=2.0,
+    configuration("sftkey", "`key_loss_weight=2.0` only has an effect in a 'full' stage", key_loss_weight=2.0,
                   stages=["key"]),
     configuration("sftkey", r"`key_pattern='\\\\d\+'` has no group named `key`", key_pattern=r"\d+"),
     configuration("sftkey", "is not a regular expression", key_pattern=r"(?P<key>\d+"),
     configuration("sftkey", "`key_delimiter=' '` is blank", key_delimiter=" "),
     configuration("sftkey", "`key_delimiter` and `key_pattern` both say", key_delimiter="#", key_pattern="(?P<key>.)"),
-    configuration("sftkey", "`answer_column='a'` belong together", answer_column="a"),
+    configuration("sftkey", "`answer_column='a'` must be set together", answer_column="a"),
     configuration("sftkey", r"`answer_tags` is \['<a>'\]: pass an opening and a closing tag", answer_tags=["<a>"]),
-    configuration("sftkey", "of which none contains another", answer_tags=["<Thinking", "b"]),
+    configuration("sftkey", "none of which contains another", answer_tags=["<Thinking", "b"]),
     configuration("poft", r"`reference_models=\['a', 'a'\]` has a model twice", reference_models=["a", "a"]),
     configuration("poft", "`truncation_mode='keep_end'` cuts prompts", truncation_mode="keep_end"),
     configuration("poft", "`packing_strategy='wrapped'` cuts examples", packing=True, packing_strategy="wrapped"),
@@ -124,7 +124,7 @@ CONFLICTS = [
     configuration("poft", "`length_normalizer='target'` needs summed", length_normalizer="target"),
     configuration("sftmix", "are both 0, which leaves no loss", mixup_weight=0.0, ntp_weight=0.0),
     configuration("sftmix", "`pair_sampling=False` leaves no pairs for `mixup_weight=0.2`", pair_sampling=False),
-    configuration("sftmix", "`confidence_file='c'` is used with `confidence_source='file'` only", confidence_file="c"),
+    configuration("sftmix", "`confidence_file='c'` is only used with `confidence_source='file'`", confidence_file="c"),
     configuration("sftmix", "needs `confidence_file`, the path", confidence_source="file"),
     configuration("sftmix", "`confidence_source` is 'online'. Remove it", confidence_source="online",
                   reference_model="m"),
@@ -241,18 +241,18 @@ COLUMNS = [
     broken("The train dataset has no column `mine`; it has", "sft_go", only(), **OWN_COLUMNS),
     broken("Row 1 .*: column `mine` has 11 values, but `input_ids` has 12", "sft_go", column([0] * 11), **OWN_COLUMNS),
     broken("Row 1 .*: column `mine` has None, but `input_ids` has 12", "sft_go", column(None), **OWN_COLUMNS),
-    broken("Row 1 .*: column `mine` has 32 as a group id. Give an integer from 0 to 31", "sft_go", column([32] * 12),
+    broken("Row 1 .*: column `mine` has the group id 32. .* integers from 0 to 31", "sft_go", column([32] * 12),
            **OWN_COLUMNS),
-    broken("column `mine` has 0.5 as a group id", "sft_go", only(mine=[[0.5] * 12] * 2), **OWN_COLUMNS),
-    broken("column `mine` has None as a group id", "sft_go", column([None] * 12), **OWN_COLUMNS),
-    broken("column `mine` has nan as a score. Give a finite number", "sft_go", only(mine=[[math.nan] * 12] * 2),
+    broken("column `mine` has the group id 0.5", "sft_go", only(mine=[[0.5] * 12] * 2), **OWN_COLUMNS),
+    broken("column `mine` has the group id None", "sft_go", column([None] * 12), **OWN_COLUMNS),
+    broken("column `mine` has the score nan. Scores must be finite", "sft_go", only(mine=[[math.nan] * 12] * 2),
            **OWN_SCORES),
-    broken("column `mine` has 'a' as a score", "sft_go", only(mine=[["a"] * 12] * 2), **OWN_SCORES),
-    broken("column `mine` has True as a score", "sft_go", only(mine=[[True] * 12] * 2), **OWN_SCORES),
-    broken("Row 0 .*: column `key_mask` has 2: give 1 on the tokens", "sftkey", only(key_mask=[[2] * 12] * 2)),
+    broken("column `mine` has the score 'a'", "sft_go", only(mine=[["a"] * 12] * 2), **OWN_SCORES),
+    broken("column `mine` has the score True", "sft_go", only(mine=[[True] * 12] * 2), **OWN_SCORES),
+    broken("Row 0 .*: column `key_mask` has 2: it must be 1 on tokens", "sftkey", only(key_mask=[[2] * 12] * 2)),
     broken("column `key_mask` has 11 values, but `input_ids` has 12", "sftkey", only(key_mask=[[1] * 11] * 2)),
-    broken("column `key_mask` has no 1 on a token of the loss", "sftkey", only(key_mask=[[0] * 12] * 2)),
-    broken("Row 0 .*: the tag '<Thinking>' is not there. Say where the answer is", "sftkey", "chat"),
+    broken("column `key_mask` is not 1 on any token in the loss", "sftkey", only(key_mask=[[0] * 12] * 2)),
+    broken("Row 0 .*: the tag '<Thinking>' is not there. Specify where the answer is", "sftkey", "chat"),
     broken("Row 0 .*: `key_delimiter='@@'` is not there", "sftkey", "chat", key_delimiter="@@"),
     broken("No example of the train dataset has a key within max_length=40", "sftkey", "chat", key_delimiter="####",
            max_length=40),
@@ -318,7 +318,7 @@ CASES = [case for case in [*RANGES, *CHOICES, *CONFLICTS, *ROWS, *COLUMNS, *ARGU
 
 
 @pytest.mark.cell(
-    "Bad input", "wrong data, options, files and models: an error in words, nothing trains", refused=True
+    "Bad input", "invalid data, options, files and models: an error names the fix before training", refused=True
 )
 @pytest.mark.parametrize(
     ("method", "message", "options", "rows", "arguments", "error"),
@@ -332,7 +332,7 @@ def test_refused(method, message, options, rows, arguments, error, start):
     assert type(caught.value) is error
 
 
-@pytest.mark.cell("Bad input", "a value of another type in each field of the configuration", refused=True)
+@pytest.mark.cell("Bad input", "wrong type in each field of the config", refused=True)
 @pytest.mark.parametrize("method, name", OWN_FIELDS)
 def test_types(method, name, start):
     with pytest.raises(InputError, match=rf"`{name}` must be .*, got 3j\."):

@@ -11,8 +11,8 @@ from methods import METHODS, cases_of, only
 
 
 # The response, for PoFT, and the key, for SFTKey, have to be whole
-CUT = "max_length cuts (SFTKey and PoFT drop what is cut too far)"
-CUT_PACKED = "max_length cuts, packing"
+CUT = "max_length truncates (SFTKey and PoFT drop examples that lose too much)"
+CUT_PACKED = "max_length truncates, packing"
 # A step has all rows, in more than one micro-batch where there are enough
 LAYOUTS = {
     "padded": {"per_device_train_batch_size": 8},
@@ -106,5 +106,5 @@ def test_refused(method, name, tmp_path):
     ],
 )
 def test_refused_by_confidence(method, name, tmp_path):
-    """Nothing is known about the confidence of a part of an example; pairs at random need none."""
+    """A part of an example has no confidence; random pairs need none."""
     assert_refused("cuts examples, so they can't be split by confidence", method, tmp_path, **layout_of(name))

@@ -10,7 +10,7 @@ import hf_sft_variants
 
 
 @needs("sftmix")
-@pytest.mark.cell("Callbacks", "ConfidenceTrackingCallback on any trainer: the perplexities of its training data")
+@pytest.mark.cell("Callbacks", "ConfidenceTrackingCallback on any trainer: perplexities of its training data")
 @pytest.mark.parametrize("packing", [False, True])
 @every_method
 def test_measures_the_training_data(method, packing, tiny_model, tokenizer, scored_chat_rows, tmp_path):

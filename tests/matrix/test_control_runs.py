@@ -34,11 +34,11 @@ def run(classes, layout, model, tokenizer, rows, folder, **options):
 
 @pytest.fixture(scope="module")
 def plain_runs():
-    """`SFTTrainer`'s runs by layout and rows; each is made when it is first asked for."""
+    """`SFTTrainer`'s runs by layout and rows, filled on demand."""
     return {}
 
 
-@pytest.mark.cell("Control", "the weights after twenty steps of the control are SFTTrainer's")
+@pytest.mark.cell("Control", "same weights as SFTTrainer after twenty steps of the control")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_method
 def test_twenty_steps(method, layout, plain_runs, tiny_model, tokenizer, token_rows, equal_rows, tmp_path):

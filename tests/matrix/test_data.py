@@ -23,7 +23,7 @@ def slow_evaluation_loss(method, trainer, prepared):
 
 @every_method
 class TestEvaluation:
-    """In batches that hold a whole set: SFTTrainer takes the mean over batches."""
+    """Each batch holds a whole set, because SFTTrainer takes the mean over batches."""
 
     def make_trainers(self, method, *arguments, **options):
         """As it is used, as SFTTrainer, and as the control."""
@@ -46,7 +46,7 @@ class TestEvaluation:
         assert loss == pytest.approx(slow_evaluation_loss(method, used, used.eval_dataset), rel=1e-5)
         self.assert_same_loss(method, plain, control)
 
-    @pytest.mark.cell("Data", "one evaluation set, a last batch that is smaller")
+    @pytest.mark.cell("Data", "one evaluation set, smaller last batch")
     def test_last_batch(self, method, tiny_model, tokenizer, rows, even_rows, tmp_path):
         """The loss is SFTTrainer's mean over batches, `nll` the mean over all tokens."""
         arguments = (tiny_model, tokenizer, rows, tmp_path)
@@ -56,7 +56,7 @@ class TestEvaluation:
         self.assert_same_loss(method, plain, control)
 
     @pytest.mark.cell("Data", "several evaluation sets")
-    @pytest.mark.cell("Data", "an evaluation set of one row")
+    @pytest.mark.cell("Data", "evaluation set of one row")
     def test_several_sets(self, method, tiny_model, tokenizer, rows, even_rows, tmp_path):
         sets = {"some": rows.select(range(5)), "even": even_rows, "one": rows.select([2])}
         used, plain, control = self.make_trainers(method, tiny_model, tokenizer, rows, tmp_path, eval_dataset=sets)
@@ -68,7 +68,7 @@ class TestEvaluation:
         for name in ("eval_even_loss", "eval_one_loss"):
             assert found[name] == pytest.approx(expected[name], rel=TOLERANCE, abs=0)
 
-    @pytest.mark.cell("Data", "evaluate(a new raw set)")
+    @pytest.mark.cell("Data", "evaluate(new raw data set)")
     def test_new_set(self, method, tiny_model, tokenizer, rows, scored_chat_rows, tmp_path):
         arguments = (tiny_model, tokenizer, rows, tmp_path)
         used, plain, control = self.make_trainers(method, *arguments)
@@ -84,7 +84,7 @@ def no_rows():
     yield from ()
 
 
-@pytest.mark.cell("Data", "an empty set", refused=True)
+@pytest.mark.cell("Data", "empty data set", refused=True)
 @every_method
 @pytest.mark.parametrize("form", ["conversations", "tokens", "stream"])
 def test_empty_set(method, form, tiny_model, tokenizer, rows, scored_chat_rows, tmp_path):
@@ -108,7 +108,7 @@ def test_empty_set(method, form, tiny_model, tokenizer, rows, scored_chat_rows, 
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=pytest.mark.cell("Data", "a set of one row", refused=name == "sftmix"))
+        pytest.param(name, marks=pytest.mark.cell("Data", "data set of one row", refused=name == "sftmix"))
         for name in METHODS
     ],
 )
@@ -121,7 +121,7 @@ def test_one_row(method, tiny_model, tokenizer, rows, tmp_path):
         assert_as_used_is_the_slow_loss(*arguments)
 
 
-@pytest.mark.cell("Data", "a last batch that is smaller")
+@pytest.mark.cell("Data", "smaller last batch")
 @every_method
 def test_last_batch(method, tiny_model, tokenizer, rows, tmp_path):
     """Three rows after four, in one optimizer step."""
@@ -129,7 +129,7 @@ def test_last_batch(method, tiny_model, tokenizer, rows, tmp_path):
     assert_as_used_is_the_slow_loss(method, *arguments, **TWO_BATCHES)
 
 
-@pytest.mark.cell("Data", "a last batch that is smaller")
+@pytest.mark.cell("Data", "smaller last batch")
 @every_method
 def test_last_step(method, tiny_model, tokenizer, even_rows, tmp_path):
     """Two optimizer steps, the second of one row in one batch: the control has SFTTrainer's weights."""

@@ -29,20 +29,20 @@ TOOL = {"type": "function", "function": {"name": "add"}}
 WITH_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + TOOLS
 
 
-# Its words are rendered otherwise in the template that SFTTrainer takes in its place for `assistant_only_loss`
+# For `assistant_only_loss`, SFTTrainer replaces it with a template that renders the same words differently
 QWEN_3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
 
 
 @dataclass
 class Form:
-    """A form of data: makes a row of question, answer and tokenizer; with options and a chat template, if needed."""
+    """A form of data: how to make a row from a question and an answer, with the options and chat template it needs."""
 
     row: Callable[[str, str, Any], dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
 
     def rows(self, tokenizer) -> Dataset:
-        """Eight rows, in PoFT's column too."""
+        """Eight rows, with PoFT's column."""
         rows = [self.row(*question.values(), tokenizer) for question in QUESTIONS]
         return with_references(Dataset.from_list(rows))
 
@@ -185,7 +185,7 @@ def test_streaming_by_confidence(method, tiny_model, tokenizer, rows, tmp_path):
 @pytest.mark.cell("Data", "dataset_num_proc")
 @every_method
 def test_several_workers(method, tiny_model, tokenizer, tmp_path):
-    """All columns, annotations included, are those of one worker."""
+    """All columns, including annotations, equal those of one worker."""
     arguments = (*METHODS[method].classes, tiny_model, tokenizer, FORMS["messages"].rows(tokenizer), tmp_path)
     options = {**TWO_BATCHES, **METHODS[method].options}
     one, two = (make_trainer(*arguments, dataset_num_proc=number, **options) for number in (None, 2))
@@ -193,7 +193,7 @@ def test_several_workers(method, tiny_model, tokenizer, tmp_path):
 
 
 def prepare(method: str, folder: Path, **options):
-    """The prepared training set of a trainer on the rows, the model and the tokenizer in a folder, and its cache."""
+    """A trainer's prepared training set; rows, model and tokenizer come from a folder, where the cache is too."""
     rows = Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder / method))
     model, tokenizer = (
         auto_class.from_pretrained(folder / "model") for auto_class in (AutoModelForCausalLM, AutoTokenizer)
@@ -209,7 +209,7 @@ def prepare_all(folder: str) -> None:
 
 
 def cache_files(method: str, folder: Path) -> dict[str, int]:
-    """When each cached file was written."""
+    """Modification time of each cached file."""
     return {str(path): path.stat().st_mtime_ns for path in (folder / method).rglob("*.arrow")}
 
 
@@ -236,14 +236,14 @@ def first(folder):
     return {method: (prepare(method, folder), cache_files(method, folder)) for method in METHODS}
 
 
-@pytest.mark.cell("Data", "cache: a second start prepares nothing again")
+@pytest.mark.cell("Data", "cache: a second run prepares nothing")
 def test_second_start(first, folder, other_process):
     assert other_process.run(prepare_all, folder) == 0
     for method, (_, files) in first.items():
         assert len(files) > 4 and cache_files(method, folder) == files, method
 
 
-@pytest.mark.cell("Data", "cache: another option prepares anew")
+@pytest.mark.cell("Data", "cache: a changed option prepares the data again")
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -254,7 +254,7 @@ def test_second_start(first, folder, other_process):
     ids=str,
 )
 def test_other_options(method, options, first, folder, tmp_path_factory, monkeypatch):
-    """Other options do not find a wrong cache: data is prepared as without any."""
+    """Other options do not reuse the wrong cache: the data is prepared as without a cache."""
     monkeypatch.chdir(folder)
     rows = prepare(method, folder, **options)
     empty = tmp_path_factory.mktemp("empty")

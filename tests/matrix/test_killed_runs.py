@@ -1,4 +1,4 @@
-"""A run that is killed goes on from its last checkpoint as if nothing had happened."""
+"""A killed run resumes from its last checkpoint as if nothing had happened."""
 
 import json
 import os
@@ -41,7 +41,7 @@ MOMENTS = {
 
 @dataclass
 class Run:
-    """A configuration, and its phases: the moments that are counted, and the range the last one is drawn from."""
+    """A configuration and its phases: the call that is counted, and the range from which the fatal one is drawn."""
 
     method: str
     options: dict
@@ -50,7 +50,7 @@ class Run:
     scored: bool = False  # whether the rows have the reference models' scores
 
     def last_number(self, phase: str) -> int:
-        """When the process is killed: random, but always the same."""
+        """The call at which the process is killed: random, but the same each time."""
         _, first, last = self.phases[phase]
         return random.Random(f"{self.method} {phase}").randint(first, last)
 
@@ -99,7 +99,7 @@ RUNS = {
 
 
 def make_trainer(name: str, folder: Path, output_dir: Path, **options):
-    """The trainer of a run, as each process makes it; `folder` has the model and the rows."""
+    """The trainer of a run, made alike by each process; `folder` has the model and the rows."""
     run, model = RUNS[name], str(folder / "model")
     method = METHODS[run.method]
     own = json.loads(json.dumps(run.options).replace('"MODEL"', json.dumps(model)))
@@ -123,7 +123,7 @@ PHASES = [
 
 
 def kill_at(moment: str, number: int) -> None:
-    """Let this process end when it makes the `number`-th call."""
+    """Kill this process at its `number`-th call."""
     path, _, name = MOMENTS[moment].rpartition(".")
     owner, calls = resolve_name(path), []
     function = getattr(owner, name)
@@ -143,7 +143,7 @@ def train_until_killed(name: str, phase: str, folder: str) -> None:
 
 
 class StepRecorder(TrainerCallback):
-    """Notes the number of each step that is trained."""
+    """Records the number of each training step."""
 
     def __init__(self):
         self.steps = []
@@ -154,7 +154,7 @@ class StepRecorder(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def folder(tiny_model_factory, tokenizer, chat_rows, tmp_path_factory):
-    """A model with dropout, so that random numbers count, and rows."""
+    """Rows, and a model with dropout, so that the random state matters."""
     folder = tmp_path_factory.mktemp("resume")
     model = tiny_model_factory()
     model.config.attention_dropout = 0.2
@@ -166,17 +166,19 @@ def folder(tiny_model_factory, tokenizer, chat_rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(folder):
-    """Runs that nothing stops, by name; each is made when it is first asked for."""
+    """Uninterrupted runs by name, filled on demand."""
     return {}
 
 
 def logs(trainer):
-    """The log of each step, without what counts from the last start: tokens seen, and samples seen again."""
+    """The log of each step, without the metrics that restart with the process: tokens seen, and flips."""
     steps = [log for log in trainer.state.log_history if "loss" in log]
     return [{name: log[name] for name in log.keys() - {"num_tokens", "sft_go/flip_rate"}} for log in steps]
 
 
-@pytest.mark.cell("Resume", "killed (SIGKILL) at a random step of each phase: the unbroken run's weights, bit for bit")
+@pytest.mark.cell(
+    "Resume", "killed (SIGKILL) at a random step of each phase: weights bit-identical to an uninterrupted run"
+)
 @pytest.mark.parametrize("method, name, phase", PHASES)
 def test_killed_and_resumed(method, name, phase, folder, other_process, unbroken):
     if name not in unbroken:

@@ -13,11 +13,11 @@ from torch._dynamo import OptimizedModule
 from trl.trainer import sft_trainer
 
 
-# The auxiliary loss is a mean over a micro-batch: the slow one knows of one
+# The auxiliary loss is a mean over a micro-batch, and the slow loss assumes a single one
 ONE_BATCH = {"per_device_train_batch_size": 8}
 TWO_BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 PACKED = {"per_device_train_batch_size": 8, "packing": True, "max_length": 48}
-# Eight bits of mantissa: sums over tokens are better than single gradients
+# bfloat16 has eight bits of mantissa: sums over tokens are more exact than single gradients
 BFLOAT16 = {"tolerance": 4e-3, "gradient_tolerance": 5e-2}
 PRECISIONS = {
     "fp32 (weights in float32)": (torch.float32, {}),
@@ -61,7 +61,7 @@ class TestFamilies:
         assert_control_is_sft_trainer(method, model, tokenizer, even_rows, tmp_path, **TWO_BATCHES)
 
 
-@pytest.mark.cell("Models", "a folder in place of a model")
+@pytest.mark.cell("Models", "model given as a folder")
 @every_method
 def test_folder(method, llama, tokenizer, rows, even_rows, tmp_path):
     llama.save_pretrained(tmp_path / "model")
@@ -75,7 +75,7 @@ def test_folder(method, llama, tokenizer, rows, even_rows, tmp_path):
 class TestPrecision:
     @pytest.mark.parametrize("precision", cells("Models", PRECISIONS))
     def test_weights(self, method, precision, llama, tokenizer, rows, even_rows, tmp_path):
-        """As used in bfloat16 up to 0.4 % of the loss and 5 % of the gradient of the same weights in float32."""
+        """In bfloat16, within 0.4 % of the loss and 5 % of the gradient of the same weights in float32."""
         dtype, tolerances = precision
         arguments = (method, llama.to(dtype), tokenizer)
         trainer = assert_as_used_is_the_slow_loss(*arguments, rows, tmp_path, **TWO_BATCHES, **tolerances)
@@ -84,7 +84,7 @@ class TestPrecision:
 
     @pytest.mark.cell("Models", "bf16=True (autocast in bfloat16)")
     def test_autocast(self, method, llama, tokenizer, rows, even_rows, tmp_path):
-        """As used up to 0.4 % of the loss and 5 % of the gradient in float32."""
+        """Within 0.4 % of the loss and 5 % of the gradient in float32."""
         options = {**TWO_BATCHES, "bf16": True}
         assert_as_used_is_the_slow_loss(method, llama, tokenizer, rows, tmp_path, **options, **BFLOAT16)
         assert_control_is_sft_trainer(method, llama, tokenizer, even_rows, tmp_path, **options)
@@ -107,7 +107,7 @@ class TestMemory:
 
     @pytest.mark.cell("Models", "activation_offloading (with the CPU as accelerator)")
     def test_activation_offloading(self, method, llama, tokenizer, rows, even_rows, tmp_path, monkeypatch):
-        """TRL offloads from accelerators alone, so here the CPU is one."""
+        """TRL offloads only from accelerators, so the CPU poses as one."""
         cpu = AcceleratorModule()
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cpu"))
         monkeypatch.setattr(torch, "get_device_module", lambda _: cpu)
@@ -123,7 +123,7 @@ class TestMemory:
 
 @pytest.fixture
 def compiled_once():
-    """Falling back to the uncompiled model is an error here."""
+    """Makes a fallback to the uncompiled model an error."""
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
 

@@ -22,11 +22,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 TWO_BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-# Adapters that have learned something: a new one adds nothing, and half of it has no gradient
+# Adapters with random weights: a new one adds nothing, and half of it has no gradient
 LORA = {"task_type": TaskType.CAUSAL_LM, "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 ADAPTERS = {
     "LoRA": LoraConfig(**LORA),
-    "LoRA and a whole LM head": LoraConfig(**{**LORA, "target_modules": ["q_proj"]}, modules_to_save=["lm_head"]),
+    "LoRA with a fully trained LM head": LoraConfig(
+        **{**LORA, "target_modules": ["q_proj"]}, modules_to_save=["lm_head"]
+    ),
     "DoRA": LoraConfig(**LORA, use_dora=True),
     "rsLoRA": LoraConfig(**LORA, use_rslora=True),
 }
@@ -83,7 +85,7 @@ def test_virtual_tokens(method, peft_config, llama, tokenizer, rows, even_rows, 
 
 
 @every_method
-@pytest.mark.cell("PEFT", "an adapter continued")
+@pytest.mark.cell("PEFT", "continued training of an adapter")
 def test_adapter_continued(method, llama, llama_folder, tokenizer, rows, even_rows, tmp_path):
     """Saved, loaded again and given as a `PeftModel`."""
     adapter = get_peft_model(copy.deepcopy(llama), LoraConfig(**LORA))
@@ -117,7 +119,7 @@ QUANTIZED = {
 @every_method
 @pytest.mark.parametrize("layout", cells("PEFT", QUANTIZED))
 def test_quantized(method, layout, quantized_llama, tokenizer, rows, even_rows, tmp_path):
-    """TRL trains an adapter of a quantized model in bfloat16, so its gradients are rounded: up to 2 %."""
+    """TRL trains the adapter of a quantized model in bfloat16, which rounds its gradients by up to 2 %."""
     options = {**layout, "peft_config": LoraConfig(**LORA)}
     arguments = (method, quantized_llama, tokenizer)
     trainer = assert_as_used_is_the_slow_loss(*arguments, rows, tmp_path, gradient_tolerance=2e-2, **options)
@@ -130,7 +132,7 @@ def test_quantized(method, layout, quantized_llama, tokenizer, rows, even_rows, 
 @pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True, "max_length": None}], ids=str)
 @pytest.mark.cell("PEFT", "virtual tokens, packed or padding-free", refused=True)
 def test_packed_prompts(method, layout, llama, tokenizer, rows, tmp_path, monkeypatch):
-    """PEFT drops the positions that keep the documents of a row apart. Refused before the data is prepared."""
+    """PEFT drops the positions that separate the documents of a packed row. Refused before the data is prepared."""
     monkeypatch.setattr(METHODS[method].trainer_class, "_prepare_dataset", None)
     options = {**METHODS[method].options, **layout, "peft_config": PROMPTS["prompt tuning"]}
     with pytest.raises(ValueError, match="`PROMPT_TUNING` does not keep the documents of a packed row apart"):

@@ -46,7 +46,7 @@ from hf_sft_variants.base.batch import NumItems, make_annotated_batch
 
 
 REPOSITORY = Path(__file__).parents[2]
-# CI has it, and fails without
+# Required in CI
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     not is_deepspeed_available() and "CI" not in os.environ, reason="DeepSpeed is not installed: pip install deepspeed"
 )
@@ -67,9 +67,9 @@ def on_each_strategy(cell=None, strategies=STRATEGIES, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model_factory, tokenizer, token_rows):
-    """Holds all models and rows, and for each strategy a recipe."""
+    """Folder with all models, all rows, and a recipe for each strategy."""
     folder = tmp_path_factory.mktemp("processes")
-    for name, model in make_models(tiny_model_factory(), tokenizer).items():
+    for name, model in make_models(tiny_model_factory(num_hidden_layers=1), tokenizer).items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     save_importance_model(folder / "importance")
@@ -92,7 +92,7 @@ def folder(tmp_path_factory, tiny_model_factory, tokenizer, token_rows):
 
 
 def make_models(tied, tokenizer):
-    """The other tests' model, another one as a reference, one with an LM head of its own, and one with a bias."""
+    """The tiny model, a reference model, one with an untied LM head, and one whose LM head has a bias."""
     tied.config.max_position_embeddings = 512
     reference, config = copy.deepcopy(tied), copy.deepcopy(tied.config)
     reference.model.embed_tokens.weight.data.mul_(1.1)
@@ -168,27 +168,27 @@ def assert_same_weights(weights, expected, tolerance=0.0):
 
 
 @every_method
-@on_each_strategy(": loss and weights of one process")
+@on_each_strategy(": same loss and weights as one process")
 def test_equal_to_one_process(strategy, method, results, one_process):
-    """Four optimizer steps with clipped gradients, of global batches that divide evenly."""
+    """Four optimizer steps with clipped gradients on global batches that divide evenly."""
     assert_same(results[method], one_process(method))
 
 
 @every_method
-@on_each_strategy(": evaluation is that of one process")
+@on_each_strategy(": same evaluation as one process")
 def test_evaluation(strategy, method, results, one_process):
     evaluation = results[method]["evaluation"]
     assert evaluation == pytest.approx(one_process(method)["evaluation"], rel=1e-5) and "eval_loss" in evaluation
 
 
 @every_method
-@on_each_strategy(", a smaller last batch: SFTTrainer's loss and weights")
+@on_each_strategy(", smaller last batch: same loss and weights as SFTTrainer")
 def test_controls_on_uneven_data(strategy, method, results):
     assert_control_is_sft_trainer(results, "uneven", method)
 
 
 @every_method
-@on_each_strategy(", average_tokens_across_devices=False: SFTTrainer's loss and weights")
+@on_each_strategy(", average_tokens_across_devices=False: same loss and weights as SFTTrainer")
 def test_controls_with_counts_of_each_process(strategy, method, results):
     assert_control_is_sft_trainer(results, "separate", method)
 
@@ -208,7 +208,7 @@ def test_resumed(strategy, method, results):
 
 
 @every_method
-@on_each_strategy(": a checkpoint is a whole model")
+@on_each_strategy(": a checkpoint holds the whole model")
 def test_checkpoints_are_whole(strategy, method, results, folder):
     assert_holds_model(folder / strategy / method / "checkpoint-4", results[method]["weights"])
 
@@ -228,15 +228,15 @@ def test_recipe(strategy, launch, folder, one_process):
 
 
 @only("sft_go", "sftmix")
-@on_each_strategy(", LoRA: loss and weights of one process")
+@on_each_strategy(", LoRA: same loss and weights as one process")
 def test_lora(strategy, method, results, one_process):
     assert_same(results[f"{method}_lora"], one_process(f"{method}_lora"))
 
 
 @every_method
-@on_each_strategy(", bfloat16, 300 tokens: loss and metrics near those of float32")
+@on_each_strategy(", bfloat16, 300 tokens: loss and metrics close to float32")
 def test_bfloat16(strategy, method, results, one_process):
-    """FSDP2 rounds what the model returns; sums and counts are in float32 all the same."""
+    """FSDP2 casts the model's outputs to bfloat16, but sums and counts stay in float32."""
     result, expected = results[f"{method}_bf16"], one_process(f"{method}_bf16")
     assert result["losses"] == pytest.approx(expected["losses"], rel=0.01)
     assert result["metrics"] == pytest.approx(expected["metrics"], rel=0.02, abs=0.02)
@@ -249,7 +249,7 @@ def test_process_without_a_pair(method, strategy, results, one_process):
 
 
 @only("sftmix")
-@on_each_strategy(": the reference is trained and ranks the data as on one process")
+@on_each_strategy(": same reference training and ranking as one process")
 def test_reference_phase(method, strategy, results, one_process, folder):
     """With an LM head that has a bias."""
     assert_same_halves(results["sftmix_reference"], one_process("sftmix_reference"))
@@ -257,20 +257,20 @@ def test_reference_phase(method, strategy, results, one_process, folder):
 
 
 @only("sftmix")
-@on_each_strategy(", a model object: the reference is a copy", strategies=["ddp", "fsdp2", "zero2"])
+@on_each_strategy(", model passed as an object: the reference is a copy", strategies=["ddp", "fsdp2", "zero2"])
 def test_copied_reference(method, strategy, results, one_process, folder):
     assert_same_halves(results["sftmix_copied"], one_process("sftmix_reference"))
     assert_same_confidence(folder, f"{strategy}/sftmix_copied")
 
 
 @only("sftmix")
-@on_each_strategy(", a model object: the reference is a copy", strategies=["zero3"], refused=True)
+@on_each_strategy(", model passed as an object: the reference is a copy", strategies=["zero3"], refused=True)
 def test_copied_reference_is_refused(method, strategy, results):
-    assert "`model` is a PhiForCausalLM whose weights are sharded" in results["sftmix_copied"]["refused"]
+    assert "`model` is a PhiForCausalLM with sharded weights" in results["sftmix_copied"]["refused"]
 
 
 @only("sftmix")
-@on_each_strategy(', confidence_source="online": loss and weights of one process')
+@on_each_strategy(', confidence_source="online": same loss and weights as one process')
 def test_online_confidence(method, strategy, results, one_process):
     """With an LM head that shares its weights."""
     assert_same_halves(results["sftmix_online"], one_process("sftmix_online"))
@@ -290,7 +290,7 @@ def assert_same_confidence(folder, run):
 
 
 @only("sftkey")
-@on_each_strategy(": generated answers are those of one process")
+@on_each_strategy(": same generated answers as one process")
 def test_answers(method, strategy, results, one_process):
     answers = one_process("sftkey")["answers"]
     assert results["sftkey"]["answers"] == answers and len(set(answers[0])) > 1
@@ -317,7 +317,7 @@ def test_scoring_is_refused(method, case, strategy, results):
 
 
 @SCORED
-@on_each_strategy(": trains with scores made before")
+@on_each_strategy(": training with scores computed beforehand")
 def test_found_scores(method, case, strategy, results, one_process):
     assert_same(results[f"{case}_found"], one_process(case))
 
@@ -334,7 +334,7 @@ def test_sequence_parallelism_is_refused(method, strategy, results):
     assert "does not support `sp_size=2`: the tokens of a sample" in results[f"{method}_sharded"]["refused"]
 
 
-# What the launches rely on
+# Assumptions of the launches
 
 
 def test_accelerate_configurations_are_those_of_the_tests():
@@ -342,7 +342,7 @@ def test_accelerate_configurations_are_those_of_the_tests():
 
 
 def test_sums_of_rounded_log_probs_are_in_float32():
-    """In bfloat16 a sum of ones ends at 256."""
+    """In bfloat16, a sum of ones stops growing at 256."""
     outputs = SimpleNamespace(log_probs=torch.ones(1, 4, dtype=torch.bfloat16), label_mask=torch.ones(1, 4).bool())
     batch = make_annotated_batch({"labels": torch.ones(1, 5)}, outputs, {}, {}, NumItems())
     assert batch.log_probs.dtype == torch.float32
@@ -350,7 +350,7 @@ def test_sums_of_rounded_log_probs_are_in_float32():
 
 @needs("sftkey")
 def test_deepspeed_rounds_no_counts(tiny_model, tokenizer, token_rows, tmp_path, monkeypatch):
-    """It casts what goes into a model: 1003 would be 1004."""
+    """DeepSpeed casts a model's inputs to bfloat16, where 1003 becomes 1004."""
     trainer = make_trainer(*METHODS["sftkey"].classes, tiny_model, tokenizer, token_rows, tmp_path, stages=["full"])
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
     monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)

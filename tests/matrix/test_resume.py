@@ -138,7 +138,7 @@ MAY_CHANGE = {
 
 
 class TestAnotherRunIsRefused:
-    @pytest.mark.cell("Resume", "a checkpoint of another method, or of SFTTrainer", refused=True)
+    @pytest.mark.cell("Resume", "checkpoint of another method, or of SFTTrainer", refused=True)
     @every_method
     def test_another_method(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         trainer = make(METHODS[method], tiny_model, tokenizer, rows, tmp_path)
@@ -150,7 +150,7 @@ class TestAnotherRunIsRefused:
             else:
                 assert_refused(trainer, checkpoint, f"checkpoint-1 was made by {maker}, but this is {own}. Resume wi")
 
-    @pytest.mark.cell("Resume", "a checkpoint of other settings of the method", refused=True)
+    @pytest.mark.cell("Resume", "checkpoint made with other settings of the method", refused=True)
     @every_method
     def test_another_setting(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         used, checkpoint = METHODS[method], checkpoints[method]
@@ -163,7 +163,7 @@ class TestAnotherRunIsRefused:
                 changes["key_pattern"] = None
             trainer = make(used, tiny_model, tokenizer, rows, tmp_path, **changes)
             before = getattr(used.config_class(str(tmp_path), use_cpu=True, bf16=False, **used.options), name)
-            message = rf"other settings: .*`{name}` was {before!r}, is {value!r}".replace("[", r"\[")
+            message = rf"different settings: .*`{name}` was {before!r}, is now {value!r}".replace("[", r"\[")
             assert_refused(trainer, checkpoint, message)
 
     @pytest.mark.parametrize("method", [method for method in MAY_CHANGE if method in METHODS])
@@ -198,15 +198,15 @@ class TestAnotherRunIsRefused:
             moved.unlink()
             make(METHODS["sft_go"], tiny_model, tokenizer, rows.select(range(8)), tmp_path, **{field: str(moved)})
         trainer = make(METHODS["sft_go"], *common, **options, **{field: str(moved)})
-        assert_refused(trainer, checkpoint, f"other settings: `{field}` was {{'name': 'first', 'content': ")
+        assert_refused(trainer, checkpoint, f"different settings: `{field}` was {{'name': 'first', 'content': ")
 
-    @pytest.mark.cell("Resume", "a checkpoint of another data set", refused=True)
+    @pytest.mark.cell("Resume", "checkpoint of another data set", refused=True)
     @every_method
     def test_other_examples(self, method, tiny_model, tokenizer, rows, checkpoints, tmp_path):
         make_method, checkpoint = METHODS[method], checkpoints[method]
         others = [
-            (rows.select(range(10)), {}, "with 12 training examples, and the 10 of this run are others"),
-            (Dataset.from_list([rows[3], *rows.select(range(1, 12))]), {}, "and the 12 of this run are others"),
+            (rows.select(range(10)), {}, "with 12 training examples, and the 10 of this run differ"),
+            (Dataset.from_list([rows[3], *rows.select(range(1, 12))]), {}, "and the 12 of this run differ"),
             (rows, {"max_length": 44}, r"the same data set, tokenizer, chat template and `max_length`; or set"),
         ]
         for other_rows, options, message in others:

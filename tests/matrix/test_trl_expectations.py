@@ -1,4 +1,4 @@
-"""What TRL's tests expect of `SFTTrainer` holds for each trainer: both are run with the same arguments."""
+"""Each trainer meets the expectations of TRL's own tests: both run with the same arguments."""
 
 import copy
 from types import SimpleNamespace
@@ -91,7 +91,7 @@ def files_in(folder):
 
 @every_method
 class TestRun:
-    @pytest.mark.cell("TRL's expectations", "every parameter moves, with LoRA those of the adapter alone")
+    @pytest.mark.cell("TRL's expectations", "every parameter is trained; with LoRA, only the adapter")
     def test_parameters(self, method, runs, lora_runs):
         for run, moving in ((runs[method], None), (lora_runs[method], "lora_")):
             for name, parameter in run.trainer.model.named_parameters():
@@ -111,7 +111,7 @@ class TestRun:
             assert all(isinstance(value, int | float) for value in our_log.values())
         assert runs[method].result.metrics.keys() == runs["plain"].result.metrics.keys()
 
-    @pytest.mark.cell("TRL's expectations", "callbacks see the same events, and all that is logged")
+    @pytest.mark.cell("TRL's expectations", "callbacks see the same events and logs")
     def test_callbacks(self, method, runs):
         recorder = runs[method].recorder
         assert recorder.events == runs["plain"].recorder.events == [
@@ -120,7 +120,7 @@ class TestRun:
         history = runs[method].trainer.state.log_history
         assert [{**log, "step": entry["step"]} for log, entry in zip(recorder.logs, history, strict=True)] == history
 
-    @pytest.mark.cell("TRL's expectations", "the same files are saved, and what they hold can be loaded")
+    @pytest.mark.cell("TRL's expectations", "the same files are saved and can be loaded")
     def test_files(self, method, runs, lora_runs, tiny_model, tokenizer):
         for run, plain in ((runs[method], runs["plain"]), (lora_runs[method], lora_runs["plain"])):
             # With LoRA there is a card already: PEFT's
@@ -231,7 +231,7 @@ class TestEvaluation:
 
 @every_method
 class TestArguments:
-    @pytest.mark.cell("TRL's expectations", "a model by its name, with model_init_kwargs")
+    @pytest.mark.cell("TRL's expectations", "model given by name, with model_init_kwargs")
     def test_model_by_name(self, method, tiny_model, tokenizer, equal_rows, tmp_path):
         tiny_model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
@@ -255,7 +255,7 @@ class TestArguments:
         assert by_argument.model.is_loaded_in_4bit and by_kwargs.model.is_loaded_in_4bit
         assert by_argument.state.log_history[0]["loss"] == by_kwargs.state.log_history[0]["loss"]
 
-    @pytest.mark.cell("TRL's expectations", "a data collator, optimizers and optimizer_cls_and_kwargs of the user's")
+    @pytest.mark.cell("TRL's expectations", "the user's data collator, optimizers and optimizer_cls_and_kwargs")
     def test_own_parts(self, method, tiny_model, tokenizer, equal_rows, tmp_path):
         for arguments, optimizer in ((sgd, torch.optim.SGD), (adagrad, torch.optim.Adagrad), (collator, None)):
             ours, plain = assert_same_step(method, tiny_model, tokenizer, equal_rows, tmp_path, arguments)

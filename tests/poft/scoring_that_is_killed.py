@@ -1,14 +1,24 @@
-"""Started by torchrun: `hf-sft-variants score`, whose first process kills itself before its batch number `argv[1]`."""
+"""`hf-sft-variants score` on two processes, the first of which may kill itself before one of its batches."""
 
+import json
 import os
 import signal
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 
 from hf_sft_variants.cli import main
 from hf_sft_variants.scoring import LogProbScorer, shards
+
+
+def score(folder: str, command: str, last: str) -> None:
+    """The words of the command are JSON; each process prints to a file. `last` numbers the fatal batch, from 1."""
+    os.chdir(folder)
+    shards.BATCHES_PER_SHARD = 1
+    LogProbScorer.__call__ = count_batches(LogProbScorer.__call__, int(last))
+    with open(f"printed_by_process_{os.environ['RANK']}", "w") as file, redirect_stdout(file):
+        assert main(json.loads(command)) == 0
 
 
 def count_batches(score_batch, last):
@@ -22,9 +32,3 @@ def count_batches(score_batch, last):
         return score_batch(self, examples)
 
     return scored
-
-
-if __name__ == "__main__":
-    shards.BATCHES_PER_SHARD = 1
-    LogProbScorer.__call__ = count_batches(LogProbScorer.__call__, last=int(sys.argv[1]))
-    sys.exit(main(sys.argv[2:]))

@@ -320,7 +320,7 @@ class TestCallback:
             trainer.train()
         log = trainer.state.log_history[0]
         assert {"poft/reference_zephyr", "poft/reference_llama_3", "poft/reference_mean"} <= log.keys()
-        lines = [line for line in caplog.text.splitlines() if "nats per token in the mean over" in line]
+        lines = [line for line in caplog.text.splitlines() if "nats per token on average over" in line]
         assert len(lines) == 4
         assert "poft/margin" in {name.removeprefix("eval_") for name in trainer.evaluate()}
 
@@ -343,7 +343,7 @@ class TestCallback:
         tiny_model.config._name_or_path = str(tmp_path / "own")
         trainer = make(conversations, [str(tmp_path / "own")], max_steps=1, per_device_train_batch_size=4)
         trainer.train()
-        assert "is the model that is trained: it starts without a margin" in caplog.text
+        assert "is also the model to train, so training starts with no margin" in caplog.text
         log = trainer.state.log_history[0]
         assert log["poft/tau_min"] == pytest.approx(0.5, abs=1e-5) == log["poft/tau_max"]
         assert log["poft/margin"] == pytest.approx(0, abs=1e-5)
@@ -357,7 +357,7 @@ class TestCallback:
 
     @pytest.mark.parametrize("models", [[], ["a", "a"]])
     def test_needs_models(self, models):
-        with pytest.raises(ValueError, match="give at least one, and each once"):
+        with pytest.raises(ValueError, match="pass at least one, and each only once"):
             ReferenceScoringCallback(models)
 
 

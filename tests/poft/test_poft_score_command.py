@@ -1,7 +1,5 @@
-import os
-import subprocess
-import sys
-from functools import partial
+import json
+import signal
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,6 +8,7 @@ import yaml
 from datasets import load_dataset
 from helpers import make_trainer, scores_in
 from poft_references import save_reference
+from scoring_that_is_killed import score
 
 from hf_sft_variants import PoFTConfig, PoFTTrainer
 from hf_sft_variants.cli import main
@@ -51,10 +50,8 @@ def test_fills_the_cache_and_writes_files(folder, tiny_model, tokenizer, capsys,
     for model in ("llama_3", "zephyr"):
         assert f"{model} on the train dataset: -" in printed and f"{model} on the eval dataset: -" in printed
     assert "wrote scores.parquet" in printed and "wrote kept/train.jsonl: the best 3 of 12 rows" in printed
-    assert [len(scores) for scores in scores_in(folder / "scores").values()] == [
-        12,
-        12,
-    ]  # the test rows are among them
+    # The test rows are among the training rows
+    assert [len(scores) for scores in scores_in(folder / "scores").values()] == [12, 12]
     assert not (folder / "run").exists()
 
     # Training finds them, here and, by the file, elsewhere
@@ -97,7 +94,7 @@ def test_keeps_rows_of_tokens(packing, folder, token_rows, tiny_model, tokenizer
 
 def test_bad_input(folder, capsys):
     assert main(["score", "--config", "recipe.yaml", "--keep-top", "0.5"]) == 2
-    assert "`--keep-top` is 0.5 and `--kept` None: give both, or neither" in capsys.readouterr().err
+    assert "`--keep-top` and `--kept` must both be given, or neither, got 0.5 and None" in capsys.readouterr().err
     uniform = ["--preference_weighting", "uniform", "--output", "scores.parquet"]
     assert main(["score", "--config", "recipe.yaml", *uniform]) == 2
     message = "`--output` is 'scores.parquet', but recipe.yaml does not score with reference models"
@@ -119,26 +116,18 @@ def test_a_recipe_without_reference_models_is_prepared(folder, capsys):
 
 
 @pytest.mark.distributed
-def test_two_processes_that_are_killed_go_on(folder, capsys):
+def test_two_processes_that_are_killed_go_on(folder, other_process):
     """Killed in the second of two models: only what is missing is scored, and the files are those of one process."""
     command = ["score", "--config", "recipe.yaml", "--reference_batch_tokens", "100"]
-    script = [Path(__file__).with_name("scoring_that_is_killed.py"), "9", *command, "--score_cache_dir", "shared"]
-
-    def start():
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-        run = partial(subprocess.run, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        return run([*launch, *script], check=False)
-
-    assert start().returncode != 0
+    on_two = json.dumps([*command, "--score_cache_dir", "shared"])
+    assert other_process.run(score, folder, on_two, 9, forks=2) == -signal.SIGKILL
     unfinished, finished = sorted(map(len, scores_in(Path("shared")).values()))
     assert finished == 12 and 0 < unfinished < 12
     for path in Path().glob("batches_of_process_*"):
         path.unlink()
-    script[1] = "0"
-    resumed = start()
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("zephyr on the train dataset") == 1
+    assert other_process.run(score, folder, on_two, 0, forks=2) == 0
+    printed = "".join(path.read_text() for path in Path().glob("printed_by_process_*"))
+    assert printed.count("zephyr on the train dataset") == 1
     batches = [int(size) for path in Path().glob("batches_of_process_*") for size in path.read_text().split()]
     assert sum(batches) == 12 - unfinished
 

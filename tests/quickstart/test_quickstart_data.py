@@ -1,6 +1,5 @@
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from datasets import load_dataset
@@ -80,13 +79,13 @@ def test_the_steps_of_chain_sum_are_right():
         assert totals[-1] == row["answer"]
 
 
-def test_the_same_seed_gives_the_same_rows_in_another_process(task):
-    script = (
-        "import json; from hf_sft_variants.quickstart import build_splits;"
-        f"print(json.dumps(build_splits({task!r}, 20, 5, seed=3)))"
-    )
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert json.loads(output) == build_splits(task, 20, 5, seed=3)
+def write_splits(task, path):
+    Path(path).write_text(json.dumps(build_splits(task, 20, 5, seed=3)))
+
+
+def test_the_same_seed_gives_the_same_rows_in_another_process(task, tmp_path, other_process):
+    assert other_process.run(write_splits, task, tmp_path / "splits.json") == 0
+    assert json.loads((tmp_path / "splits.json").read_text()) == build_splits(task, 20, 5, seed=3)
 
 
 def test_neighbouring_seeds_give_other_rows():

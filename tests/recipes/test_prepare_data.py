@@ -26,7 +26,7 @@ def prepare(source, *options):
 
 
 def refusal(capsys, *arguments):
-    """What is printed before the program ends with code 2."""
+    """The error message of a program that ends with code 2."""
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--output", "data"])
     return " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""What `recipes/cost.py` estimates: sizes that are the models', memory that fits, tables that are up to date."""
+"""Estimates of `recipes/cost.py`: the models' sizes are right, the memory suffices, the tables are up to date."""
 
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_sizes_are_those_of_the_model(cost, name):
 
 
 def bytes_kept(layers: int, adapted: bool) -> float:
-    """What a model in bfloat16 keeps of each token for the backward pass."""
+    """Bytes that a bfloat16 model keeps per token for the backward pass."""
     config = LlamaConfig(
         hidden_size=256,
         intermediate_size=768,

@@ -215,7 +215,7 @@ class TestCachedScores:
         score(token_rows, tmp_path, scorer=CountingScorer(), settings={"dtype": "a", "same": 1})
         (folder,) = tmp_path.iterdir()
         folder.rename(shards.settings_folder(tmp_path, {"dtype": "b", "same": 1}))
-        with pytest.raises(InputError, match="written with other options: dtype was 'a', is 'b'. Delete"):
+        with pytest.raises(InputError, match="written with other options: dtype was 'a', is now 'b'. Delete"):
             score(token_rows, tmp_path, settings={"dtype": "b", "same": 1})
 
     @pytest.mark.parametrize("kept", [0, 4, -20])

@@ -62,7 +62,7 @@ def test_special_tokens_are_those_of_the_vocabulary(tokenizer):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, True, "1", None, -2, MAX_GROUPS])
 def test_group_ids_must_be_small_integers(value):
-    with pytest.raises(ValueError, match=r"Row 3 of the train dataset: column `mine` has .* as a group id"):
+    with pytest.raises(ValueError, match=r"Row 3 of the train dataset: column `mine` has the group id "):
         copy_group_ids({"mine": [[1], [0, value]]}, [2, 3], "mine", "train")
 
 
@@ -73,7 +73,7 @@ def test_group_ids_pass():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5", True])
 def test_scores_must_be_finite_numbers(value):
-    with pytest.raises(ValueError, match=r"Row 7 of the eval dataset: column `mine` has .* as a score"):
+    with pytest.raises(ValueError, match=r"Row 7 of the eval dataset: column `mine` has the score "):
         copy_scores({"mine": [[1], [0.5, value]]}, [6, 7], "mine", "eval")
 
 

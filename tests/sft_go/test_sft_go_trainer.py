@@ -276,7 +276,7 @@ class TestStreams:
         # Later rows may change, but not those that the frequencies are fitted on
         rest = chat_rows.select([0, 1, 2, 3, 4, 11, 10, 9, 8, 7, 6, 5])
         assert stream(rest).checkpoint_to_resume(checkpoint)
-        message = r"`document_frequencies` was '\w{16} \(of the start of the stream\)', is '\w{16} \(of the start"
+        message = r"`document_frequencies` was '\w{16} \(of the start of the stream\)', is now '\w{16} \(of the start"
         with pytest.raises(InputError, match=message):
             stream(chat_rows.select(range(1, 12))).train(resume_from_checkpoint=checkpoint)
 
@@ -303,7 +303,7 @@ class TestPreparedSets:
         prepared.train(resume_from_checkpoint=checkpoint)  # prepared here or before
         assert prepared.state.global_step == 2
         others = make(chat_rows.select(range(4, 12)), **options).train_dataset
-        with pytest.raises(InputError, match="was made with .* training examples, and the .* of this run are others"):
+        with pytest.raises(InputError, match="was made with .* training examples, and the .* of this run differ"):
             make(others, **options).train(resume_from_checkpoint=checkpoint)
 
 
@@ -405,7 +405,7 @@ class TestBadInput:
         [
             (None, "The train dataset has no column `mine`; it has"),
             (lambda ids: 1, "Row 0 of the train dataset: column `mine` has 1, but"),
-            (lambda ids: [0.5] * len(ids), "column `mine` has 0.5 as a group id"),
+            (lambda ids: [0.5] * len(ids), "column `mine` has the group id 0.5"),
         ],
     )
     def test_own_column(self, values, message, make, token_rows):

@@ -1,11 +1,7 @@
-"""Started by torchrun: a run with an AnswerAccuracyCallback and one without, results written by each process."""
+"""Two processes train with an `AnswerAccuracyCallback` and without, and each writes its results."""
 
 import json
-import sys
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from datasets import Dataset
@@ -19,7 +15,8 @@ from hf_sft_variants.sftkey import answer_accuracy
 from hf_sft_variants.sftkey.answer_accuracy import AnswerAccuracyCallback
 
 
-def main(folder: Path):
+def train_and_answer(folder: str) -> None:
+    folder = Path(folder)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows, held_out = (
@@ -52,7 +49,3 @@ def main(folder: Path):
     assert [entry["step"] for entry in results["log"]] == [2, 3]
     (folder / f"results{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,12 +1,9 @@
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from answers_of_two_processes import train_and_answer
 from datasets import Dataset
 from helpers import make_trainer
 from peft import LoraConfig
@@ -20,7 +17,6 @@ from hf_sft_variants.sftkey.answer_accuracy import AnswerAccuracyCallback
 
 
 NAMES = ["sftkey/accuracy", "sftkey/format_rate", "sftkey/score"]
-SCRIPT = Path(__file__).with_name("answers_of_two_processes.py")
 
 
 @pytest.fixture
@@ -226,17 +222,12 @@ def test_what_cannot_be_measured_is_refused(held_out, options, message):
 
 
 @pytest.mark.distributed
-def test_two_processes_share_the_prompts(tiny_model, tokenizer, chat_rows, held_out, tmp_path):
+def test_two_processes_share_the_prompts(tiny_model, tokenizer, chat_rows, held_out, tmp_path, other_process):
     tiny_model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     chat_rows.to_json(tmp_path / "rows.jsonl")
     held_out.select(range(7)).to_json(tmp_path / "held_out.jsonl")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, tmp_path],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-    )
+    assert other_process.run(train_and_answer, tmp_path, forks=2) == 0
     first, second = (json.loads((tmp_path / f"results{rank}.json").read_text()) for rank in (0, 1))
     assert first["log"] == second["log"]
     assert first["generations"] == second["generations"] == first["generations_of_one"]

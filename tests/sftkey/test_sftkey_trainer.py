@@ -453,8 +453,8 @@ class TestResume:
         "changed, message",
         [
             ({"max_steps": 8}, r"stages begin at the optimizer steps \[0, 6\], but those of this run at \[0, 4\]"),
-            ({"stage_fractions": [0.25, 0.75]}, r"`stage_fractions` was \[0.5, 0.5\], is \[0.25, 0.75\]"),
-            ({"stages": ["key"] * 2}, r"`stages` was \['full', 'key'\], is \['key', 'key'\]"),
+            ({"stage_fractions": [0.25, 0.75]}, r"`stage_fractions` was \[0.5, 0.5\], is now \[0.25, 0.75\]"),
+            ({"stages": ["key"] * 2}, r"`stages` was \['full', 'key'\], is now \['key', 'key'\]"),
         ],
     )
     def test_other_stages_are_refused(self, run, make, tagged_rows, tmp_path, changed, message):
@@ -476,7 +476,7 @@ class TestBadInput:
         "options, response, message",
         [
             ({}, "#### 5", "the tag '<Thinking>' is not there"),
-            ({}, "", "there is no assistant's turn with text"),
+            ({}, "", "there is no assistant turn with text"),
             ({"key_delimiter": "<Answer>"}, "<Answer>5<Answer>6", "`key_delimiter='<Answer>'` is there 2 times"),
             ({"key_pattern": r"<Answer>(?P<key>\d+)"}, "#### 5", "is not there"),
         ],
@@ -487,14 +487,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"Row 2 of the train dataset: .*{message}"):
             make(rows, **options)
         assert len(make(rows, missing_key="drop", **options).train_dataset) == 2
-        assert "Dropped 1 of 3 examples of the train dataset: 1 without a key or with two, 0 with" in caplog.text
+        assert "Dropped 1 of 3 examples of the train dataset: 1 without a key or with several, 0 with" in caplog.text
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_key_cut_by_truncation(self, make, tokenizer, caplog, packing):
         short, long = (f"<Thinking>{'a ' * n}</Thinking>\n<Answer>12345</Answer>" for n in (2, 40))
         rows = self.rows(short, long, short)
         trainer = make(rows, max_length=120, packing=packing)
-        assert "Dropped 1 of 3 examples of the train dataset: 0 without a key or with two, 1 with a key that" in (
+        assert "Dropped 1 of 3 examples of the train dataset: 0 without a key or with several, 1 with a key that" in (
             caplog.text
         )
         key = "\n<Answer>12345</Answer><|im_end|>"
@@ -552,7 +552,7 @@ class TestBadInput:
         optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
         args = SFTKeyConfig(str(tmp_path), **SMALL)
-        with pytest.raises(ValueError, match="`optimizers` brings a learning-rate scheduler"):
+        with pytest.raises(ValueError, match="`optimizers` includes a learning-rate scheduler"):
             SFTKeyTrainer(
                 tiny_model, args, train_dataset=tagged_rows, processing_class=tokenizer,
                 optimizers=(optimizer, schedule),

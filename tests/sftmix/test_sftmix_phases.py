@@ -338,7 +338,7 @@ class TestTwoPhases:
             train(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)
         make = partial(SFTMixTrainer, tiny_model, train_dataset=chat_rows, processing_class=tokenizer)
         args, optimizer = SFTMixConfig(str(tmp_path), **SMALL), torch.optim.SGD(tiny_model.parameters(), lr=0.1)
-        with pytest.raises(InputError, match="`optimizers` belong to the model that is trained"):
+        with pytest.raises(InputError, match="`optimizers` are tied to the model to train"):
             make(args, optimizers=(optimizer, None))
         monkeypatch.setattr(SFTMixTrainer, "get_tp_size", lambda self: 2)
         with pytest.raises(InputError, match="which tensor parallelism does not allow"):
@@ -482,7 +482,7 @@ class TestOnline:
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, max_steps=3)
         other = {"confidence_split": "random", "max_steps": 2}
         self.run(tiny_model, tokenizer, chat_rows, tmp_path, **other)
-        with pytest.raises(InputError, match="`confidence_split` was 'random', is 'confidence'"):
+        with pytest.raises(InputError, match="`confidence_split` was 'random', is now 'confidence'"):
             self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=str(tmp_path / "checkpoint-2"))
         self.run(tiny_model, tokenizer, chat_rows, tmp_path)
         options = {"resume": True, "ignore_data_skip": True}

@@ -38,6 +38,11 @@ class RecordingTrainer(SFTMixTrainer):
 
 make_trainer = partial(helpers.make_trainer, RecordingTrainer, SFTMixConfig)
 one_step_log = partial(helpers.one_step_log, SFTMixTrainer, SFTMixConfig)
+OTHER_SPLITS = {
+    "2x4": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "4x2": PADDED,
+    "padding_free": PADDING_FREE,
+}
 
 
 def recorded_step(*args, **options):
@@ -173,6 +178,23 @@ class TestLoss:
         else:
             assert_like_slow_reference(tiny_model, trainer, log, gradients)
         assert (f"{num_rows} examples with labels make no equal halves" in caplog.text) == (num_rows % 2 == 1)
+
+    @pytest.mark.parametrize("options", OTHER_SPLITS.values(), ids=OTHER_SPLITS)
+    def test_other_splits_of_the_batch(self, tiny_model, tokenizer, token_rows, tmp_path, options):
+        arguments = (tiny_model, tokenizer, token_rows, tmp_path)
+        expected, gradients = one_step_log(*arguments, per_device_train_batch_size=8, **RANDOM)
+        log, other_gradients = one_step_log(*arguments, **options, **RANDOM)
+        names = ["loss", "nll", *(name for name in expected if name.startswith("sftmix/"))]
+        assert len(names) == 7
+        assert {name: log[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-6)
+        assert_same_gradients(gradients, other_gradients, tolerance=1e-6)
+
+    def test_packed_equals_padded(self, tiny_model, tokenizer, token_rows, tmp_path):
+        arguments = (tiny_model, tokenizer, token_rows.select([0, 2]), tmp_path)
+        padded, gradients = one_step_log(*arguments, per_device_train_batch_size=2, **RANDOM)
+        packed, packed_gradients = one_step_log(*arguments, **PACKED, **RANDOM)  # one pair, so the same one
+        assert padded["loss"] == pytest.approx(packed["loss"], rel=1e-6)
+        assert_same_gradients(gradients, packed_gradients, tolerance=2e-6)
 
 
 class TestOracles:

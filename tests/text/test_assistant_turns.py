@@ -104,7 +104,7 @@ class TestTemplates:
         only_last = CHATML.replace("{{ message['content'] }}", "{{ message['content'] if loop.last }}")
         rendered = render_conversation(tokenizer, TWO_TURNS, chat_template=only_last)
         assert read(tokenizer, rendered) == [(" 42\n", "<|im_end|>")]
-        with pytest.raises(ValueError, match=r"doesn't show the assistant's words 'Add the tens'... of message 2"):
+        with pytest.raises(ValueError, match=r"omits the assistant's text 'Add the tens'... of message 2"):
             render_conversation(tokenizer, TWO_TURNS[:4], chat_template=only_last)
 
     def test_start_that_the_template_refuses(self):
@@ -233,7 +233,7 @@ class TestTokens:
 
     def test_every_turn_is_refused_where_roles_are_unknown(self):
         tokenizer = split_tags()
-        with pytest.raises(InputError, match="none begins as the chat template has it.*set `key_turns='last'`"):
+        with pytest.raises(InputError, match="none begins with the chat template's header.*set `key_turns='last'`"):
             self.turns_of(tokenizer, self.chat, every_turn=True)
         assert self.turns_of(tokenizer, self.chat, "Add 42<|im_end|>", every_turn=True) == [("Add 42", "<|im_end|>")]
         text = tokenizer.apply_chat_template(2 * TWO_TURNS[1:3], chat_template=NO_END, tokenize=False)
@@ -298,7 +298,7 @@ class TestOffsets:
             def _tokenize(self, text):
                 return super()._tokenize(text.lower())
 
-        with pytest.raises(ValueError, match=r"LowerCase gives no offsets, and decodes 'Add'\.\.\. to 'add'"):
+        with pytest.raises(ValueError, match=r"LowerCase returns no offsets, and decodes 'Add'\.\.\. to 'add'"):
             tokenize_with_offsets(LowerCase(extra_ids=0), "Add", add_special_tokens=False)
 
     def test_special_tokens_added_later_count(self):
