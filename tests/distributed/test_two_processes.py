@@ -82,8 +82,8 @@ def test_processes_score_together(results, folder, tmp_path):
 @needs("sft_go")
 def test_counts_of_each_process_alone_are_sft_trainers(results):
     plain, ours = results["separate_counts_of_sft_trainer"], results["separate_counts"]
-    assert ours["log"]["loss"] == plain["log"]["loss"]
-    assert_same_gradients(ours["gradients"], plain["gradients"])
+    assert ours["log"]["loss"] == pytest.approx(plain["log"]["loss"], rel=1e-6)
+    assert_same_gradients(ours["gradients"], plain["gradients"], tolerance=1e-6)
 
 
 @pytest.mark.parametrize("name", of_methods(EVALUATIONS))
