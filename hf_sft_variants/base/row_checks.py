@@ -178,9 +178,9 @@ def require_embeddings(
         return
     for name, dataset in datasets.items():
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
-            table = dataset.select_columns("input_ids").with_format("arrow")[:]
-            largest = pc.max(pc.list_flatten(table["input_ids"])).as_py()
-            if largest is not None and largest >= num_embeddings:
+            tables = dataset.select_columns("input_ids").with_format("arrow").iter(1000)
+            largest = max((pc.max(pc.list_flatten(table["input_ids"])).as_py() or 0 for table in tables), default=0)
+            if largest >= num_embeddings:
                 raise InputError(
                     f"The {name} dataset has the token id {largest}, but the model has {num_embeddings} embeddings. "
                     "Pass the model's own tokenizer as `processing_class`, or call `model.resize_token_embeddings`."

@@ -60,8 +60,10 @@ def _check_row(example: dict[str, Any], row: int, columns: list[str], **options:
 
 def _as_array(name: str, value: Any, row: int, dataset_name: str) -> pa.Array:
     try:
-        return pa.array([value])
-    except (pa.ArrowException, OverflowError) as error:  # values of several types, or larger than any id
+        # A generator may yield arrays, or lists of numbers of several types
+        values = np.asarray(value)
+        return pa.array([values if values.ndim == 1 and values.dtype.kind in "iub" else value])
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise InputError(
             f"Row {row} of the {dataset_name} dataset: `{name}` has {short(value)}; give a list of integers, one for "
             "each token."
@@ -109,7 +111,8 @@ def _not_integers(column: pa.Array) -> Iterator[tuple[int, Any]]:
     if column.null_count:
         yield pc.index(column.is_null(), True).as_py(), None
     elif item_type is None or not any(is_type(item_type) for is_type in _INTEGERS):
-        value = column[0].as_py()
-        yield 0, next(iter(value), None) if isinstance(value, list) else value
+        for row, value in enumerate(column.to_pylist()):
+            if value != []:
+                yield row, value[0] if isinstance(value, list) else value
     elif (items := pc.list_flatten(column)).null_count:
         yield pc.list_parent_indices(column)[pc.index(items.is_null(), True).as_py()].as_py(), None

@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset
 from ..errors import InputError
 from ..evaluation import check_dataset, check_tagged_dataset, numeric_answers
 from ..launch.parsing import parse_recipe, trainer_and_parser
-from ..launch.recipe import load_data
 from ..launch.recipe_checks import check_keys, error_in, key_types, nearest, read_mapping
+from ..launch.training import load_data
 from .evaluations import load_evaluation_data
 from .files import EVALUATION_FILE, RUN_FILE, TRAINING_FILE, read_json
 from .lm_eval_tasks import check_tasks

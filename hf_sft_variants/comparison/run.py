@@ -25,8 +25,8 @@ from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
 from ..files import write_text
 from ..launch.loading import load_model_and_tokenizer
 from ..launch.parsing import parse_recipe
-from ..launch.recipe import build_trainer, model_options, save
-from ..launch.recipe_checks import read_mapping
+from ..launch.recipe_checks import error_in, read_mapping
+from ..launch.training import build_trainer, model_options, save
 from .evaluations import evaluate_model
 from .files import EVALUATION_FILE, LOG_FILE, RECIPE_FILE, RUN_FILE, TRAINING_FILE, read_json, write_json
 from .machine import describe_machine, package_versions, peak_memory
@@ -75,7 +75,8 @@ def train(folder: Path, run: dict[str, Any]) -> None:
     recipe, (kind, amount) = run["recipe"], resolve_budget(run["budget"], folder)
     if kind == "steps":
         recipe = {**recipe, "max_steps": amount}
-    trainer_class, parsed = parse_recipe(recipe)
+    with error_in(str(folder / RECIPE_FILE)):
+        trainer_class, parsed = parse_recipe(recipe)
     start = time.perf_counter()
     trainer = build_trainer(trainer_class, *parsed)
     if kind == "tokens":
@@ -107,7 +108,8 @@ def _without_infinities(log: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(folder: Path, settings: dict[str, Any]) -> None:
     """Evaluate the saved model, loaded with the recipe's options."""
-    _, (_, training_args, model_args, _) = parse_recipe(read_mapping(folder / RECIPE_FILE))
+    with error_in(str(folder / RECIPE_FILE)):
+        _, (_, training_args, model_args, _) = parse_recipe(read_mapping(folder / RECIPE_FILE))
     options = model_options(model_args, training_args.trust_remote_code) | (training_args.model_init_kwargs or {})
     model, tokenizer = load_model_and_tokenizer(str(folder), None, str(training_args.device), options)
     tags = (

@@ -1,4 +1,4 @@
-"""Reads a recipe and a command line as `trl sft` does, but strictly, and finds the trainer that `module` names."""
+"""Reads recipes and command lines as `trl sft` does, but strictly, and finds the trainer of a recipe's `module`."""
 
 import copy
 import importlib

@@ -12,8 +12,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, S
 from ..base.prepared_sets import is_prepared_and_packed
 from ..errors import InputError, first_line
 from .parsing import parse, trainer_and_parser
-from .recipe import load_data
 from .recipe_checks import read_mapping
+from .training import load_data
 
 
 # For machines without a GPU, which refuse a GPU recipe's settings; none of them changes the data

@@ -73,7 +73,7 @@ def cached_scores(
     """
     folder = settings_folder(cache_dir or Path(HF_HOME) / "hf_sft_variants" / "scores", settings)
     dataset = dataset.with_format(None).select_columns(["input_ids", "labels"])
-    keys = content_keys(dataset, max_tokens)
+    keys = token_keys(dataset, max_tokens)
     row_of_key = {key: row for row, key in enumerate(keys) if key is not None}
     if not row_of_key:
         at_most = "" if max_tokens is None else f" and at most {max_tokens} tokens"
@@ -98,7 +98,7 @@ def cached_scores(
     return scores.drop_columns(EXAMPLE_KEY).take(rows_of_keys(keys, scores))
 
 
-def content_keys(dataset: Dataset, max_tokens: int | None = None) -> list[str | None]:
+def token_keys(dataset: Dataset, max_tokens: int | None = None) -> list[str | None]:
     """Hash each example's tokens and labels; `None` for an example that is too long or has nothing to score."""
     keys = []
     for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):

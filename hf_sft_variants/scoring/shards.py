@@ -1,4 +1,7 @@
-"""Scores on disk: small Parquet files whose rows are found by key. Each holds a shard, the unit of work."""
+"""
+Scores on disk: small Parquet files whose rows are found by key. Each holds a shard, the unit of work. The key is the
+hash of an example's tokens and labels, not that of `base/example_keys.py`.
+"""
 
 import errno
 import hashlib

@@ -8,7 +8,8 @@ from datasets import IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
-from ..base.trl_internals import global_then_local_main_first
+from ..base.prepared_sets import MADE_WITH
+from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
 from ..scoring import describe_model
 from ..text.special_tokens import special_token_ids
@@ -83,8 +84,9 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         arguments = self.bind_arguments(*args, **kwargs)
         eval_dataset = arguments.get("eval_dataset")
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        for name, dataset in {"train": arguments.get("train_dataset"), **eval_sets}.items():
-            _refuse_stream(dataset, arguments["args"], name)
+        for name, dataset in (("train", arguments.get("train_dataset")), *eval_sets.items()):
+            if not _is_prepared(dataset, arguments["args"]):
+                _refuse_stream(dataset, arguments["args"], name)
         super().__init__(**arguments)
         self._worst_group_flips = WorstGroupFlips()
         self.add_callback(self._worst_group_flips)
@@ -272,6 +274,11 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         if self.args.worst_group_schedule == "cosine":
             return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
         return start
+
+
+def _is_prepared(dataset, args):
+    skips = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    return dataset is None or skips or MADE_WITH in get_dataset_column_names(dataset)
 
 
 def _refuse_stream(dataset, args, dataset_name):

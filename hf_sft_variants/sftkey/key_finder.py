@@ -1,4 +1,4 @@
-"""Where the key is in the words of a response: the answer, without the reasoning."""
+"""Finds the key, the answer without the reasoning, in the characters of a response; `key_mask.py` finds its tokens."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Measures how well a model predicts each training example at several checkpoints of its training run."""
+"""Measures how well a model predicts each training example at several checkpoints; `pairing.py` splits by it."""
 
 import math
 from collections.abc import Sequence

@@ -89,15 +89,15 @@ class OnlineConfidence(TrainerCallback):
         path = _state_file(checkpoint)
         try:
             state = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            halves, sums = state["halves"], state["sums"]
+        except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} can't be read ({error!r}). Resume from another checkpoint.") from error
-        sums = state["sums"]
         if sums.shape != self.sums.shape:
             raise InputError(
                 f"The checkpoint {checkpoint} was made with {sums.size(1)} training examples, but there are "
                 f"{self.sums.size(1)}. Resume with the same data set."
             )
-        self.trainer.halves = state["halves"]
+        self.trainer.halves = halves
         self.sums = sums if self.trainer.accelerator.is_main_process else torch.zeros_like(sums)
 
 
