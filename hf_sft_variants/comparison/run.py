@@ -102,7 +102,7 @@ def train(folder: Path, run: dict[str, Any]) -> None:
 
 
 def _without_infinities(log: dict[str, Any]) -> dict[str, Any]:
-    """JSON has neither infinities nor NaN."""
+    """Replace infinities and NaN, which JSON does not have, with `None`."""
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in log.items()}
 
 
@@ -134,10 +134,7 @@ def resolve_budget(budget: dict[str, Any], folder: Path) -> tuple[str | None, fl
 def steps_of_tokens(tokens: float, trainer: SFTTrainer) -> int:
     """
     Number of optimizer steps, at least one, whose tokens come nearest to `tokens`. It is known before training, so the
-    learning-rate schedule is whole.
-
-    Raises:
-        `InputError`: If the data set is a stream, whose tokens can't be counted beforehand.
+    learning-rate schedule is whole. Raises an `InputError` for a stream, whose tokens can't be counted beforehand.
     """
     if isinstance(trainer.train_dataset, IterableDataset):
         raise InputError("a budget of `tokens` counts the data beforehand, but it is a stream: give `steps`.")

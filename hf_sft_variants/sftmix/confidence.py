@@ -219,12 +219,9 @@ def _mean_nll(model, examples: list[dict], device: torch.device) -> list[float]:
 
 def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epoch: int | None) -> list[int]:
     """
-    Return the optimizer steps after which a run evaluates its data: those `wanted` or, by default, the end of each
-    epoch. With fewer than three epochs, the default is three evenly spaced steps. Each evaluation is a forward pass
-    over the data.
-
-    Raises:
-        `InputError`: If the run has no such step.
+    Optimizer steps after which a run evaluates its data, each time with a forward pass over all of it: those `wanted`
+    or, by default, the end of each epoch. With fewer than three epochs, or for a stream (`steps_per_epoch=None`), the
+    default is three evenly spaced steps. Raises an `InputError` if `wanted` is empty or has a step outside the run.
     """
     if wanted is not None:
         steps = sorted(set(wanted))

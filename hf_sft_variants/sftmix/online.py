@@ -13,11 +13,9 @@ from .pairing import NEITHER, split_in_halves
 
 class OnlineConfidence(TrainerCallback):
     """
-    Splits the examples of an [`SFTMixTrainer`] before each epoch, by the means of their NLL and perplexity over the
-    epochs so far, which it takes from the log-probabilities that training computes anyway.
-
-    Approximates [`ConfidenceTrackingCallback`]: examples early in an epoch are seen by less trained weights than later
-    ones, and with dropout.
+    Splits the examples of an [`SFTMixTrainer`] before each epoch by their mean NLL and perplexity over the epochs so
+    far, taken from the log-probabilities that training computes anyway. Approximates [`ConfidenceTrackingCallback`]:
+    examples early in an epoch are seen by less trained weights than later ones, and with dropout.
     """
 
     def __init__(self, trainer: Trainer):
@@ -81,10 +79,7 @@ class OnlineConfidence(TrainerCallback):
 
     def load(self, checkpoint: str) -> None:
         """
-        Read the state from a checkpoint.
-
-        Raises:
-            `InputError`: If it is missing, can't be read or belongs to another data set.
+        Read the state from a checkpoint. Raises an `InputError` if it can't be read or belongs to another data set.
         """
         path = _state_file(checkpoint)
         try:

@@ -21,8 +21,8 @@ def random_halves(num_examples: int, seed: int) -> torch.Tensor:
 
 def halves_of_order(order: np.ndarray, num_examples: int) -> torch.Tensor:
     """
-    Split examples into two equal halves. `order` has the numbers of the examples to split, the most confident one
-    first. The middle one of an odd number and examples that are not in `order` are `NEITHER`.
+    Split examples into two equal halves. `order` has the numbers of the examples, the most confident one first. The
+    middle one of an odd number and examples that are not in `order` are `NEITHER`.
     """
     halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
     size = len(order) // 2
