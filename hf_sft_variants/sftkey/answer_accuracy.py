@@ -16,17 +16,43 @@ from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS, check_tags
 
 
 class AnswerAccuracyCallback(TrainerCallback):
-    """
-    Generates answers to held-out prompts every few optimizer steps and after the last one, and logs `sftkey/accuracy`,
-    `sftkey/format_rate` and `sftkey/score` (0.7 · accuracy + 0.3 · format rate). Several data sets are logged under
-    their names, as `<name>_sftkey/accuracy` and so on.
+    r"""
+    A [`~transformers.TrainerCallback`] that generates answers to held-out prompts every few steps and after the last
+    one, and logs `sftkey/accuracy`, `sftkey/format_rate` and `sftkey/score` (0.7 · accuracy + 0.3 · format rate).
 
-    The rows have `prompt`, a conversation or a text, and the string `answer`; of each data set the first `num_samples`
-    rows are used, by default all. Decoding is greedy, and the processes share the prompts, each answering `batch_size`
-    at once. Answers without tags count for the accuracy
-    ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]). The callback draws no random numbers and
-    leaves weights, modes and other logged metrics unchanged. When training starts, raises an `InputError` with tensor
-    parallelism.
+    Decoding is greedy, and the processes share the prompts. The callback does not affect the run: it draws no random
+    numbers, and leaves weights, modes and other logged metrics unchanged.
+
+    Usage:
+    ```python
+    >>> trainer = SFTKeyTrainer(...)
+    >>> trainer.add_callback(AnswerAccuracyCallback(trainer, held_out_rows, steps=100))
+    ```
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer to which the callback will be attached, an [`~trl.SFTTrainer`] or subclass.
+        dataset (`Dataset` or `dict[str, Dataset]`):
+            Raw rows with `prompt`, a conversation or a text, and the string `answer`. Several data sets are logged
+            under their names, as `<name>_sftkey/accuracy` and so on.
+        steps (`int`):
+            Number of optimizer steps between two reports.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Maximum length of a generated answer in tokens.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Number of prompts that a process answers at once.
+        num_samples (`int`, *optional*):
+            Number of rows to use of each data set, from the start. By default all.
+        thinking_tags (`Sequence[str]`, *optional*, defaults to `("<Thinking>", "</Thinking>")`):
+            Opening and closing tags of the reasoning.
+        answer_tags (`Sequence[str]`, *optional*, defaults to `("<Answer>", "</Answer>")`):
+            Opening and closing tags of the answer. Without tags, an answer is found after `####`, in `\boxed{}` or
+            after "the answer is" ([`~hf_sft_variants.evaluation.tagged_answers.extract_tagged_answer`]), but the
+            format rate and the score are then meaningless.
+
+    Raises:
+        InputError: If a data set is empty, a stream or lacks a column or an answer, a number is below 1, or the tags
+            are not pairs of strings. When training starts, with tensor parallelism.
     """
 
     def __init__(

@@ -44,8 +44,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
     The output file has one row per example, in the order of the training data:
 
     - **example_key** (string): a hash of the example's content, or the data set's own column of this name, whose
-    values
-      must be unique. Equal examples have the same hash and values.
+      values must be unique. Equal examples have the same hash and values.
     - **num_labels** (int64): number of labels. If there are none, all other columns are null.
     - **nll_<step>**, **perplexity_<step>** (double) for each checkpoint: after that optimizer step; NLL in nats.
     - **mean_nll**, **mean_perplexity** (double): over the checkpoints.
@@ -53,8 +52,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
     - **half** (string): `"confident"`, `"unconfident"`, or null for the middle example of an odd number.
 
     Its schema metadata contain JSON under the key `hf_sft_variants`: the `version` of the format, `measure`, `steps`,
-    and
-    `keys`, the source of the keys (`"text"`, `"tokens"` or `"column"`).
+    and `keys`, the source of the keys (`"text"`, `"tokens"` or `"column"`).
 
     Example:
 
