@@ -18,8 +18,8 @@ class AnnotationCollator:
     `collator` is TRL's or the user's own. It does not see the annotations, and must keep each row's tokens at the
     start of the row (pad on the right) or, if padding-free, concatenate the rows in order. `padding_values` maps each
     annotation column to its padding value: the column is float32 if this is a float, and int64 if it is an integer.
-    Raises an `InputError` if the collator moves tokens, or an annotation does not have one value of that type for each
-    token.
+    Raises an `InputError` if the collator moves tokens, an annotation does not have one value for each token, or an
+    int64 column has fractions.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]

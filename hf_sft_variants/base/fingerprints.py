@@ -22,10 +22,9 @@ _WHOLE, _BLOCK, _NUM_BLOCKS = 2**24, 2**12, 256
 
 def fingerprint(path: str | os.PathLike) -> str:
     """
-    Hash the content of a file or folder to 16 hexadecimal digits: equal for copies elsewhere, different after a
-    change.
+    Hash the content of a file or folder to 16 hexadecimal digits: equal for copies, different after a change.
 
-    Of a folder, the files of a model count, without subfolders. Files up to 16 MiB are read whole. Of a larger one the
+    In a folder, only a model's files count, without subfolders. Files up to 16 MiB are read whole. Of a larger one the
     size and samples are hashed: of a safetensors file the header and the start, the middle and the end of each tensor,
     of any other file 256 blocks.
     """

@@ -66,9 +66,7 @@ class ModelCardMixin:
             card.save(path)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """
-        Like [`~transformers.Trainer.save_model`], but also writes the card, which PEFT completes if it finds one.
-        """
+        """Like [`~transformers.Trainer.save_model`], but writes the card first, so that PEFT completes it."""
         if not _internal_call:
             self.create_model_card()
             if output_dir is not None and self.is_world_process_zero():

@@ -48,7 +48,7 @@ def resolve_args(
 
 def refuse_unsupported(trainer_name: str, arguments: dict[str, Any]) -> None:
     """
-    Refuse the arguments of a trainer that need another loss than its own, that it can't annotate, or that can't be
+    Refuse the arguments of a trainer that need a loss other than its own, that it can't annotate, or that can't be
     right. Called before data sets are prepared, which may take hours.
     """
     args, model, peft_config = arguments["args"], arguments["model"], arguments.get("peft_config")

@@ -43,7 +43,7 @@ def error_in(where: str) -> Iterator[None]:
 
 def check_keys(parser: TrlParser, recipe: dict) -> None:
     """
-    Refuse unknown keys, and options of `accelerate launch` below `module`: there `trl sft` does not pass them on.
+    Refuse unknown keys, and options of `accelerate launch` below `module`, where `trl sft` does not pass them on.
     """
     known, options = key_types(parser), launch_options()
     below_module = False

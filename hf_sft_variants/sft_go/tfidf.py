@@ -28,9 +28,8 @@ STREAM_ROWS = 10_000
 @dataclass
 class TokenTfidf:
     """
-    Document frequencies of tokens, where a document is a sample's supervised tokens and a term is a token id. `idf`,
-    of shape `(vocab_size,)`, has the inverse ones by scikit-learn's formula; `vocabulary` is a hash of the
-    tokenizer's.
+    Inverse document frequencies of token ids, where a document is a sample's supervised tokens. `idf` has the shape
+    `(vocab_size,)` and follows scikit-learn's formula; `vocabulary` is a hash of the tokenizer's.
     """
 
     idf: np.ndarray

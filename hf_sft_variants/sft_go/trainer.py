@@ -134,7 +134,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         return settings
 
     def _describe_scoring_model(self):
-        """Describe the scoring model; empty if it is not here, such as for packed rows that were scored elsewhere."""
+        """Describe the scoring model; empty if it is not on this machine, which may be so for packed rows."""
         args = self.args
         name = "reference_model" if args.group_by == "rho1" else "importance_model"
         try:
@@ -150,7 +150,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     def describe_run(self):
         run = super().describe_run()
-        if self._tfidf is not None and self._is_streaming:  # nothing else tells of a stream that it is the same
+        if self._tfidf is not None and self._is_streaming:  # nothing else identifies a stream
             source = "`tfidf_file`" if self.args.tfidf_file else "the start of the stream"
             run["settings"]["document_frequencies"] = f"{self._tfidf.digest()} (of {source})"
         return run
