@@ -25,20 +25,9 @@ def check_token_rows(
     dataset: Dataset | IterableDataset, columns: list[str], num_ids: int, dataset_name: str
 ) -> Dataset | IterableDataset:
     """
-    Check every row of a data set of tokens; the rows of a stream as they arrive.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The user's rows.
-        columns (`list[str]`):
-            Those of `TOKEN_COLUMNS` that it has.
-        num_ids (`int`):
-            Number of ids of the tokenizer.
-        dataset_name (`str`):
-            Name of the data set, for messages.
-
-    Raises:
-        `InputError`: If a row can't be trained on, naming it.
+    Check every row of a data set of tokens; the rows of a stream as they arrive. `columns` are those of
+    `TOKEN_COLUMNS` that it has, and `num_ids` is the tokenizer's largest id plus 1. Raises an `InputError` that names
+    a row that can't be trained on.
     """
     options = {"num_ids": num_ids, "dataset_name": dataset_name}
     if isinstance(dataset, IterableDataset):
@@ -76,7 +65,7 @@ def _check_columns(columns: dict[str, pa.Array], first_row: int, num_ids: int, d
 
 
 def _problems(columns: dict[str, pa.Array], num_ids: int) -> Iterator[tuple[int, str]]:
-    """Rows and what is wrong with them. Each check relies on those before it."""
+    """Yield rows and what is wrong with them. Each check relies on those before it."""
     for name, column in columns.items():
         for row, value in _not_integers(column):
             yield row, f"`{name}` has {short(value)}; give a list of integers, one for each token"
@@ -106,7 +95,7 @@ def _problems(columns: dict[str, pa.Array], num_ids: int) -> Iterator[tuple[int,
 
 
 def _not_integers(column: pa.Array) -> Iterator[tuple[int, Any]]:
-    """The first row that is not a list of integers, and the value."""
+    """Yield the first row that is not a list of integers, if there is one, and the value."""
     item_type = getattr(column.type, "value_type", None)
     if column.null_count:
         yield pc.index(column.is_null(), True).as_py(), None

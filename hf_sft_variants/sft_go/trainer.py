@@ -111,7 +111,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     @property
     def _tracks_flips(self):
-        """Flips are of samples that are whole, known by their number, and seen again."""
+        """Flips can be counted only for samples that are whole, known by their number, and seen again."""
         whole_samples = not self.args.packing or self.args.packing_strategy == "bfd"
         prepared = not (self.args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
         return self.args.group_scope == "sample" and whole_samples and prepared and not self._is_streaming
@@ -136,7 +136,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         return settings
 
     def _describe_scoring_model(self):
-        """Nothing if the model is not here, but where packed rows were scored."""
+        """Describe the scoring model; empty if it is not on this machine, which may be so for packed rows."""
         args = self.args
         name = "reference_model" if args.group_by == "rho1" else "importance_model"
         try:
@@ -152,13 +152,13 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     def describe_run(self):
         run = super().describe_run()
-        if self._tfidf is not None and self._is_streaming:  # nothing else tells of a stream that it is the same
+        if self._tfidf is not None and self._is_streaming:  # nothing else identifies a stream
             source = "`tfidf_file`" if self.args.tfidf_file else "the start of the stream"
             run["settings"]["document_frequencies"] = f"{self._tfidf.digest()} (of {source})"
         return run
 
     def _fit_tfidf(self, dataset, dataset_name):
-        """The training set comes first; evaluation sets use its document frequencies."""
+        """Fit on the training set, which comes first; evaluation sets use its document frequencies."""
         if self.args.group_by == "tfidf" and dataset_name == "train" and self._tfidf is None:
             self._tfidf = shared_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
 
@@ -243,7 +243,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
             segment_ids,
             num_segments,
             worst_group_weight,
-            # Rho-1 trains on the tokens with the highest excess loss, be the others' plain loss higher or not
+            # Rho-1 trains on the tokens with the highest excess loss, even if the others' plain loss is higher
             chosen_group=Group.IMPORTANT if self.args.group_by == "rho1" else None,
         )
         batch.metrics["sft_go/worst_group_weight"] = (worst_group_weight, 1)
