@@ -34,19 +34,17 @@ def require_valid_fields(config: SFTConfig) -> None:
             raise InputError(f"`{name}={value!r}` is unknown; choose one of {choices}.")
 
 
-def has_type(value: Any, wanted: Any, text_types: tuple[type, ...] = (str,)) -> bool:
-    """Whether a value has the type that a field's annotation asks for. `text_types` are accepted for `str`."""
+def has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value has the type that a field's annotation asks for."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
-        return any(has_type(value, argument, text_types) for argument in arguments)
+        return any(has_type(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
     if origin is list:
-        return isinstance(value, list | tuple) and all(has_type(item, arguments[0], text_types) for item in value)
+        return isinstance(value, list | tuple) and all(has_type(item, arguments[0]) for item in value)
     if is_dataclass(wanted):
         return isinstance(value, (wanted, dict))
-    if wanted is str:
-        return isinstance(value, text_types)
     if wanted in (int, float):  # Python counts booleans among the integers
         return isinstance(value, Integral if wanted is int else Real) and not isinstance(value, bool)
     return isinstance(value, origin or wanted)
