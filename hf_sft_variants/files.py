@@ -12,8 +12,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Yields a temporary path next to `path`, which becomes `path` once the block has succeeded. Its folder is made if
     it is missing.
 
-    Several processes may write the same file at once: the last one wins. Links are followed; devices and pipes, such
-    as `/dev/stdout`, are written directly.
+    Several processes may write the same file at once: the last one wins. For files of our own making: what a user
+    names may be a link, a pipe or a device, and is written in place.
 
     Example:
 
@@ -22,10 +22,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         partial.write_text("{}", encoding="utf-8")
     ```
     """
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():
-        yield path
-        return
+    path = Path(path)
     partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

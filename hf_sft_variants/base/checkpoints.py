@@ -50,10 +50,8 @@ class ResumeCheckMixin:
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """
-        Return the checkpoint to resume from, or `None` if the run starts from scratch.
-
-        Raises:
-            `InputError`: If there is no complete checkpoint, or it belongs to another run.
+        Return the checkpoint to resume from; `None` if the run starts from scratch. Raises an `InputError` if there is
+        no complete checkpoint, or it belongs to another run.
         """
         if not resume_from_checkpoint:
             return None
@@ -69,8 +67,8 @@ class ResumeCheckMixin:
 
     def remember_examples(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
         """
-        Record the training set as it is trained on, packed or not. It is the first data set to be prepared. A stream
-        can't be described. Called by all processes together.
+        Record the training set as it is trained on, packed or not; it is prepared before any other data set. A stream
+        can't be described. Called by all processes.
         """
         if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
             self._examples = describe_examples(dataset)
@@ -82,8 +80,8 @@ class ResumeCheckMixin:
 
     def begin_run(self, checkpoint: str | None) -> None:
         """
-        Called when training begins, and again when `auto_find_batch_size` starts over. Resets the trainer's per-run
-        state, or restores it from the checkpoint.
+        Reset the trainer's per-run state, or restore it from the checkpoint. Called when training begins, and again
+        when `auto_find_batch_size` starts over.
         """
         self._run = self.describe_run()  # now, because the files behind these names may change later
 
@@ -111,10 +109,9 @@ def _owner_of_loss(trainer_class: type) -> str:
 
 def describe_settings(args: SFTConfig) -> dict[str, Any]:
     """
-    Return the fields that a configuration adds to [`~trl.SFTConfig`], as JSON values.
-
-    Fields named in its class attribute `_MAY_CHANGE_ON_RESUME`, such as the folder for scores, are left out. Files and
-    folders named in the fields of `_FILES_AND_MODELS` are described by their content rather than their path.
+    Return the fields that a configuration adds to [`~trl.SFTConfig`], as JSON values, except those in its
+    `_MAY_CHANGE_ON_RESUME`. Files and folders named in the fields of `_FILES_AND_MODELS` are described by their
+    content rather than their path.
     """
     return _settings(args, _describe_content)
 
@@ -158,19 +155,9 @@ def write_run(folder: str | Path, run: dict[str, Any]) -> None:
 
 def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NEW_RUN) -> None:
     """
-    Refuse to resume from a folder that another run has written.
-
-    Args:
-        folder (`str` or `Path`):
-            Checkpoint with the description written by [`write_run`]. Without one, it is taken for a checkpoint of
-            `SFTTrainer`.
-        run (`dict[str, Any]`):
-            Run that resumes: its `trainer`, `settings` and, if they are to be compared, `examples`.
-        or_else (`str`, *optional*):
-            End of the error message, which says what to do instead.
-
-    Raises:
-        `InputError`: If the trainer, a setting or the examples differ. The message names the difference.
+    Refuse to resume from a folder written by another trainer, with other settings or, unless `run["examples"]` is
+    `None`, on other examples. A folder without a description by [`write_run`] counts as a checkpoint of `SFTTrainer`.
+    `or_else` ends the error message: what to do instead.
     """
     path = Path(folder, RUN_FILE)
     try:
@@ -200,9 +187,7 @@ def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NE
 def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str:
     """
     Return the checkpoint that `resume_from_checkpoint` names; if it is `True`, the last complete one in `output_dir`.
-
-    Raises:
-        `InputError`: If there is no such checkpoint, or it is incomplete.
+    Raises an `InputError` if there is no such checkpoint, or it is incomplete.
     """
     if resume_from_checkpoint is True:
         checkpoint = last_checkpoint(output_dir)

@@ -12,20 +12,14 @@ from .prepared_sets import MADE_WITH
 @dataclass
 class AnnotationCollator:
     """
-    Adds the annotation columns to the batches of another collator, and `row_ids` to padding-free batches. The latter
-    are needed because a packed row has several documents, whose boundaries don't show where the row ends.
+    Adds the annotation columns to the batches of another collator, and `row_ids` to padding-free batches: a packed row
+    has several documents, whose boundaries don't show where the row ends.
 
-    Args:
-        collator (`Callable`):
-            TRL's collator, or the user's own. It does not see the annotations. It must keep each row's tokens at the
-            start of the row (pad on the right) or, if padding-free, concatenate the rows in order.
-        padding_values (`dict[str, int | float]`):
-            Maps each annotation column to its padding value. The column is float32 if this is a float, and int64 if it
-            is an integer.
-
-    Raises:
-        `InputError`: If an example lacks an annotation column; if an annotation's length differs from that of
-            `input_ids`, or it has fractions although the padding value is an integer; or if the collator moves tokens.
+    `collator` is TRL's or the user's own. It does not see the annotations, and must keep each row's tokens at the
+    start of the row (pad on the right) or, if padding-free, concatenate the rows in order. `padding_values` maps each
+    annotation column to its padding value: the column is float32 if this is a float, and int64 if it is an integer.
+    Raises an `InputError` if the collator moves tokens, an annotation does not have one value for each token, or an
+    int64 column has fractions.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]

@@ -23,28 +23,14 @@ def add_content_keys(
     is_prepared: bool = False,
 ) -> Dataset:
     """
-    Add the column `example_key`, a hash of a row's content that does not depend on the model or the machine.
+    Add the column `example_key`, a hash of a row's content that does not depend on the model or the machine: rows with
+    equal content have equal keys.
 
-    What counts is the content of `messages` (or `conversations`), `prompt`, `completion`, `tools`,
-    `chat_template_kwargs` and a plain text; of rows that came as tokens, that of `input_ids` and `labels`. Fields that
-    are null and columns that only other rows have do not count, nor whether `tools` is a list or its JSON text. Rows
-    with equal content have equal keys.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows as a trainer is given them, or has prepared them.
-        num_proc (`int`, *optional*):
-            Number of processes.
-        text_field (`str`, *optional*, defaults to `"text"`):
-            Column of a plain text (`dataset_text_field`).
-        eos_token (`str`, *optional*):
-            End of sequence that does not count at the end of plain texts and completions: of prepared rows the
-            tokenizer's, which `SFTTrainer` has appended.
-        is_prepared (`bool`, *optional*, defaults to `False`):
-            Whether `SFTTrainer` has tokenized the rows: their messages or texts count then, if they still have them.
-
-    Raises:
-        `InputError`: If the rows have none of these columns.
+    The content is `messages` (or `conversations`), `prompt`, `completion`, `tools`, `chat_template_kwargs` and the
+    plain text in `text_field`; for rows that came as tokens, `input_ids` and `labels`. Null fields do not count, nor
+    does it matter whether `tools` is a list or its JSON text. `is_prepared` means that `SFTTrainer` has tokenized the
+    rows: their messages or texts still count, if they have them. `eos_token` does not count at the end of plain texts
+    and completions: for prepared rows it is the tokenizer's, which `SFTTrainer` has appended.
     """
     content = dataset.with_format(None).select_columns(_content_columns(dataset.column_names, text_field, is_prepared))
     keys = content.map(
@@ -62,7 +48,7 @@ def add_content_keys(
 
 
 def keys_are_of(columns: list[str], text_field: str, is_prepared: bool) -> str:
-    """What [`add_content_keys`] makes keys of rows with these columns of: `"text"` or `"tokens"`."""
+    """Return what [`add_content_keys`] hashes in rows with these columns: `"text"` or `"tokens"`."""
     return "tokens" if _content_columns(columns, text_field, is_prepared) == list(_TOKENS) else "text"
 
 
@@ -100,7 +86,7 @@ def _add_key(example: dict[str, Any], text_field: str, eos_token: str) -> dict[s
 
 
 def _without_nulls(value: Any) -> Any:
-    """A field that only other rows have is null in this one."""
+    """Drop null fields: in a table, a field that only other rows have is null."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

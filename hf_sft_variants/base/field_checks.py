@@ -1,4 +1,4 @@
-"""Whether the fields of a configuration have values of their types, and of their choices; the values as JSON."""
+"""Checks the types and choices of a configuration's fields, and converts their values to JSON."""
 
 import inspect
 import json
@@ -15,10 +15,8 @@ from ..errors import InputError
 
 def require_valid_fields(config: SFTConfig) -> None:
     """
-    Check the fields that a subclass of [`~trl.SFTConfig`] has added: their types, and choices where they have some.
-
-    Raises:
-        `InputError`: If a value has another type, or is none of the choices.
+    Check the types and choices of the fields that a subclass of [`~trl.SFTConfig`] adds. Paths become strings, in
+    place.
     """
     hints = get_type_hints(type(config))
     for field in fields(config):
@@ -36,34 +34,22 @@ def require_valid_fields(config: SFTConfig) -> None:
             raise InputError(f"`{name}={value!r}` is unknown; choose one of {choices}.")
 
 
-def has_type(value: Any, wanted: Any, text_types: tuple[type, ...] = (str,)) -> bool:
-    """
-    Whether a value is of a type, as the annotation of a field has it.
-
-    Args:
-        value (`Any`):
-            Value of a field.
-        wanted (`Any`):
-            Its annotation.
-        text_types (`tuple[type, ...]`, *optional*):
-            What is taken for a text.
-    """
+def has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value has the type that a field's annotation asks for."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
-        return any(has_type(value, argument, text_types) for argument in arguments)
+        return any(has_type(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
     if origin is list:
-        return isinstance(value, list | tuple) and all(has_type(item, arguments[0], text_types) for item in value)
+        return isinstance(value, list | tuple) and all(has_type(item, arguments[0]) for item in value)
     if is_dataclass(wanted):
         return isinstance(value, (wanted, dict))
-    if wanted is str:
-        return isinstance(value, text_types)
     if wanted in (int, float):  # Python counts booleans among the integers
         return isinstance(value, Integral if wanted is int else Real) and not isinstance(value, bool)
     return isinstance(value, origin or wanted)
 
 
 def as_json_values(value: Any) -> Any:
-    """A value as JSON holds it; what JSON can't hold, such as a `dtype` or a quantization, is a text."""
+    """Convert to JSON values; what JSON can't hold, such as a `dtype` or a quantization, becomes a string."""
     return json.loads(json.dumps(value, default=str))

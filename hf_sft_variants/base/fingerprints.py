@@ -22,21 +22,11 @@ _WHOLE, _BLOCK, _NUM_BLOCKS = 2**24, 2**12, 256
 
 def fingerprint(path: str | os.PathLike) -> str:
     """
-    Hash the content of a file or a folder: equal for copies elsewhere, different after a change.
+    Hash the content of a file or folder to 16 hexadecimal digits: equal for copies, different after a change.
 
-    Of a folder the files of a model count, without subfolders. Files up to 16 MiB are read whole. Of a larger one the
+    In a folder, only a model's files count, without subfolders. Files up to 16 MiB are read whole. Of a larger one the
     size and samples are hashed: of a safetensors file the header and the start, the middle and the end of each tensor,
     of any other file 256 blocks.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            File or folder.
-
-    Returns:
-        `str`: 16 hexadecimal digits.
-
-    Raises:
-        `OSError`: If it can't be read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -46,12 +36,12 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def describe_content(path: str | os.PathLike) -> dict[str, str]:
-    """A file or a folder by its name, for people, and its [`fingerprint`], which is [`what_counts`]."""
+    """Describe a file or folder by its name, for readers, and its [`fingerprint`], the only part that is compared."""
     return {"name": Path(path).resolve().name, "content": fingerprint(path)}
 
 
 def what_counts(value: Any) -> Any:
-    """JSON values without the names of what [`describe_content`] describes."""
+    """JSON values as they are compared: without the names of what [`describe_content`] describes."""
     if isinstance(value, list):
         return [what_counts(item) for item in value]
     is_description = isinstance(value, dict) and value.keys() == {"name", "content"}
@@ -59,7 +49,7 @@ def what_counts(value: Any) -> Any:
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells tokenizers apart: all tokens and their ids."""
+    """Hash of a tokenizer's tokens and their ids."""
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
@@ -70,7 +60,7 @@ def _of_file(path: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _of_content(path: str, size: int, modified: int) -> str:
-    """`modified` is here for the cache alone."""
+    """Hash a file. `modified` only keeps the cache from returning the hash of an older version."""
     if size > _WHOLE:
         with open(path, "rb") as file:
             return _digest([str(size).encode(), *_samples(file, size, path.endswith(".safetensors"))])

@@ -22,9 +22,9 @@ class ModelCardMixin:
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
-        As [`~trl.SFTTrainer.create_model_card`]; with the method's settings, as keys of a recipe, and the version of
-        this library. What TRL fills in for models and data sets of the Hub alone says what is there. A card that is
-        written later without a data set, such as a checkpoint's, keeps it.
+        Like [`~trl.SFTTrainer.create_model_card`], but adds the method's settings, as keys of a recipe, and the
+        version of this library. Local models and data sets, for which TRL's card has `None` or a broken link, get
+        their names. A card written later without a data set, such as a checkpoint's, keeps the last one.
         """
         self._card_dataset_name = dataset_name = dataset_name or self._card_dataset_name
         model_name = model_name or Path(self.args.hub_model_id or self._output_dir).name
@@ -66,7 +66,7 @@ class ModelCardMixin:
             card.save(path)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """As [`~transformers.Trainer.save_model`]; with the card, which PEFT completes where it finds one."""
+        """Like [`~transformers.Trainer.save_model`], but writes the card first, so that PEFT completes it."""
         if not _internal_call:
             self.create_model_card()
             if output_dir is not None and self.is_world_process_zero():

@@ -15,7 +15,7 @@ logger = get_logger(__name__)
 
 
 def map_description(dataset: Dataset | IterableDataset, args: SFTConfig, description: str) -> dict[str, Any]:
-    """Keyword arguments of `map` and `filter`, which streaming data sets do not take."""
+    """Keyword arguments of `map` and `filter`; none for streaming data sets, which do not take them."""
     if isinstance(dataset, IterableDataset):
         return {}
     return {"num_proc": args.dataset_num_proc, "desc": description}
@@ -25,13 +25,10 @@ def truncate(
     dataset: Dataset | IterableDataset, columns: Iterable[str], args: SFTConfig, packing: bool, dataset_name: str
 ) -> Dataset | IterableDataset:
     """
-    Truncate the tokens and those of `columns` that the data set has.
-
-    As TRL: without packing to `max_length` by `truncation_mode`, and examples without a label left are dropped (and
-    counted); `"bfd"` keeps the first `max_length` tokens; `"bfd_split"` and `"wrapped"` keep all.
-
-    Raises:
-        `InputError`: If a column has another length than `input_ids`, naming the row; if `truncation_mode` is unknown.
+    Truncate the tokens, and those of `columns` that the data set has, as TRL does. Without packing, rows are cut to
+    `max_length` by `truncation_mode`, and examples without a label left are dropped (and counted); with packing,
+    `"bfd"` keeps the first `max_length` tokens, and `"bfd_split"` and `"wrapped"` keep all. Raises an `InputError`
+    that names the row if a column has another length than `input_ids`.
     """
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise InputError(f"Unsupported truncation mode: {args.truncation_mode}, expected 'keep_start' or 'keep_end'")
@@ -95,18 +92,8 @@ def _has_label(example: dict[str, Any]) -> bool:
 
 def keep_scorable(dataset: Dataset, can_score: dict[str, Sequence[bool]], dataset_name: str) -> Dataset:
     """
-    Drop the examples that one of the models can't score because they are too long for it, and count them.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The examples.
-        can_score (`dict[str, Sequence[bool]]`):
-            Model to whether it can score each example.
-        dataset_name (`str`):
-            Name of the data set, for messages.
-
-    Raises:
-        `InputError`: If none is left.
+    Drop the examples that one of the models can't score because they are too long for it, and log their number.
+    `can_score` maps each model to whether it can score each example. Raises an `InputError` if none is left.
     """
     kept = [row for row, by_models in enumerate(zip(*can_score.values(), strict=True)) if all(by_models)]
     if len(kept) == len(dataset):
@@ -120,12 +107,7 @@ def keep_scorable(dataset: Dataset, can_score: dict[str, Sequence[bool]], datase
 
 
 def require_supervised_token(dataset: Dataset | IterableDataset, dataset_name: str) -> None:
-    """
-    Refuse a data set that would train on nothing. A stream can't be checked in advance, so it passes.
-
-    Raises:
-        `InputError`: If no token of the data set is in the loss.
-    """
+    """Refuse a data set that has no token in the loss. A stream can't be checked in advance, so it passes."""
     if isinstance(dataset, IterableDataset):
         return
     # The first token of a row is predicted by nothing, so a label there does not count

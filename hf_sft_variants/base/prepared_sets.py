@@ -47,10 +47,8 @@ class PreparedSetsMixin:
         self, dataset: Dataset | IterableDataset, packing: bool, dataset_name: str
     ) -> dict[str, Any] | None:
         """
-        Return the trainer and settings that annotated a data set, or `None` if it is not annotated.
-
-        Raises:
-            `InputError`: If it was annotated by another trainer or with different settings, or does not record them.
+        Return the trainer and settings that annotated a data set; `None` if it is not annotated. Raises an
+        `InputError` if they differ from this trainer's, or the data set has annotations but does not record them.
         """
         columns = get_dataset_column_names(dataset)
         if not {MADE_WITH, "input_ids"} <= set(columns):
@@ -127,9 +125,7 @@ def _add_text(examples: dict[str, list], text: str) -> dict[str, list]:
 def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dict[str, Any]:
     """
     Read the column `annotated_with`. Of a stream, read the first row; [`require_as_first_row`] checks the others.
-
-    Raises:
-        `InputError`: If the rows were prepared with different settings, or the column was not written by a trainer.
+    Raises an `InputError` if rows were prepared with different settings, or the column was not written by a trainer.
     """
     dataset = dataset.with_format(None)
     is_stream = isinstance(dataset, IterableDataset)
@@ -168,19 +164,9 @@ def _mixture_message(dataset_name: str) -> str:
 
 def require_same_settings(found: dict[str, Any], wanted: dict[str, Any], dataset_name: str) -> None:
     """
-    Refuse a data set that was prepared by another trainer or with different settings. Settings that only one side has,
-    such as reference models that the configuration does not name, are not compared.
-
-    Args:
-        found (`dict[str, Any]`):
-            Trainer and settings that prepared the data set.
-        wanted (`dict[str, Any]`):
-            Trainer and settings that would prepare it now.
-        dataset_name (`str`):
-            Name of the data set, for messages.
-
-    Raises:
-        `InputError`: If they differ. The message names the differences.
+    Refuse a data set that another trainer or other settings prepared: `found` are those that did, `wanted` those of
+    this trainer. Settings that only one side has, such as reference models that the configuration does not name, are
+    not compared.
     """
     if found["trainer"] != wanted["trainer"]:
         raise InputError(
@@ -200,12 +186,7 @@ def require_same_settings(found: dict[str, Any], wanted: dict[str, Any], dataset
 
 
 def refuse_unknown_annotations(columns: set[str], dataset_name: str) -> None:
-    """
-    Refuse annotation columns of unknown origin.
-
-    Raises:
-        `InputError`: If there are any.
-    """
+    """Refuse annotation columns of unknown origin."""
     if columns:
         raise InputError(
             f"The {dataset_name} dataset has the column `{min(columns)}`, which this trainer creates, but no column "
@@ -215,15 +196,8 @@ def refuse_unknown_annotations(columns: set[str], dataset_name: str) -> None:
 
 def cut_settings(args: SFTConfig, packing: bool, is_packed: bool) -> dict[str, Any]:
     """
-    Return the truncation and packing settings that prepared rows depend on.
-
-    Args:
-        args ([`~trl.SFTConfig`]):
-            Configuration of the trainer.
-        packing (`bool`):
-            Whether the trainer packs the data set.
-        is_packed (`bool`):
-            Whether the rows are already packed. If not, they may be packed later.
+    Return the truncation and packing settings that prepared rows depend on. `packing` is whether the trainer packs the
+    data set, `is_packed` whether the rows already are; if not, they may be packed later.
     """
     max_length = args.max_length if is_packed else kept_length(args, packing)
     return {

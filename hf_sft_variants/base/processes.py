@@ -14,10 +14,9 @@ T = TypeVar("T")
 
 def on_main_process(function: Callable[[], T]) -> T:
     """
-    Call a function on the main process alone; every process gets its result, or raises its `InputError`.
-
-    For what the main process sees and others may not, such as a file on its machine. To be called by all processes at
-    once. The others wait in a collective, so the function has to be quick.
+    Call a function on the main process alone; every process gets its result, or raises its `InputError`. Must be
+    called by all processes. The others wait in a collective, so the function has to be quick. Meant for what only the
+    main process is sure to see, such as a file on its machine.
     """
     outcome = [None, None]
     if PartialState().is_main_process:

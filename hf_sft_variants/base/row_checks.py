@@ -1,4 +1,4 @@
-"""Checks of the user's rows for what `SFTTrainer` would fail on late, or train on without a word."""
+"""Checks of the user's rows for what `SFTTrainer` would fail on late, or train on silently."""
 
 import json
 from collections.abc import Callable
@@ -19,20 +19,15 @@ _TEXT_COLUMNS = ("prompt", "completion", "messages", "conversations", "tools", "
 
 
 def require_row(name: str, dataset: Dataset | IterableDataset) -> None:
-    """
-    Raises:
-        `InputError`: If the data set, or stream, has no row.
-    """
+    """Refuse a data set or stream without rows."""
     if next(iter(dataset), None) is None:
         raise InputError(f"{name} is empty. Check the split and the filters that made it.")
 
 
 def refuse_token_columns(dataset: Dataset | IterableDataset, dataset_name: str) -> None:
     """
-    Refuse columns that `SFTTrainer` reads as belonging to tokens, in a data set whose rows have no tokens yet.
-
-    Raises:
-        `InputError`: If there is one, such as `labels` with the class of each text.
+    Refuse columns that `SFTTrainer` reads as belonging to tokens, such as `labels` with the class of each text, in a
+    data set whose rows have no tokens yet.
     """
     columns = get_dataset_column_names(dataset)
     for name in ("labels", "assistant_masks", "seq_lengths"):
@@ -47,23 +42,8 @@ def check_rows(
     dataset: Dataset | IterableDataset, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
 ) -> Dataset | IterableDataset:
     """
-    Check every row of a data set of texts, messages or tokens; the rows of a stream as they arrive.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The user's rows.
-        args ([`~trl.SFTConfig`]):
-            Has `dataset_text_field` and `dataset_num_proc`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Defines the valid token ids.
-        dataset_name (`str`):
-            Name of the data set, for messages.
-
-    Returns:
-        The data set.
-
-    Raises:
-        `InputError`: If a row can't be trained on, naming it.
+    Check every row of a data set of texts, messages or tokens, and return the data set; the rows of a stream are
+    checked as they arrive. Raises an `InputError` that names a row that can't be trained on.
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         return dataset  # refused by TRL
@@ -152,12 +132,7 @@ def _problem_of_messages(name: str, messages: Any, role: str, content: str) -> s
 
 
 def checked_text(example: dict[str, Any], formatting_func: Callable[[dict[str, Any]], str]) -> str:
-    """
-    Apply the user's `formatting_func` to a row.
-
-    Raises:
-        `InputError`: If it is not a text.
-    """
+    """Apply the user's `formatting_func` to a row, and refuse a result that is not a text."""
     text = formatting_func(example)
     if not isinstance(text, str):
         raise InputError(f"`formatting_func` must return a text, got {short(text)} for the row {short(example)}.")
@@ -167,20 +142,15 @@ def checked_text(example: dict[str, Any], formatting_func: Callable[[dict[str, A
 def require_embeddings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, Dataset | IterableDataset]
 ) -> None:
-    """
-    Refuse token ids without an embedding, which would be an index error in the middle of training.
-
-    Raises:
-        `InputError`: If the tokenizer has more ids than the model, and prepared rows have one of them.
-    """
+    """Refuse token ids without an embedding, which would be an index error in the middle of training. Streams pass."""
     num_embeddings = model.config.get_text_config().vocab_size
     if max(tokenizer.get_vocab().values()) < num_embeddings:
         return
     for name, dataset in datasets.items():
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
-            table = dataset.select_columns("input_ids").with_format("arrow")[:]
-            largest = pc.max(pc.list_flatten(table["input_ids"])).as_py()
-            if largest is not None and largest >= num_embeddings:
+            tables = dataset.select_columns("input_ids").with_format("arrow").iter(1000)
+            largest = max((pc.max(pc.list_flatten(table["input_ids"])).as_py() or 0 for table in tables), default=0)
+            if largest >= num_embeddings:
                 raise InputError(
                     f"The {name} dataset has the token id {largest}, but the model has {num_embeddings} embeddings. "
                     "Pass the model's own tokenizer as `processing_class`, or call `model.resize_token_embeddings`."

@@ -25,20 +25,9 @@ def check_token_rows(
     dataset: Dataset | IterableDataset, columns: list[str], num_ids: int, dataset_name: str
 ) -> Dataset | IterableDataset:
     """
-    Check every row of a data set of tokens; the rows of a stream as they arrive.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The user's rows.
-        columns (`list[str]`):
-            Those of `TOKEN_COLUMNS` that it has.
-        num_ids (`int`):
-            Number of ids of the tokenizer.
-        dataset_name (`str`):
-            Name of the data set, for messages.
-
-    Raises:
-        `InputError`: If a row can't be trained on, naming it.
+    Check every row of a data set of tokens; the rows of a stream as they arrive. `columns` are those of
+    `TOKEN_COLUMNS` that it has, and `num_ids` is the tokenizer's largest id plus 1. Raises an `InputError` that names
+    a row that can't be trained on.
     """
     options = {"num_ids": num_ids, "dataset_name": dataset_name}
     if isinstance(dataset, IterableDataset):
@@ -60,8 +49,10 @@ def _check_row(example: dict[str, Any], row: int, columns: list[str], **options:
 
 def _as_array(name: str, value: Any, row: int, dataset_name: str) -> pa.Array:
     try:
-        return pa.array([value])
-    except (pa.ArrowException, OverflowError) as error:  # values of several types, or larger than any id
+        # A generator may yield arrays, or lists of numbers of several types
+        values = np.asarray(value)
+        return pa.array([values if values.ndim == 1 and values.dtype.kind in "iub" else value])
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise InputError(
             f"Row {row} of the {dataset_name} dataset: `{name}` has {short(value)}; give a list of integers, one for "
             "each token."
@@ -74,7 +65,7 @@ def _check_columns(columns: dict[str, pa.Array], first_row: int, num_ids: int, d
 
 
 def _problems(columns: dict[str, pa.Array], num_ids: int) -> Iterator[tuple[int, str]]:
-    """Rows and what is wrong with them. Each check relies on those before it."""
+    """Yield rows and what is wrong with them. Each check relies on those before it."""
     for name, column in columns.items():
         for row, value in _not_integers(column):
             yield row, f"`{name}` has {short(value)}; give a list of integers, one for each token"
@@ -104,12 +95,13 @@ def _problems(columns: dict[str, pa.Array], num_ids: int) -> Iterator[tuple[int,
 
 
 def _not_integers(column: pa.Array) -> Iterator[tuple[int, Any]]:
-    """The first row that is not a list of integers, and the value."""
+    """Yield the first row that is not a list of integers, if there is one, and the value."""
     item_type = getattr(column.type, "value_type", None)
     if column.null_count:
         yield pc.index(column.is_null(), True).as_py(), None
     elif item_type is None or not any(is_type(item_type) for is_type in _INTEGERS):
-        value = column[0].as_py()
-        yield 0, next(iter(value), None) if isinstance(value, list) else value
+        for row, value in enumerate(column.to_pylist()):
+            if value != []:
+                yield row, value[0] if isinstance(value, list) else value
     elif (items := pc.list_flatten(column)).null_count:
         yield pc.list_parent_indices(column)[pc.index(items.is_null(), True).as_py()].as_py(), None

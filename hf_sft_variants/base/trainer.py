@@ -158,6 +158,10 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
     # Data: annotations through preparation, truncation and packing
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """
+        Check, tokenize (TRL), [`annotate_untruncated`], truncate, [`annotate`], pack, record the settings, shuffle.
+        Sets that are packed and annotated already are only checked.
+        """
         require_row(f"The {dataset_name} dataset", dataset)
         if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
             dataset = dataset.with_format(None)  # columns as lists, whatever the user looks at them with

@@ -26,10 +26,8 @@ def resolve_args(
 ) -> SFTConfig:
     """
     Return `args` as the trainer's own configuration class: an `SFTConfig` or `TrainingArguments` is converted, and
-    without `args` there are defaults, as in [`~trl.SFTTrainer`].
-
-    Raises:
-        `InputError`: If `args` is another method's configuration.
+    without `args` there are defaults, as in [`~trl.SFTTrainer`]. Raises an `InputError` for another method's
+    configuration.
     """
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -50,14 +48,8 @@ def resolve_args(
 
 def refuse_unsupported(trainer_name: str, arguments: dict[str, Any]) -> None:
     """
-    Refuse, among the arguments of a trainer, what would need another loss than its own, what it can't annotate, and
-    what can't be right: before data sets are prepared, which may take hours.
-
-    Raises:
-        `InputError`: If the model or an evaluation set is something else.
-        `InputError`: For `loss_type` other than `"nll"`, label smoothing, `compute_loss_func`, `eval_packing` alone,
-            sizes below 1, prompt learning with packed rows, models that are no causal language models, an empty data
-            set and vision data sets.
+    Refuse the arguments of a trainer that need a loss other than its own, that it can't annotate, or that can't be
+    right. Called before data sets are prepared, which may take hours.
     """
     args, model, peft_config = arguments["args"], arguments["model"], arguments.get("peft_config")
     train_dataset, eval_dataset = arguments.get("train_dataset"), arguments.get("eval_dataset")
@@ -118,11 +110,7 @@ def _check_settings(args: SFTConfig) -> None:
 
 
 def require_causal_lm(model: PreTrainedModel) -> None:
-    """
-    Raises:
-        `InputError`: If it is not a model of `transformers` or `peft`.
-        `InputError`: If it is not a causal language model.
-    """
+    """Refuse anything but a causal language model of `transformers` or `peft`."""
     is_adapted = isinstance(model, Module) and is_peft_model(model)
     base_model = model.get_base_model() if is_adapted else model
     if not isinstance(base_model, PreTrainedModel):
@@ -155,11 +143,8 @@ def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDat
 
 def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
     """
-    Refuse what is known only once the model is loaded and the data is prepared.
-
-    Raises:
-        `InputError`: For context and sequence parallelism, models that are no causal language models, and tokens that
-            the model does not have.
+    Refuse what is known only once the model is loaded and the data is prepared: context and sequence parallelism,
+    models that are not causal language models, and tokens that the model does not have.
     """
     refuse_sequence_sharding(type(trainer).__name__, trainer.accelerator)
     require_causal_lm(trainer.model)
@@ -169,12 +154,7 @@ def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
 
 
 def refuse_sequence_sharding(trainer_name: str, accelerator: Accelerator) -> None:
-    """
-    Refuse context and sequence parallelism, where a sample's tokens lie on several processes.
-
-    Raises:
-        `InputError`: If either is configured.
-    """
+    """Refuse context and sequence parallelism, where a sample's tokens lie on several processes."""
     config = accelerator.parallelism_config
     for enabled, name in ((config.cp_enabled, "cp_size"), (config.sp_enabled, "sp_size")) if config else ():
         if enabled:
@@ -188,9 +168,6 @@ def _refuse_packed_prompt_learning(trainer_name: str, args: SFTConfig, peft_conf
     """
     Refuse several documents in a row with prompt learning: PEFT then drops `position_ids` (with a warning), and
     without them the documents would attend to each other.
-
-    Raises:
-        `InputError`: For prompt learning with `packing` or `padding_free`.
     """
     is_padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
     if is_padding_free and peft_config is not None and peft_config.is_prompt_learning:

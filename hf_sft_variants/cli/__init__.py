@@ -23,14 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Run the command.
-
-    Args:
-        argv (`list[str]`, *optional*, defaults to `sys.argv[1:]`):
-            Arguments.
-
-    Returns:
-        `int`: Exit status: 0, 1 if runs of a study failed, or 2 for input that can't be used.
+    Run the command. Returns the exit status: 0, 1 if runs of a study failed, 2 for input that can't be used, or 130 if
+    a study was interrupted.
     """
     parser = build_parser()
     args, others = parser.parse_known_args(argv)

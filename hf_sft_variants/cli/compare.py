@@ -26,7 +26,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 if a run failed."""
+    """Returns 1 if a run failed, 130 if the study was interrupted."""
     from ..comparison import compare_study
 
     try:

@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 
-from ..files import write_text
 from .types import positive_int
 
 
@@ -113,7 +112,7 @@ def _model_options(args: argparse.Namespace) -> dict:
     from trl import ModelConfig
 
     from ..errors import InputError
-    from ..launch.recipe import model_options
+    from ..launch.training import model_options
 
     given = {key: getattr(args, key) for key in MODEL_KEYS if getattr(args, key)}
     trust_remote_code = given.pop("trust_remote_code", False)
@@ -186,7 +185,7 @@ def _tagged_figures(args: argparse.Namespace, model, tokenizer, dataset) -> dict
 def _write_json(args: argparse.Namespace, results: list[dict]) -> None:
     if args.json:
         figures = results if len(args.model) > 1 else results[0]
-        write_text(args.json, json.dumps(figures, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _label(args: argparse.Namespace, model: str) -> str:

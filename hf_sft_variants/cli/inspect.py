@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import write_text
 
 
 EXAMPLE = "example: hf-sft-variants inspect --config recipes/quickstart/sft_go.yaml --rows 0:20 --output page.html"
@@ -57,7 +56,8 @@ def _write(name: str, content: str, title: str) -> None:
     verb = "replaced" if path.exists() else "wrote"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise InputError(f"`--output` is {name!r}, which can't be written: {error.strerror}.") from error
     print(f"{verb} {path}: {title}")

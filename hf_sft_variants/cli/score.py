@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import atomic_write
 from .types import share
 
 
@@ -72,7 +71,7 @@ def _require_nothing_to_write(args, recipe) -> None:
 def _write(args, recipe, scoring) -> None:
     import pyarrow as pa
 
-    from ..launch.recipe import load_data
+    from ..launch.training import load_data
     from ..poft.score_files import keys_of_best, write_score_file
 
     if args.output:
@@ -83,6 +82,5 @@ def _write(args, recipe, scoring) -> None:
         best = keys_of_best(scoring.scores["train"], args.keep_top)
         kept = rows.select(sorted(row for row, key in scoring.key_of_row["train"].items() if key in best))
         Path(args.kept).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(args.kept) as partial:
-            kept.to_json(partial)
+        kept.to_json(args.kept)
         print(f"wrote {args.kept}: the best {len(kept)} of {len(rows)} rows")

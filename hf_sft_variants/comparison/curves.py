@@ -28,7 +28,7 @@ def learning_curve(results: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 def line_styles(number: int) -> list[str]:
-    """CSS of as many lines."""
+    """CSS of `number` lines that can be told apart."""
     return [
         f"stroke: var(--arm-{i % _COLOURS}); stroke-dasharray: {_DASHES[i % len(_DASHES)]}; "
         f"stroke-width: {_WIDTHS[i // len(_DASHES) % len(_WIDTHS)]};"

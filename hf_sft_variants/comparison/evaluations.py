@@ -33,14 +33,9 @@ def evaluate_model(
     answer_tags: Sequence[str] = ANSWER_TAGS,
 ) -> dict[str, Any]:
     """
-    Evaluate a model with the `evaluations` settings of a study.
-
-    Returns:
-        `dict[str, Any]`: `evaluations`, the metrics by name as [`metric`] returns them; and `generations`, the first
-        prompts with what the model writes.
-
-    Raises:
-        `InputError`: If the model's likelihoods are not finite.
+    Evaluate a model with the `evaluations` settings of a study. Returns `evaluations`, the metrics by name
+    ([`metric`]), and `generations`, the first prompts with the generated answers. Raises an `InputError` if the
+    model's likelihoods are not finite.
     """
     dataset = load_evaluation_data(settings)
     tags = (thinking_tags, answer_tags)

@@ -18,7 +18,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """One line for each key, and one for each item of a list."""
+    """Write one line for each key, and one for each item of a list."""
     lines = [f"{_dump(key)}: {_dump_lines(value)}" for key, value in values.items()]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -10,10 +10,7 @@ from ..errors import InputError
 
 
 def import_lm_eval() -> ModuleType:
-    """
-    Raises:
-        `InputError`: If lm-eval is not installed.
-    """
+    """Import lm-eval; raises an `InputError` if it is not installed."""
     try:
         import lm_eval.models.huggingface
         import lm_eval.tasks
@@ -26,10 +23,7 @@ def import_lm_eval() -> ModuleType:
 
 
 def check_tasks(tasks: list[str], include_path: str | None) -> None:
-    """
-    Raises:
-        `InputError`: If lm-eval is not installed, or does not know a task.
-    """
+    """Raise an `InputError` if lm-eval is not installed or does not know a task."""
     manager = import_lm_eval().tasks.TaskManager(include_path=include_path)
     for task in tasks:
         if manager.match_tasks([task]) != [task]:

@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset
 from ..errors import InputError
 from ..evaluation import check_dataset, check_tagged_dataset, numeric_answers
 from ..launch.parsing import parse_recipe, trainer_and_parser
-from ..launch.recipe import load_data
 from ..launch.recipe_checks import check_keys, error_in, key_types, nearest, read_mapping
+from ..launch.training import load_data
 from .evaluations import load_evaluation_data
 from .files import EVALUATION_FILE, RUN_FILE, TRAINING_FILE, read_json
 from .lm_eval_tasks import check_tasks
@@ -28,21 +28,10 @@ LAUNCH_OPTIONS = {"num_processes": 1, "num_machines": 1, "num_cpu_threads_per_pr
 @dataclass(frozen=True, eq=False)
 class Run:
     """
-    Training and evaluation of an arm on a data set with a seed.
-
-    Attributes:
-        folder (`Path`):
-            Folder of its model and results.
-        recipe (`dict[str, Any]`):
-            The arm's recipe with all overrides, for `trl sft`.
-        budget (`dict[str, Any]`):
-            How long it trains, as in [`~hf_sft_variants.comparison.study.Arm`].
-        evaluations (`dict[str, Any]`):
-            Settings and data of its evaluation.
-        others (`tuple[Path, ...]`):
-            Folders of the runs that it needs.
-        training_rows (`str`, *optional*):
-            Hash of its training rows, `None` for a stream.
+    Training and evaluation of an arm on a data set with a seed. `recipe` is the arm's with all overrides, for
+    `trl sft`, and `budget` as in [`~hf_sft_variants.comparison.study.Arm`]; `folder` has its model and results, and
+    `others` are the folders of the runs that it needs. `training_rows` is a hash of its training rows, `None` for a
+    stream.
     """
 
     arm: str
@@ -67,10 +56,8 @@ class Run:
 
 def plan_runs(study: Study) -> list[Run]:
     """
-    All runs of a study, checked as far as possible without training.
-
-    Raises:
-        `InputError`: If a recipe, a data set or the content of a run's folder can't be used.
+    All runs of a study, checked as far as possible without training. Raises an `InputError` if a recipe, a data set or
+    the content of a run's folder can't be used.
     """
     runs = []
     for data in study.data:
@@ -132,10 +119,7 @@ def merged_recipe(study: Study, arm: Arm, data: str, where: str) -> dict[str, An
 
 def check_recipe(recipe: dict[str, Any], where: str) -> str | None:
     """
-    Check that a recipe parses and its data set loads; returns the hash of its training rows.
-
-    Raises:
-        `InputError`: If the trainer would refuse the recipe's values, or the data set can't be loaded.
+    Check that a recipe parses and its data set loads; returns the hash of its training rows, `None` for a stream.
     """
     recipe = {key: value for key, value in recipe.items() if key != "env"}  # not for this process
     with error_in(where):
@@ -160,12 +144,7 @@ def evaluations_on(study: Study, data: str) -> dict[str, Any]:
 
 
 def check_evaluations(evaluations: dict[str, Any]) -> str | None:
-    """
-    Check the evaluation data and tasks; returns the hash of the rows.
-
-    Raises:
-        `InputError`: If the data or a task can't be used.
-    """
+    """Check that the evaluation data and tasks can be used; returns the hash of the data's rows."""
     dataset = load_evaluation_data(evaluations)
     if evaluations["tagged"]:
         check_tagged_dataset(dataset)
@@ -190,10 +169,7 @@ def hash_of_rows(dataset: Dataset | IterableDataset) -> str | None:
 
 
 def check_folder(run: Run) -> None:
-    """
-    Raises:
-        `InputError`: If the run's folder holds something else.
-    """
+    """Raise an `InputError` if the run's folder holds other files, or the run with other settings or data."""
     if not run.folder.is_dir() or all(path.suffix == ".partial" for path in run.folder.iterdir()):
         return
     if not (run.folder / RUN_FILE).is_file():

@@ -25,11 +25,8 @@ _SHARES = ("accuracy", "format")
 
 def render_report(results: dict[str, Any]) -> str:
     """
-    Render the results of a study, complete or not; the same results give the same HTML.
-
-    Args:
-        results (`dict[str, Any]`):
-            Results from [`~hf_sft_variants.comparison.results.collect_results`].
+    Render the results from [`~hf_sft_variants.comparison.results.collect_results`], complete or not, as HTML. The same
+    results give the same HTML.
     """
     study, runs = results["study"], results["runs"]
     header = {

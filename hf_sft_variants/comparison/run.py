@@ -25,8 +25,8 @@ from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
 from ..files import write_text
 from ..launch.loading import load_model_and_tokenizer
 from ..launch.parsing import parse_recipe
-from ..launch.recipe import build_trainer, model_options, save
-from ..launch.recipe_checks import read_mapping
+from ..launch.recipe_checks import error_in, read_mapping
+from ..launch.training import build_trainer, model_options, save
 from .evaluations import evaluate_model
 from .files import EVALUATION_FILE, LOG_FILE, RECIPE_FILE, RUN_FILE, TRAINING_FILE, read_json, write_json
 from .machine import describe_machine, package_versions, peak_memory
@@ -75,7 +75,8 @@ def train(folder: Path, run: dict[str, Any]) -> None:
     recipe, (kind, amount) = run["recipe"], resolve_budget(run["budget"], folder)
     if kind == "steps":
         recipe = {**recipe, "max_steps": amount}
-    trainer_class, parsed = parse_recipe(recipe)
+    with error_in(str(folder / RECIPE_FILE)):
+        trainer_class, parsed = parse_recipe(recipe)
     start = time.perf_counter()
     trainer = build_trainer(trainer_class, *parsed)
     if kind == "tokens":
@@ -101,13 +102,14 @@ def train(folder: Path, run: dict[str, Any]) -> None:
 
 
 def _without_infinities(log: dict[str, Any]) -> dict[str, Any]:
-    """JSON has neither infinities nor NaN."""
+    """Replace infinities and NaN, which JSON does not have, with `None`."""
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in log.items()}
 
 
 def evaluate(folder: Path, settings: dict[str, Any]) -> None:
     """Evaluate the saved model, loaded with the recipe's options."""
-    _, (_, training_args, model_args, _) = parse_recipe(read_mapping(folder / RECIPE_FILE))
+    with error_in(str(folder / RECIPE_FILE)):
+        _, (_, training_args, model_args, _) = parse_recipe(read_mapping(folder / RECIPE_FILE))
     options = model_options(model_args, training_args.trust_remote_code) | (training_args.model_init_kwargs or {})
     model, tokenizer = load_model_and_tokenizer(str(folder), None, str(training_args.device), options)
     tags = (
@@ -132,10 +134,7 @@ def resolve_budget(budget: dict[str, Any], folder: Path) -> tuple[str | None, fl
 def steps_of_tokens(tokens: float, trainer: SFTTrainer) -> int:
     """
     Number of optimizer steps, at least one, whose tokens come nearest to `tokens`. It is known before training, so the
-    learning-rate schedule is whole.
-
-    Raises:
-        `InputError`: If the data set is a stream, whose tokens can't be counted beforehand.
+    learning-rate schedule is whole. Raises an `InputError` for a stream, whose tokens can't be counted beforehand.
     """
     if isinstance(trainer.train_dataset, IterableDataset):
         raise InputError("a budget of `tokens` counts the data beforehand, but it is a stream: give `steps`.")

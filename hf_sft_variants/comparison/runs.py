@@ -24,19 +24,10 @@ from .study import Study, read_study
 
 def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[dict[Run, str], Path]:
     """
-    Do what is missing of a study, writing `results.json` and `report.html` to its folder after every run.
-
-    Args:
-        path (`str`):
-            The study's YAML file.
-        devices (`list[str | None]`, *optional*, defaults to `[None]`):
-            For each of the runs at once, the GPU it sees, or `None` for all.
-
-    Returns:
-        `tuple[dict[Run, str], Path]`: The runs that failed with the reasons, and the path of the report.
-
-    Raises:
-        `InputError`: If the study or anything it names can't be used, or it is running already.
+    Do what is missing of a study, writing `results.json` and `report.html` to its folder after every run. `devices`
+    has, for each of the runs to train at once, the GPU that it sees, or `None` for all; by default one run is trained
+    at a time. Returns the runs that failed with the reasons, and the path of the report. Raises an `InputError` if the
+    study or anything it names can't be used, or it is running already.
     """
     devices = devices or [None]
     study = read_study(path)
@@ -58,8 +49,8 @@ def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[d
 
 def check_devices(devices: list[str | None], runs: list[Run]) -> None:
     """
-    Raises:
-        `InputError`: If a run would see several GPUs, or the GPUs asked for are not visible.
+    Raise an `InputError` if a run would see several GPUs, a GPU asked for is not visible or named twice, or a run that
+    is given one uses the CPU.
     """
     visible = [str(i) for i in range(torch.cuda.device_count())]
     on_cpu = [run for run in runs if run.recipe.get("use_cpu")]
@@ -97,10 +88,10 @@ def do_missing_runs(
     runs: list[Run], devices: list[str | None], on_change: Callable[[dict[Run, str]], None]
 ) -> dict[Run, str]:
     """
-    Train and evaluate the runs that are not finished, as many at once as there are devices.
-
-    A run starts once the runs it needs are trained. One that fails stops only those that need it. However this process
-    ends, its runs end with it. `on_change` is called with the failures so far whenever a run has ended.
+    Train and evaluate the runs that are not finished, as many at once as there are `devices`; returns the runs that
+    failed with the reasons. A run starts once the runs it needs are trained; one that fails stops only those that need
+    it. However this process ends, its runs end with it. `on_change` is called with the failures so far whenever a run
+    has ended.
     """
     waiting = [run for run in runs if not run.is_finished]
     failures: dict[Run, str] = {}

@@ -16,11 +16,8 @@ NOT_SHOWN, TOO_FEW_SEEDS = "no difference shown", f"no verdict below {MIN_SEEDS}
 
 def summarize(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    Mean of a metric over seeds, and its standard deviation as `spread`, which is `None` for one seed.
-
-    Args:
-        metrics (`Sequence[dict[str, Any]]`):
-            The metric of each seed's run, as [`~hf_sft_variants.comparison.evaluations.metric`] returns it.
+    Mean over seeds of a metric ([`~hf_sft_variants.comparison.evaluations.metric`]), and its standard deviation as
+    `spread`, which is `None` for one seed.
     """
     means = [metric["mean"] for metric in metrics]
     return {"mean": statistics.fmean(means), "spread": statistics.stdev(means) if len(means) > 1 else None}
@@ -28,16 +25,9 @@ def summarize(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(arm: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    Difference of an arm from the baseline, paired by seed, with a 95 % interval over new seeds and new test rows.
-
-    Args:
-        arm (`Sequence[dict[str, Any]]`):
-            The metric of each seed's run.
-        baseline (`Sequence[dict[str, Any]]`):
-            The baseline's metrics, of the same seeds and rows.
-
-    Returns:
-        `dict[str, Any]`: `difference`, `low`, `high` (both `None` for one seed), `per_seed`, `verdict`.
+    Difference of an arm from the baseline, paired by seed, with a 95 % interval over new seeds and new test rows. Both
+    have one metric per seed, of the same seeds and rows. Returns `difference`, `low`, `high` (both `None` for one
+    seed), `per_seed` and `verdict`.
     """
     per_seed = [ours["mean"] - theirs["mean"] for ours, theirs in zip(arm, baseline, strict=True)]
     difference = statistics.fmean(per_seed)
@@ -56,15 +46,12 @@ def compare(arm: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
 
 def half_width(differences: np.ndarray) -> np.ndarray:
     """
-    Half the width of the 95 % interval of a mean over seeds and test rows that are both drawn at random.
+    Half the width of the 95 % interval of a mean over seeds and test rows that are both drawn at random, from paired
+    differences of shape `(..., seeds, rows)` with at least two seeds. With one row, only the seeds count.
 
     The squares of two half-widths are added (Howe, 1974): Student's over the means of the seeds, and Student's over
     the means of the rows without the noise of single cells, which the seeds' means already contain. The sum is never
     less than the rows' own half-width, however alike the seeds happen to be.
-
-    Args:
-        differences (`np.ndarray` of shape `(..., seeds, rows)`):
-            Paired differences of at least two seeds. With one row, only the seeds count.
     """
     seeds, rows = differences.shape[-2:]
     of_seeds, of_rows = differences.mean(-1, keepdims=True), differences.mean(-2, keepdims=True)

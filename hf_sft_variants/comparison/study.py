@@ -59,17 +59,9 @@ OTHER_RUN = re.compile(r"\{runs\}/([^/{}]+)/seed_\{seed\}")
 @dataclass(frozen=True)
 class Arm:
     """
-    One way of training that the study compares.
-
-    Attributes:
-        name (`str`), recipe (`str`):
-            Its name in the study, and the path of a `trl sft` recipe.
-        overrides (`dict[str, Any]`):
-            Keys of the recipe with other values.
-        budget (`dict[str, Any]`):
-            One of `ARM_BUDGET_KEYS` with its value. If empty, the recipe says how long it trains.
-        controls (`list[str]`):
-            Other arms to report differences from, in addition to the baseline.
+    One way of training that the study compares: a `trl sft` recipe by its path, and overrides of its keys. `budget`
+    has one of `ARM_BUDGET_KEYS`; if empty, the recipe says how long it trains. `controls` are other arms to report
+    differences from, in addition to the baseline.
     """
 
     name: str
@@ -87,21 +79,8 @@ class Arm:
 @dataclass(frozen=True)
 class Study:
     """
-    A study file with its defaults filled in.
-
-    Attributes:
-        path (`str`), content (`dict[str, Any]`):
-            The file, and what it says.
-        output_dir (`Path`):
-            Folder of runs and results.
-        seeds (`list[int]`), baseline (`str`):
-            Seeds that each arm is trained with, and the arm that differences are taken from.
-        overrides (`dict[str, Any]`), data (`dict[str, dict[str, Any]]`):
-            Recipe keys for every arm, and those that choose each data set, by its name.
-        arms (`dict[str, Arm]`):
-            Arms by name, in the order of the file.
-        evaluations (`dict[str, Any]`):
-            `EVALUATION_KEYS` with their values.
+    A study file with its defaults filled in; `content` is what the file says. `overrides` has recipe keys for every
+    arm, `data` those that choose each data set, by its name. Differences are taken from the arm `baseline`.
     """
 
     path: str
@@ -116,12 +95,7 @@ class Study:
 
 
 def read_study(path: str) -> Study:
-    """
-    Read and check a study file.
-
-    Raises:
-        `InputError`: If the file can't be read, or a key or value is unknown, missing or wrong.
-    """
+    """Read and check a study file. Raises an `InputError` if a key or value is unknown, missing or wrong."""
     content = read_mapping(path)
     with error_in(path):
         return parse_study(content, path)
@@ -203,7 +177,7 @@ def read_lm_eval(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_arm_names(study: Study) -> None:
-    """Every arm that is named exists, and no arm waits for itself."""
+    """Check that every arm that is named exists, and that no arm waits for itself."""
     if study.baseline not in study.arms:
         raise InputError(f"`baseline` is {study.baseline!r}, which is not an arm" + known(study.baseline, study.arms))
     for arm in study.arms.values():
@@ -249,7 +223,7 @@ def check_mapping(values: Any, types: dict[str, Any] | None, where: str = "") ->
 
 
 def known(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name."""
+    """End of a message about an unknown name."""
     return nearest(name, names, otherwise=f"known are {', '.join(f'`{key}`' for key in names)}")
 
 

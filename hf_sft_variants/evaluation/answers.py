@@ -14,9 +14,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 def normalize_number(text: str) -> str:
     """
     Convert a number such as `" -$1,036.0"` to its shortest form (`"-1036"`), so that equal numbers are equal strings.
-
-    Raises:
-        `InputError`: If `text` is not a number.
+    Raises an `InputError` if `text` is not a number.
     """
     match = NUMBER.fullmatch(text.strip())
     if match is None:
@@ -26,9 +24,8 @@ def normalize_number(text: str) -> str:
 
 def extract_answer(text: str) -> str | None:
     """
-    Extract the first number after the last `####`, on the same line, normalized with [`normalize_number`].
-
-    The last mark is used because a model may write several before it settles on an answer.
+    Extract the first number after the last `####`, on the same line, normalized with [`normalize_number`]. The last
+    mark is used because a model may write several before it settles on an answer.
     """
     _, mark, tail = text.rpartition(ANSWER_MARK)
     match = NUMBER.search(tail.split("\n", 1)[0]) if mark else None

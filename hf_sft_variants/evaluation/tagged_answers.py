@@ -35,10 +35,8 @@ def tagged_response(
 ) -> str:
     """
     Write a tagged response, e.g. `"<Thinking>1 + 1 = 2</Thinking>\\n<Answer>2</Answer>"`: one newline between the
-    blocks and no other added white space.
-
-    Raises:
-        `InputError`: If `thinking_tags` or `answer_tags` is not a pair of strings, or a tag contains another.
+    blocks and no other added white space. Raises an `InputError` unless the tags are two pairs of strings, none of
+    which contains another.
     """
     check_tags(thinking_tags, answer_tags)
     return f"{thinking_tags[0]}{reasoning}{thinking_tags[1]}\n{answer_tags[0]}{answer}{answer_tags[1]}"
@@ -64,7 +62,7 @@ def extract_tagged_answer(
     text: str, thinking_tags: Sequence[str] = THINKING_TAGS, answer_tags: Sequence[str] = ANSWER_TAGS
 ) -> str | None:
     """
-    Find the answer of a response whose tags may be malformed or missing.
+    Find the answer of a response whose tags may be malformed or missing, without surrounding white space.
 
     A model can give the right answer in the wrong format, so the two are measured independently. Tags match in any
     case and with white space inside (`< answer >`). The answer is the first of the following that is not blank:
@@ -72,8 +70,7 @@ def extract_tagged_answer(
     1. The last complete answer block. The last one is used because a model may correct itself; complete blocks take
        precedence over incomplete ones because a generation may be cut off anywhere.
     2. The text after the last opening answer tag, up to the next tag or any closing tag. This covers a closing tag
-    that
-       is missing, misspelled, or written as another opening tag.
+       that is missing, misspelled, or written as another opening tag.
     3. The text after the last closing thinking tag, with the same end. This covers an answer without tags.
     4. The last line before a closing answer tag. This covers a missing opening tag.
     5. Otherwise, an answer that the text itself marks: the number right after the last `####`, else the last
@@ -81,9 +78,6 @@ def extract_tagged_answer(
 
     The text found by 3 and 4 is also searched for the marks of 5. Text inside answer tags is not: it is the answer as
     the model wrote it.
-
-    Returns:
-        `str` or `None`: The answer without surrounding white space, or `None` if there is none.
     """
     check_tags(thinking_tags, answer_tags)
     pattern = _any_tag(*thinking_tags, *answer_tags)

@@ -40,15 +40,8 @@ _DATA_SETTINGS = (
 
 def render_page(view: View, recipe: Recipe, settings: dict[str, object]) -> str:
     """
-    Render the page with its header, legend, histograms and rows.
-
-    Args:
-        view (`View`):
-            View from [`read_view`].
-        recipe (`Recipe`):
-            Recipe that the header describes.
-        settings (`dict[str, object]`):
-            Settings from [`page_settings`].
+    Render the page with its header, legend, histograms and rows. The header shows the recipe and `settings`, as
+    returned by [`page_settings`].
     """
     groups = [column for column in view.columns if column.is_group]
     scores = [column for column in view.columns if column.kind == "score"]

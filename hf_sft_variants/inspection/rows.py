@@ -23,18 +23,9 @@ MAX_GROUPS = 32
 @dataclass
 class Column:
     """
-    A column with one number per token.
-
-    Attributes:
-        name (`str`):
-            Name in the data set.
-        kind (`str`):
-            `"group"` (integers, negative ones are no group), `"mask"` (0 or 1), `"score"` (floats) or `"number"`
-            (other integers).
-        per_example (`bool`, *optional*, defaults to `False`):
-            Whether each row has a single value, repeated for its tokens.
-        names (`dict[int, str]`):
-            Names of the groups, or of a mask's 1.
+    A column with one number per token. `kind` is `"group"` (integers, negative ones are no group), `"mask"` (0 or 1),
+    `"score"` (floats) or `"number"` (other integers). With `per_example`, each row has a single value, repeated for
+    its tokens. `names` has the names of the groups, or of a mask's 1.
     """
 
     name: str
@@ -60,15 +51,8 @@ class Column:
 @dataclass
 class Row:
     """
-    One example of the prepared data set.
-
-    Attributes:
-        number (`int`):
-            Position in the prepared data set.
-        input_ids (`list[int]`), labels (`list[int]`):
-            Tokens and labels, where `-100` is no label.
-        values (`dict[str, list]`):
-            Values of each per-token column.
+    One example of the prepared data set, at the position `number`. A token with the label -100 is not supervised.
+    `values` has the values of each per-token column.
     """
 
     number: int
@@ -95,17 +79,8 @@ class Row:
 @dataclass
 class View:
     """
-    The rows to show.
-
-    Attributes:
-        rows (`list[Row]`), columns (`list[Column]`):
-            Examples and their per-token columns.
-        num_rows (`int`, *optional*):
-            Length of the whole prepared data set, `None` for a stream.
-        texts (`dict[int, str]`):
-            Text of each token id in the rows.
-        special (`set[int]`):
-            Ids of special tokens.
+    The rows to show, with their per-token columns. `num_rows` is the length of the whole prepared data set, `None` for
+    a stream. `texts` has the text of each token id in the rows, `special` the ids of special tokens.
     """
 
     rows: list[Row]
@@ -122,10 +97,8 @@ class View:
 
 def parse_range(text: str) -> slice:
     """
-    Read a range of rows as in Python: `0:20`, `:5`, `10:`, `:`, or a single number.
-
-    Raises:
-        `InputError`: If the text is not a range, or an empty one.
+    Read a range of rows as in Python: `0:20`, `:5`, `10:`, `:`, or a single number. Raises an `InputError` if the text
+    is not a range, or an empty one.
     """
     match = re.fullmatch(r"(\d*)(:(\d*))?", text)
     if not match or not text:
@@ -139,17 +112,9 @@ def parse_range(text: str) -> slice:
 
 def read_view(trainer: SFTTrainer, wanted: slice) -> View:
     """
-    Read rows of a trainer's prepared training set, with every column that has one number per token.
-
-    Args:
-        trainer ([`~trl.SFTTrainer`]):
-            A prepared trainer. Its `annotation_columns` give the value that means "none" in a column and, where that
-            is a member of an `IntEnum`, the names of the others.
-        wanted (`slice`):
-            Rows to read, e.g. from [`parse_range`].
-
-    Raises:
-        `InputError`: If there are no such rows, or they have no tokens.
+    Read rows of a trainer's prepared training set, with every column that has one number per token. The trainer's
+    `annotation_columns` give the value that means "none" in a column and, where that is a member of an `IntEnum`, the
+    names of the others. Raises an `InputError` if there are no such rows, or they have no tokens.
     """
     dataset = trainer.train_dataset
     is_stream = isinstance(dataset, IterableDataset)

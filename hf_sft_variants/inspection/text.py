@@ -11,14 +11,8 @@ _GROUP_COLOURS = (36, 35, 32, 33, 34)
 
 def render_text(view: View, styled: bool) -> str:
     """
-    Render the rows, each with its counts and tokens.
-
-    Args:
-        view (`View`):
-            View from [`read_view`].
-        styled (`bool`):
-            Whether to style tokens with ANSI escapes, for a terminal, or to put them in brackets: `[token]` in the
-            loss, `[token/1]` in group 1, `(token)` not in the loss.
+    Render the rows, each with its counts and tokens. Tokens are styled with ANSI escapes, for a terminal, or put in
+    brackets: `[token]` in the loss, `[token/1]` in group 1, `(token)` not in the loss.
     """
     groups = next((column for column in view.columns if column.is_group), None)
     lines = [view.title() + ". " + _key(groups, styled)]

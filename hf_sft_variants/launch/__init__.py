@@ -8,6 +8,8 @@ TRL's script:
     accelerate launch -m hf_sft_variants.poft --beta 0.5 .../trl/scripts/sft.py --config recipe.yaml
     python -m hf_sft_variants.poft --beta 0.5 .../trl/scripts/sft.py --config recipe.yaml
 
-`poft/__main__.py` calls `main` in `recipe.py`, which trains step by step as TRL's script does. `parsing.py` reads the
-arguments and the recipe; `recipe_checks.py` makes mistakes in them errors.
+`poft/__main__.py` calls `main` in `training.py`, which trains step by step as TRL's script does. `parsing.py` reads
+the arguments and the recipe. `recipe_checks.py` refuses mistakes in them, also a `module` other than the one that was
+started. Commands that are given a recipe (`score`, `inspect`, `compare`) find its trainer by
+`parsing.trainer_and_parser`.
 """

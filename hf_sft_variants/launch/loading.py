@@ -21,20 +21,10 @@ def load_model_and_tokenizer(
     """
     Load a causal language model, with a PEFT adapter if there is one, and its tokenizer.
 
-    Args:
-        model (`str`):
-            Folder or Hub id of a model. A PEFT adapter is loaded on the base model it names.
-        adapter (`str`, *optional*):
-            Folder or Hub id of a PEFT adapter to load on `model`.
-        device (`str`, *optional*):
-            Device of the model, e.g. `"cpu"` or `"cuda:1"`. By default the accelerator if there is one, else the CPU.
-        options (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained`, such as `dtype` or `quantization_config`. `revision` is that of
-            `model`; for a folder with an adapter, its base model's, by default the one the adapter was saved with.
-
-    Raises:
-        `InputError`: If the model or the adapter can't be loaded or lacks weights, the tokenizer has no chat template
-            or the device can't be used.
+    `model` and `adapter` are folders or Hub ids; if `model` is a PEFT adapter, it is loaded on the base model it
+    names. The device is by default the accelerator if there is one, else the CPU. `options` are keyword arguments of
+    `from_pretrained`; for `revision` see [`~hf_sft_variants.scoring.loading.find_files`]. Raises an `InputError` if
+    the tokenizer has no chat template.
     """
     target = _usable_device(device)
     tokenizer = load_tokenizer(model, options, adapter)
@@ -45,10 +35,8 @@ def load_model_and_tokenizer(
 
 def load_split(dataset: str, split: str = "test", config: str | None = None) -> Dataset:
     """
-    Load one split of a data set, which is a folder with data files or an id on the Hub.
-
-    Raises:
-        `InputError`: If there is no such data set or split, or it is empty.
+    Load one split of a data set, which is a folder with data files or an id on the Hub. Raises an `InputError` if it
+    is empty.
     """
     try:
         rows = load_dataset(dataset, config, split=split)

@@ -1,4 +1,4 @@
-"""Reads a recipe and a command line as `trl sft` does, but strictly, and finds the trainer that `module` names."""
+"""Reads recipes and command lines as `trl sft` does, but strictly, and finds the trainer of a recipe's `module`."""
 
 import copy
 import importlib
@@ -27,16 +27,8 @@ def make_parser(trainer_class: type, config_class: type) -> TrlParser:
 
 def parse(parser: TrlParser, argv: list[str]) -> tuple:
     """
-    Parse a command line, and the recipe it names, into instances of the parser's dataclasses.
-
-    Args:
-        parser ([`~trl.TrlParser`]):
-            Parser from [`make_parser`], whose defaults become the recipe's values.
-        argv (`list[str]`):
-            `--config recipe.yaml`, and flags, which override the recipe.
-
-    Raises:
-        `InputError`: If a key, flag or value is unknown, missing or wrong.
+    Parse a command line into instances of the parser's dataclasses: `--config recipe.yaml`, which [`apply_recipe`]
+    applies, and flags, which override the recipe.
     """
     before_script, flags = split_at_trl_script(list(argv))
     config_parser = ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
@@ -58,7 +50,10 @@ def parse_recipe(recipe: dict) -> tuple[type[SFTTrainer], tuple]:
 
 
 def split_at_trl_script(argv: list[str]) -> tuple[list[str], list[str]]:
-    """`trl sft` puts the path of its own script between the flags it doesn't know and those it does."""
+    """
+    Split the arguments at the path of TRL's script, which `trl sft` puts between the flags it doesn't know and those
+    it does.
+    """
     script = str(files("trl").joinpath("scripts", "sft.py"))
     if script not in argv:
         return [], argv
@@ -67,7 +62,7 @@ def split_at_trl_script(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def without_repeated_keys(flags: list[str], recipe: dict) -> list[str]:
-    """`trl sft` repeats keys below `module` that it doesn't know as strings before the flags; drop them."""
+    """Drop the keys below `module` that `trl sft` doesn't know and repeats as strings before the flags."""
     keys = list(recipe)
     for key in keys[keys.index("module") + 1 :] if "module" in keys else []:
         if flags[:2] == [f"--{key}", str(recipe[key])]:
@@ -110,10 +105,8 @@ def trainer_and_parser(module: str | None) -> tuple[type[SFTTrainer], TrlParser]
 
 def find_trainer_class(module: str) -> type[SFTTrainer]:
     """
-    Find the one trainer in a package's namespace; of trainers that inherit from each other, the most derived.
-
-    Raises:
-        `InputError`: If the package can't be imported, or doesn't have exactly one trainer.
+    Find the one trainer in a package's namespace; of trainers that inherit from each other, the most derived. Raises
+    an `InputError` if the package can't be imported, or doesn't have exactly one trainer.
     """
     if os.getcwd() not in sys.path:  # `python -m` finds the modules of the current folder, a console script does not
         sys.path.append(os.getcwd())

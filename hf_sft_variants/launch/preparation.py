@@ -12,8 +12,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, S
 from ..base.prepared_sets import is_prepared_and_packed
 from ..errors import InputError, first_line
 from .parsing import parse, trainer_and_parser
-from .recipe import load_data
 from .recipe_checks import read_mapping
+from .training import load_data
 
 
 # For machines without a GPU, which refuse a GPU recipe's settings; none of them changes the data
@@ -23,15 +23,8 @@ _WITHOUT_ACCELERATOR = ["--use_cpu", "true", "--bf16", "false", "--fp16", "false
 @dataclass
 class Recipe:
     """
-    A parsed recipe.
-
-    Attributes:
-        path (`str`):
-            The file.
-        trainer_class (`type[SFTTrainer]`):
-            Trainer of the package named by `module`, or [`~trl.SFTTrainer`].
-        script_args ([`~trl.ScriptArguments`]), training_args ([`~trl.SFTConfig`]), model_args ([`~trl.ModelConfig`]),
-            dataset_args ([`~trl.DatasetMixtureConfig`]): Values of the recipe and the flags.
+    Parsed recipe: its file, the trainer of the package named by `module` (without it, [`~trl.SFTTrainer`]), and the
+    values of the recipe and the flags.
     """
 
     path: str
@@ -43,18 +36,7 @@ class Recipe:
 
 
 def load_recipe(path: str, flags: list[str]) -> Recipe:
-    """
-    Read a recipe as strictly as training does.
-
-    Args:
-        path (`str`):
-            YAML file of `trl sft`, with or without `module`.
-        flags (`list[str]`):
-            Flags that override the recipe.
-
-    Raises:
-        `InputError`: If the recipe can't be read, a key, flag or value is wrong, or `module` has no trainer.
-    """
+    """Read a recipe, with or without `module`, as strictly as training does. `flags` override it."""
     trainer_class, parser = trainer_and_parser(read_mapping(path).get("module"))
     on_this_machine = [] if torch.accelerator.is_available() else _WITHOUT_ACCELERATOR
     parsed = parse(parser, ["--config", path, *flags, *on_this_machine])
@@ -64,6 +46,7 @@ def load_recipe(path: str, flags: list[str]) -> Recipe:
 def prepare_view(recipe: Recipe) -> SFTTrainer:
     """
     Like [`prepare`], but for showing `train_dataset`: examples stay in order, and whole unless they come packed.
+    Changes `recipe.training_args`.
     """
     args = recipe.training_args
     args.shuffle_dataset, args.eval_strategy = False, "no"
@@ -80,10 +63,7 @@ def prepare_view(recipe: Recipe) -> SFTTrainer:
 def prepare(recipe: Recipe) -> SFTTrainer:
     """
     Build the recipe's trainer with its data sets prepared for training. Of the model, only the configuration and the
-    tokenizer are loaded.
-
-    Raises:
-        `InputError`: If the model or the data can't be loaded, or the trainer refuses them.
+    tokenizer are loaded. Changes `recipe.training_args`: nothing is reported or pushed, and `output_dir` is temporary.
     """
     args = recipe.training_args
     evaluates = args.eval_strategy != "no"
@@ -102,12 +82,8 @@ def prepare(recipe: Recipe) -> SFTTrainer:
 
 def load_without_weights(recipe: Recipe) -> tuple[PreTrainedModel, object]:
     """
-    The recipe's model on the `meta` device, and its tokenizer or processor.
-
-    Preparing data only needs the model's configuration, name and embedding size, which a model without weights has.
-
-    Raises:
-        `InputError`: If there is no such model.
+    Load the recipe's model on the `meta` device, and its tokenizer or processor. Preparing data only needs the model's
+    configuration, name and embedding size, which a model without weights has.
     """
     name, args = recipe.model_args.model_name_or_path, recipe.training_args
     revision = (args.model_init_kwargs or {}).get("revision", recipe.model_args.model_revision)

@@ -34,7 +34,7 @@ def read_mapping(path: str | Path) -> dict:
 
 @contextmanager
 def error_in(where: str) -> Iterator[None]:
-    """Say in an `InputError` where the input is."""
+    """Prefix an `InputError` with where the input is."""
     try:
         yield
     except InputError as error:
@@ -42,7 +42,9 @@ def error_in(where: str) -> Iterator[None]:
 
 
 def check_keys(parser: TrlParser, recipe: dict) -> None:
-    """Options of `accelerate launch` must be above `module`: below it, `trl sft` does not pass them to accelerate."""
+    """
+    Refuse unknown keys, and options of `accelerate launch` below `module`, where `trl sft` does not pass them on.
+    """
     known, options = key_types(parser), launch_options()
     below_module = False
     for key in recipe:
@@ -139,7 +141,7 @@ def check_type(name: str, value: Any, wanted: Any) -> None:
 
 
 def check_entries(key: str, entries: list, entry_type: type) -> None:
-    """Entries of `datasets` are mappings with keys of their own."""
+    """Check the keys of the entries of `datasets`, which are mappings."""
     names = [field.name for field in fields(entry_type)]
     required = [field.name for field in fields(entry_type) if field.default is MISSING]
     for entry in [entry for entry in entries if isinstance(entry, dict)]:

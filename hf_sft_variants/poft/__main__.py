@@ -1,4 +1,4 @@
-from ..launch.recipe import main
+from ..launch.training import main
 from . import PoFTConfig, PoFTTrainer
 
 

@@ -21,13 +21,9 @@ def render_for_reference(
 ) -> dict[str, list[int]]:
     """
     Render an example for a reference model: its tokens as `input_ids`, `labels` on the scored ones. For `Dataset.map`.
-
-    The example has `messages`, or `prompt` and `completion`, and `example_row`. `target_eos` is the end of sequence
-    that `SFTTrainer` has appended to a plain completion; it is replaced by the reference model's.
-
-    Raises:
-        `InputError`: If the chat template can't render the messages or changes the assistant's words, naming the row
-            and the model.
+    The example has `messages`, or `prompt` and `completion`, and `example_row`. The EOS token that `SFTTrainer` has
+    appended to a plain completion (`target_eos`) is replaced by the reference model's. Raises an `InputError` that
+    names the row and the model if the chat template can't render the messages or changes the assistant's words.
     """
     content = {column: value for column, value in example.items() if value is not None}
     eos_token = tokenizer.eos_token or ""

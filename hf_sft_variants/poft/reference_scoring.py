@@ -158,6 +158,7 @@ class ReferenceScoringCallback(TrainerCallback):
         return self.scores[dataset_name]
 
     def _score_rendered(self, rendered, template, dataset_name, model, args) -> pa.Table:
+        """Cached by `settings` (the folder: model, template, end of turn) and by each example's tokens (the row)."""
         limits = [args.max_length, max_positions(model, self.model_init_kwargs)]
         settings = {
             "kind": "response_log_probs",

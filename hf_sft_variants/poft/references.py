@@ -81,9 +81,7 @@ def drop_unscored(
 ) -> Dataset | IterableDataset:
     """
     Drop examples without a scored token and, if they are compared with scores of whole responses, truncated ones.
-
-    Raises:
-        `InputError`: If none is left.
+    Raises an `InputError` if none is left.
     """
     map_kwargs = map_description(dataset, args, f"Dropping unscored examples from {dataset_name} dataset")
     kept = dataset.filter(_is_scored, fn_kwargs={"needs_whole": args.needs_references}, **map_kwargs)

@@ -40,11 +40,8 @@ def write_score_file(scores: pa.Table, path: str | Path) -> None:
 
 def read_score_files(paths: Sequence[str], score_end_of_turn: bool) -> pa.Table:
     """
-    Read score files that were made with a setting of `score_end_of_turn`, Parquet or JSON lines, into one table with
-    `SCHEMA`; missing columns are filled with nulls.
-
-    Raises:
-        `InputError`: If a file can't be read, lacks columns, or was made with another `score_end_of_turn`.
+    Read Parquet or JSON Lines score files into one table with `SCHEMA`; missing columns are filled with nulls. Raises
+    an `InputError` if a file can't be read, lacks columns, or was made with another `score_end_of_turn`.
     """
     tables = [_read_score_file(path, score_end_of_turn) for path in paths]
     return pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="default")
@@ -76,12 +73,9 @@ def join_by_key(
 ) -> list[float | None]:
     """
     Score r_j of each example by a reference model, in nats per token; `None` if the model could not score the example.
-
-    The examples have `example_key`, `example_row` and `num_scored_tokens`; the table, with `SCHEMA`, is in any order
-    and may have other examples and models.
-
-    Raises:
-        `InputError`: If an example has no score or two different ones, or a score is not a finite number of at most 0.
+    `dataset` has `example_key`, `example_row` and `num_scored_tokens`; `scores`, with `SCHEMA`, is in any order and
+    may have other examples and models. Raises an `InputError` if an example has no score or two different ones, or a
+    score is not a finite number of at most 0.
     """
     scores = scores.filter(pc.equal(scores["model"], model))
     conflict = find_conflict(scores, _VALUES)

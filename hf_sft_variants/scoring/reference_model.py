@@ -28,18 +28,10 @@ _NOT_IN_OUTPUT = (
 
 def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> PreTrainedModel | PeftModel:
     """
-    Load a causal language model for scoring: evaluation mode, no gradients, on this process's device.
-
-    Args:
-        model (`str`):
-            Id or folder of a model, or of a PEFT adapter, which is loaded on its base model.
-        model_init_kwargs (`dict`, *optional*):
-            Keyword arguments of `from_pretrained`. `dtype` defaults to bfloat16 on an accelerator, float32 on the CPU.
-            With `device_map` the model stays where that places it. For `revision` see
-            [`~hf_sft_variants.scoring.loading.find_files`].
-
-    Raises:
-        `InputError`: If the model can't be loaded or lacks weights, or under DeepSpeed ZeRO-3.
+    Load a causal language model, or a PEFT adapter on its base model, for scoring: evaluation mode, no gradients, on
+    this process's device unless `device_map` places it. `dtype` defaults to bfloat16 on an accelerator, float32 on the
+    CPU; for `revision` see [`~hf_sft_variants.scoring.loading.find_files`]. Raises an `InputError` under DeepSpeed
+    ZeRO-3.
     """
     refuse_zero3(model)
     options = _with_default_dtype(model_init_kwargs)
@@ -47,12 +39,7 @@ def load_reference_model(model: str, model_init_kwargs: dict | None = None) -> P
 
 
 def refuse_zero3(model: str) -> None:
-    """
-    Refuse to load a scoring model under DeepSpeed ZeRO-3, which would partition its weights.
-
-    Raises:
-        `InputError`: Under ZeRO-3.
-    """
+    """Refuse to load a scoring model under DeepSpeed ZeRO-3, which would partition its weights."""
     if is_deepspeed_zero3_enabled():
         raise InputError(
             f"The model {model!r} has to score, but can't be loaded under DeepSpeed ZeRO-3. Run `hf-sft-variants "
@@ -69,10 +56,8 @@ def require_same_vocabulary(
     model: str, tokenizer: PreTrainedTokenizerBase, model_init_kwargs: dict | None = None
 ) -> None:
     """
-    Require a reference model that is to score the trained model's tokens to have the same vocabulary.
-
-    Raises:
-        `InputError`: If its tokenizer has another vocabulary or can't be loaded.
+    Refuse a reference model whose vocabulary differs from that of `tokenizer`, the trained model's: it is to score the
+    same tokens.
     """
     ours, theirs = tokenizer.get_vocab(), load_reference_tokenizer(model, model_init_kwargs).get_vocab()
     if ours != theirs:
@@ -86,8 +71,8 @@ def require_same_vocabulary(
 
 def max_positions(model: str, model_init_kwargs: dict | None = None) -> int | None:
     """
-    Maximum number of tokens in an example for a reference model, by its configuration; `None` without a limit. The
-    virtual tokens of prompt learning are subtracted.
+    Maximum number of tokens that a reference model can read, by its configuration; `None` without a limit. The virtual
+    tokens of prompt learning are subtracted.
     """
     files = find_files(model, model_init_kwargs, what=_WHAT)
     config = AutoConfig.from_pretrained(files.model, **config_options(files.options))
@@ -100,10 +85,9 @@ def max_positions(model: str, model_init_kwargs: dict | None = None) -> int | No
 
 def identify_model(model: str, model_init_kwargs: dict | None = None) -> dict[str, str]:
     """
-    Identity of a scoring model as JSON values, used as its cache key.
-
-    A folder is identified by its content ([`~hf_sft_variants.base.fingerprints.fingerprint`]), wherever it is; an id
-    on the Hub by its commit; an adapter together with its base model. The default `dtype` counts as an option.
+    Identity of a scoring model as JSON values, used as its cache key: a folder's content
+    ([`~hf_sft_variants.base.fingerprints.fingerprint`]), wherever it is, or the commit of an id on the Hub; for an
+    adapter, also its base model's. Options that change the output count, the default `dtype` among them.
     """
     options = _with_default_dtype(model_init_kwargs)
     # As texts: `dtype` may be given as either. Without the token, which is a secret: the values are written to files
@@ -123,8 +107,8 @@ def identify_model(model: str, model_init_kwargs: dict | None = None) -> dict[st
 
 def describe_model(model: str, model_init_kwargs: dict | None = None) -> dict[str, str]:
     """
-    Name of a model, for people, and its content, which is [`~hf_sft_variants.base.fingerprints.what_counts`]: the same
-    wherever it is and in whatever dtype it is loaded.
+    Describe a model by its name, for readers, and its content, the only part that is compared
+    ([`~hf_sft_variants.base.fingerprints.what_counts`]): the same wherever it is and in whatever dtype it is loaded.
     """
     identity = identify_model(model, model_init_kwargs)
     versions = [identity[name] for name in ("version", "base") if name in identity]

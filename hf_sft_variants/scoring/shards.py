@@ -1,4 +1,7 @@
-"""Scores on disk: small Parquet files whose rows are found by key. Each holds a shard, the unit of work."""
+"""
+Scores on disk: small Parquet files whose rows are found by key. Each holds a shard, the unit of work. The key is the
+hash of an example's tokens and labels, not that of `base/example_keys.py`.
+"""
 
 import errno
 import hashlib
@@ -23,16 +26,8 @@ _METADATA_KEY = b"hf_sft_variants"
 
 def plan_shards(lengths: Sequence[int], batch_tokens: int) -> list[list[list[int]]]:
     """
-    Group rows into batches of similar length, the longest first, and batches into shards.
-
-    Args:
-        lengths (`Sequence[int]`):
-            Number of tokens of each row.
-        batch_tokens (`int`):
-            Maximum number of tokens in a batch, padding included.
-
-    Returns:
-        `list[list[list[int]]]`: Shards of batches of row numbers.
+    Group row numbers into batches of similar length, the longest first, and batches into shards. A batch has at most
+    `batch_tokens` tokens, padding included; a longer row is a batch of its own.
     """
     batches, width = [], 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -50,10 +45,8 @@ def settings_folder(cache_dir: str | Path, settings: dict) -> Path:
 
 def read_scores(folder: Path, settings: dict, keys: Collection[str]) -> pa.Table:
     """
-    Read the rows of a folder that have one of the keys.
-
-    Raises:
-        `InputError`: If a file can't be read or was written with other settings, naming those that differ.
+    Read the rows of a folder that have one of the keys. Raises an `InputError` if a file can't be read or was written
+    with other settings.
     """
     tables = [_read_file(path, settings, keys) for path in sorted(folder.glob("*.parquet"))]
     return concat_scores([pa.table({EXAMPLE_KEY: pa.array([], pa.string())}), *tables])
@@ -82,12 +75,7 @@ def _read_file(path: Path, settings: dict, keys: Collection[str]) -> pa.Table:
 
 
 def write_scores(table: pa.Table, folder: Path, settings: dict) -> None:
-    """
-    Add rows to a folder, in a file named after their keys.
-
-    Raises:
-        `InputError`: If the file can't be written.
-    """
+    """Add rows to a folder, in a file named after their keys; if it exists, nothing is written."""
     name = hashlib.sha256(" ".join(table[EXAMPLE_KEY].to_pylist()).encode()).hexdigest()[:24]
     path = folder / f"{name}.parquet"
     if not path.is_file():
@@ -102,10 +90,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """
-    Raises:
-        `InputError`: If a file can't be written inside the block.
-    """
+    """Convert an `OSError` inside the block to an `InputError` that says why scores can't be written."""
     try:
         yield
     except OSError as error:

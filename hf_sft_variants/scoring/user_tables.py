@@ -12,10 +12,7 @@ from ..errors import InputError
 def read_user_table(path: str | Path, where: str, schema: pa.Schema, required: list[str], fix: str) -> pa.Table:
     """
     Read those columns of a schema that a file has, Parquet or JSON lines (`.jsonl`). `where` and `fix` begin and end
-    the messages.
-
-    Raises:
-        `InputError`: If the file can't be read, lacks a required column, or has a value of the wrong type.
+    the error messages.
     """
     if not Path(path).is_file():
         raise InputError(f"{where} can't be read: there is no such file. {fix}")

@@ -51,23 +51,11 @@ def group_by_importance(
     first_token_ids: set[int],
 ) -> list[int]:
     """
-    Split a sample's supervised tokens into important and unimportant ones.
+    Return the group of each token of a sample: 1 (important), 0 (unimportant) or -1 (not supervised or not grouped).
 
-    Args:
-        labels (`list[int]`):
-            Token id where the token is in the loss, `-100` elsewhere.
-        scores (`list[float]`):
-            Importance of each token.
-        important_fraction (`float`):
-            Share η of the `n` supervised tokens that is important: `round(η·n)` of them, at least 1 and at most
-            `n - 1`, with ties broken by position.
-        min_grouped_tokens (`int`):
-            Samples with fewer supervised tokens (or fewer than 2) are not grouped.
-        first_token_ids (`set[int]`):
-            Token ids that rank before all others, regardless of their scores.
-
-    Returns:
-        `list[int]`: Group of each token: 1 (important), 0 (unimportant) or -1 (not supervised or not grouped).
+    Of the `n` supervised tokens (labels other than -100), `round(important_fraction * n)` are important, at least 1
+    and at most `n - 1`: those of `first_token_ids`, then those with the highest scores, with ties broken by position.
+    Samples with fewer than `min_grouped_tokens` or 2 supervised tokens are not grouped.
     """
     labels = np.asarray(labels)
     groups = np.full(len(labels), UNGROUPED)
@@ -143,10 +131,7 @@ def require_column(examples: dict[str, list], column: str, dataset_name: str) ->
 
 def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset_name: str) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: check the user's scores and copy them to `importance_scores`.
-
-    Raises:
-        `InputError`: If a score is not a finite number. The message names the row, column and value.
+    For `Dataset.map`, batched: check that the user's scores are finite numbers, and copy them to `importance_scores`.
     """
     require_column(examples, column, dataset_name)
     for row, scores in zip(rows, examples[column], strict=True):
@@ -161,11 +146,8 @@ def copy_scores(examples: dict[str, list], rows: list[int], column: str, dataset
 
 def copy_group_ids(examples: dict[str, list], rows: list[int], column: str, dataset_name: str) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: check the user's group ids and annotate the rows with them.
-
-    Raises:
-        `InputError`: If an id is not an integer from -1 to `MAX_GROUPS - 1`. The message names the row, column and
-            value.
+    For `Dataset.map`, batched: check that the user's group ids are integers from -1 to `MAX_GROUPS - 1`, and annotate
+    the rows with them.
     """
     require_column(examples, column, dataset_name)
     for row, group_ids in zip(rows, examples[column], strict=True):

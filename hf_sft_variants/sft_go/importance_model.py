@@ -36,10 +36,8 @@ def identify_importance_model(model: str) -> dict[str, str]:
 def load_importance_model(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Load a token classifier and its tokenizer to score with, on this process's device; bfloat16 on an accelerator.
-
-    Raises:
-        `InputError`: If the model can't be loaded, is not a token classifier with two labels, or its tokenizer gives
-            no offsets; under DeepSpeed ZeRO-3.
+    Raises an `InputError` if the model is not a token classifier with two labels or its tokenizer gives no offsets,
+    and under DeepSpeed ZeRO-3.
     """
     refuse_zero3(model)
     device = PartialState().device

@@ -17,17 +17,8 @@ _WORD_MARK = "▁"
 @dataclass
 class SplitText:
     """
-    A text as an importance model reads it.
-
-    Attributes:
-        text (`str`):
-            The text.
-        sub_word_ids (`list[int]`):
-            Its sub-words, without special tokens.
-        word_starts (`list[int]`):
-            Number of the first sub-word of each word.
-        word_spans (`list[tuple[int, int]]`):
-            Characters of each word, possibly with white space at the ends.
+    Text as an importance model reads it: its sub-words, without special tokens; the number of the first sub-word of
+    each word; and the characters of each word, possibly with white space at the ends.
     """
 
     text: str
@@ -38,10 +29,9 @@ class SplitText:
 
 def split_into_words(text: str, tokenizer: PreTrainedTokenizerBase) -> SplitText:
     """
-    Split a text into sub-words and join these to words as LLMLingua-2 does.
-
-    There a word begins with a sub-word without `##` (BERT) or with a `▁` or an ASCII punctuation mark (XLM-RoBERTa).
-    For any tokenizer: where its pre-tokenizer cuts, after white space, and at an ASCII punctuation mark.
+    Split a text into sub-words and join these to words as LLMLingua-2 does: there a word begins with a sub-word
+    without `##` (BERT) or with a `▁` or an ASCII punctuation mark (XLM-RoBERTa). For any tokenizer: where its
+    pre-tokenizer cuts, after white space, and at an ASCII punctuation mark.
     """
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens, words, offsets = encoding.tokens(), encoding.word_ids(), encoding["offset_mapping"]

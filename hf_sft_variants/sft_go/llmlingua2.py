@@ -29,15 +29,9 @@ def importance_scores(
     dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
 ) -> pa.ChunkedArray:
     """
-    Score a prepared data set with the importance model, or read the scores from the cache.
-
-    All processes have to call it together. `tokenizer` is the trained model's.
-
-    Returns:
-        `pa.ChunkedArray`: For each example a list of float, one for each token of `input_ids`; null without labels.
-
-    Raises:
-        `InputError`: If the importance model can't be used ([`load_importance_model`]).
+    Score a prepared data set with the importance model, or read the scores from the cache: for each example a list of
+    floats, one for each token of `input_ids`; null without labels. Must be called by all processes. `tokenizer` is the
+    trained model's.
     """
     settings = {
         "kind": "llmlingua2",
@@ -65,15 +59,8 @@ class LLMLingua2Scorer:
     the words it shares a character with. Tokens of white space, special tokens and tokens that are not supervised get
     0.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Token classifier with two labels, 1 for "keep".
-        importance_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The classifier's tokenizer, a fast one.
-        target_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer that made the examples, of any kind.
-        batch_tokens (`int`, *optional*, defaults to `4096`):
-            Most sub-words of a batch of windows, padding included.
+    `importance_tokenizer`, the model's, must be fast; `target_tokenizer`, which made the examples, may be of any kind.
+    A batch of windows has at most `batch_tokens` sub-words, padding included.
     """
 
     def __init__(
@@ -93,10 +80,8 @@ class LLMLingua2Scorer:
 
     def __call__(self, examples: list[dict]) -> list[dict]:
         """
-        Score examples with `input_ids` and `labels`.
-
-        Returns:
-            `list[dict]`: For each example `importance_scores`, a float32 array with a number in [0, 1] for each token.
+        Score examples with `input_ids` and `labels`; each gets `importance_scores`, a float32 array with a number in
+        [0, 1] for each token.
         """
         supervised = [self._supervised_text(example) for example in examples]
         splits = [split_into_words(text, self.importance_tokenizer) for text, _, _ in supervised]

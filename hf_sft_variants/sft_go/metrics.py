@@ -48,8 +48,7 @@ class WorstGroupFlips(TrainerCallback):
         self, result: GroupOptimization, example_numbers: torch.Tensor, sample_ids: torch.Tensor
     ) -> tuple[int, int]:
         """
-        Numbers of flipped samples and of samples seen before in a micro-batch whose segments are samples.
-
+        Count the flipped samples and the samples seen before in a micro-batch whose segments are samples.
         `example_numbers` has the number of each token's example in the data set, `-1` on padding.
         """
         numbers = torch.full_like(result.worst_group, -1)

@@ -18,10 +18,8 @@ from .config import SFTGOConfig
 
 def drop_too_long(dataset: Dataset, args: SFTGOConfig, dataset_name: str) -> Dataset:
     """
-    Drop and count the examples that have more tokens than the reference model can read.
-
-    Raises:
-        `InputError`: If none is left.
+    Drop and count the examples that have more tokens than the reference model can read. Raises an `InputError` if none
+    is left.
     """
     limit = max_positions(args.reference_model, args.reference_model_init_kwargs)
     if limit is None:
@@ -34,13 +32,9 @@ def reference_log_probs(
     dataset: Dataset, args: SFTGOConfig, tokenizer: PreTrainedTokenizerBase, dataset_name: str
 ) -> pa.ChunkedArray:
     """
-    Score a prepared data set with the reference model, or read the scores from the cache.
-
-    Returns:
-        `pa.ChunkedArray`: For each example a list of float, one for each token of `input_ids`; null without labels.
-
-    Raises:
-        `InputError`: If the reference model can't be loaded or has another vocabulary.
+    Score a prepared data set with the reference model, or read the scores from the cache: for each example a list of
+    floats, one for each token of `input_ids`; null without labels. Must be called by all processes. Raises an
+    `InputError` if the reference model has another vocabulary.
     """
     options = args.reference_model_init_kwargs
     require_same_vocabulary(args.reference_model, tokenizer, options)

@@ -28,13 +28,8 @@ STREAM_ROWS = 10_000
 @dataclass
 class TokenTfidf:
     """
-    Document frequencies of tokens, where a document is a sample's supervised tokens and a term is a token id.
-
-    Attributes:
-        idf (`np.ndarray` of shape `(vocab_size,)`):
-            Inverse document frequency of each token id, by scikit-learn's formula.
-        vocabulary (`str`):
-            Hash of the tokenizer's vocabulary.
+    Inverse document frequencies of token ids, where a document is a sample's supervised tokens. `idf` has the shape
+    `(vocab_size,)` and follows scikit-learn's formula; `vocabulary` is a hash of the tokenizer's.
     """
 
     idf: np.ndarray
@@ -60,10 +55,8 @@ class TokenTfidf:
     @classmethod
     def load(cls, path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> "TokenTfidf | None":
         """
-        Read a file that [`save`] wrote; `None` without a file.
-
-        Raises:
-            `InputError`: If the file can't be read or was written with another tokenizer.
+        Read a file that [`save`] wrote; `None` if there is none. Raises an `InputError` if the file can't be read or
+        was written with another tokenizer.
         """
         if path is None or not Path(path).exists():
             return None
@@ -98,12 +91,8 @@ def shared_tfidf(
 ) -> TokenTfidf:
     """
     Read the document frequencies if `path` is a file, otherwise fit them and write them to `path`, if one is given.
-    The main process does this for all processes, which have to call this function together.
-
-    Of a stream the first [`STREAM_ROWS`] rows are fitted on, so they have to be the same when it is read again.
-
-    Raises:
-        `InputError`: If the file can't be used, or a token id is not in the vocabulary.
+    The main process does this for all processes; must be called by all processes. Of a stream, the first `STREAM_ROWS`
+    rows are fitted on, so they have to be the same when it is read again.
     """
     return on_main_process(lambda: _load_or_fit(dataset, path, tokenizer))
 

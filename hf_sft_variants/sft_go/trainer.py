@@ -8,7 +8,8 @@ from datasets import IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
-from ..base.trl_internals import global_then_local_main_first
+from ..base.prepared_sets import MADE_WITH
+from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
 from ..scoring import describe_model
 from ..text.special_tokens import special_token_ids
@@ -83,8 +84,9 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         arguments = self.bind_arguments(*args, **kwargs)
         eval_dataset = arguments.get("eval_dataset")
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        for name, dataset in {"train": arguments.get("train_dataset"), **eval_sets}.items():
-            _refuse_stream(dataset, arguments["args"], name)
+        for name, dataset in (("train", arguments.get("train_dataset")), *eval_sets.items()):
+            if not _is_prepared(dataset, arguments["args"]):
+                _refuse_stream(dataset, arguments["args"], name)
         super().__init__(**arguments)
         self._worst_group_flips = WorstGroupFlips()
         self.add_callback(self._worst_group_flips)
@@ -109,7 +111,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     @property
     def _tracks_flips(self):
-        """Flips are of samples that are whole, known by their number, and seen again."""
+        """Flips can be counted only for samples that are whole, known by their number, and seen again."""
         whole_samples = not self.args.packing or self.args.packing_strategy == "bfd"
         prepared = not (self.args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
         return self.args.group_scope == "sample" and whole_samples and prepared and not self._is_streaming
@@ -134,7 +136,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         return settings
 
     def _describe_scoring_model(self):
-        """Nothing if the model is not here, but where packed rows were scored."""
+        """Describe the scoring model; empty if it is not on this machine, which may be so for packed rows."""
         args = self.args
         name = "reference_model" if args.group_by == "rho1" else "importance_model"
         try:
@@ -150,13 +152,13 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     def describe_run(self):
         run = super().describe_run()
-        if self._tfidf is not None and self._is_streaming:  # nothing else tells of a stream that it is the same
+        if self._tfidf is not None and self._is_streaming:  # nothing else identifies a stream
             source = "`tfidf_file`" if self.args.tfidf_file else "the start of the stream"
             run["settings"]["document_frequencies"] = f"{self._tfidf.digest()} (of {source})"
         return run
 
     def _fit_tfidf(self, dataset, dataset_name):
-        """The training set comes first; evaluation sets use its document frequencies."""
+        """Fit on the training set, which comes first; evaluation sets use its document frequencies."""
         if self.args.group_by == "tfidf" and dataset_name == "train" and self._tfidf is None:
             self._tfidf = shared_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
 
@@ -241,7 +243,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
             segment_ids,
             num_segments,
             worst_group_weight,
-            # Rho-1 trains on the tokens with the highest excess loss, be the others' plain loss higher or not
+            # Rho-1 trains on the tokens with the highest excess loss, even if the others' plain loss is higher
             chosen_group=Group.IMPORTANT if self.args.group_by == "rho1" else None,
         )
         batch.metrics["sft_go/worst_group_weight"] = (worst_group_weight, 1)
@@ -272,6 +274,11 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         if self.args.worst_group_schedule == "cosine":
             return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
         return start
+
+
+def _is_prepared(dataset, args):
+    skips = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    return dataset is None or skips or MADE_WITH in get_dataset_column_names(dataset)
 
 
 def _refuse_stream(dataset, args, dataset_name):

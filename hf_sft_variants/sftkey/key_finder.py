@@ -1,4 +1,4 @@
-"""Where the key is in the words of a response: the answer, without the reasoning."""
+"""Finds the key, the answer without the reasoning, in the characters of a response; `key_mask.py` finds its tokens."""
 
 from dataclasses import dataclass
 
@@ -14,37 +14,18 @@ class NoKeyError(InputError):
 
 @dataclass(frozen=True)
 class KeyFinder:
-    r"""
-    Finds the key in the words of an assistant's turn.
-
-    The key is what a `"key"` stage learns. It starts as follows and extends to the end of the words:
+    """
+    Finds the key, which is what a `"key"` stage learns, in the words of an assistant's turn, with the settings of
+    [`SFTKeyConfig`]. The key starts as follows and extends to the end of the words:
 
     - with `key_pattern`: where the group `key` of the only match starts,
     - with `key_delimiter`: with its only occurrence (or after it, without `key_tags_in_loss`),
     - otherwise: after the closing thinking tag. Without `key_tags_in_loss` the tags and the white space around the
       answer are left out.
 
-    References:
-        - SFTKey: https://huggingface.co/papers/2512.21017. It fixes the tags; the other ways are ours.
-
-    Requirements:
-        1. Each tag, the delimiter, or the pattern is found exactly once; the tags are in order, with only white space
-           between reasoning and answer; the answer is not empty. Anything else raises a [`NoKeyError`].
-
-    Args:
-        thinking_tags, answer_tags, key_delimiter, key_pattern, key_tags_in_loss, key_turns:
-            As in [`SFTKeyConfig`].
-
-    Example:
-
-    ```python
-    >>> find_key = KeyFinder(
-    ...     ("<Thinking>", "</Thinking>"), ("<Answer>", "</Answer>"), key_delimiter=None, key_pattern=None,
-    ...     key_tags_in_loss=True, key_turns="last",
-    ... )
-    >>> find_key("<Thinking>1 + 1</Thinking>\n<Answer>2</Answer>")
-    [(26, 45)]
-    ```
+    Raises a [`NoKeyError`] unless each tag, the delimiter, or the pattern is found exactly once, the tags are in order
+    with only white space between reasoning and answer, and the answer is not empty. The SFTKey paper specifies the
+    tags; the other ways are ours.
     """
 
     thinking_tags: tuple[str, str]

@@ -35,13 +35,9 @@ NO_LABEL, NOT_KEY, KEY = map(int, KeyMask)
 def key_mask(example: RenderedExample, labels: list[int], find_key: KeyFinder) -> list[int]:
     """
     Mark the tokens of an example: 1 for tokens of the key, 0 for other tokens in the loss, -1 for tokens without a
+    label. A token belongs to the key if any of its characters does: the `>` of `</Thinking>` may share a token with
+    what follows. Raises a `NoKeyError` if there is no key, a turn has more than one, or no token of the key has a
     label.
-
-    A token belongs to the key if any of its characters does: the `>` of `</Thinking>` may share a token with what
-    follows.
-
-    Raises:
-        `NoKeyError`: If there is no key, a turn has more than one, or no token of the key has a label.
     """
     mask = [NOT_KEY if label != -100 else NO_LABEL for label in labels]
     turns = example.turns[-1:] if find_key.key_turns == "last" else example.turns
@@ -84,15 +80,12 @@ def add_key_mask(
     dataset_name: str,
 ) -> dict[str, list]:
     """
-    For `Dataset.map`, batched: add the column `num_key_tokens` and, unless the rows already have it, `key_mask`.
+    Add the column `num_key_tokens` and, unless the rows already have it, `key_mask`. For `Dataset.map`, batched.
 
     Rows with text or messages (`has_text`) are rendered; the tokens of all others are decoded. For an example with no
-    key, or with several, `on_missing="error"` raises an error, `"drop"` sets its number of key tokens to -1, and
-    `"ignore"` marks no tokens.
-
-    Raises:
-        `InputError`: If an example has no key or several (the message names the row), if the chat template omits the
-            answer, or if an existing column `key_mask` has values other than 1, 0 and -1.
+    key, or with several, `on_missing="error"` raises an `InputError` that names the row, `"drop"` sets its number of
+    key tokens to -1, and `"ignore"` marks no tokens. Also raises an `InputError` if the chat template omits the
+    answer, or if an existing `key_mask` has values other than 1, 0 and -1.
     """
     special = {i for i in special_token_ids(tokenizer) if not find_key.looks_for(tokenizer.convert_ids_to_tokens(i))}
     if not has_text:
@@ -170,12 +163,7 @@ def _tagged(
     answer_tags: list[str],
     dataset_name: str,
 ) -> dict[str, Any]:
-    """
-    For `Dataset.map`: build the response from a reasoning and an answer, replacing any existing response.
-
-    Raises:
-        `InputError`: If a column is missing or has no text, or there is neither `prompt` nor `messages`.
-    """
+    """Build the response from a reasoning and an answer, replacing any existing response. For `Dataset.map`."""
     where = f"Row {row} of the {dataset_name} dataset"
     for name, column in (("reasoning_column", reasoning_column), ("answer_column", answer_column)):
         if column not in example:

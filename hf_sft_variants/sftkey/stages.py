@@ -25,10 +25,8 @@ _STATE_ELSEWHERE = ("schedule_free", "layerwise", "lomo")
 
 def stage_starts(fractions: list[float], max_steps: int) -> list[int]:
     """
-    Optimizer step that each stage begins with, followed by the total number of steps.
-
-    Raises:
-        `InputError`: If a stage would have no step.
+    Optimizer step that each stage begins with, followed by the total number of steps. Raises an `InputError` if a
+    stage would have no step.
     """
     starts = [0, *(round(share * max_steps) for share in accumulate(fractions[:-1])), max_steps]
     for number, (start, end) in enumerate(pairwise(starts)):
@@ -47,12 +45,9 @@ def stage_at(step: int, fractions: list[float], max_steps: int) -> int:
 
 def staged_scheduler(optimizer: torch.optim.Optimizer, args: SFTKeyConfig, max_steps: int) -> LambdaLR:
     """
-    Learning-rate schedule of a run in stages, each with its own warm-up and peak learning rate.
-
-    The rate depends only on the step, so a resumed run continues with the same rates.
-
-    Raises:
-        `InputError`: If the schedule does not depend on the step, or a stage would have no step.
+    Learning-rate schedule of a run in stages, each with its own warm-up and peak learning rate. The rate depends only
+    on the step, so a resumed run continues with the same rates. Raises an `InputError` for schedules that depend on
+    the evaluation loss, and if a stage would have no step.
     """
     if args.lr_scheduler_type in _SCHEDULES_BY_LOSS:
         raise InputError(

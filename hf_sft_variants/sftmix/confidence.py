@@ -1,4 +1,4 @@
-"""Measures how well a model predicts each training example at several checkpoints of its training run."""
+"""Measures how well a model predicts each training example at several checkpoints; `pairing.py` splits by it."""
 
 import math
 from collections.abc import Sequence
@@ -45,8 +45,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
     The output file has one row per example, in the order of the training data:
 
     - **example_key** (string): a hash of the example's content, or the data set's own column of this name, whose
-    values
-      must be unique. Equal examples have the same hash and values.
+      values must be unique. Equal examples have the same hash and values.
     - **num_labels** (int64): number of labels. If there are none, all other columns are null.
     - **nll_<step>**, **perplexity_<step>** (double) for each checkpoint: after that optimizer step; NLL in nats.
     - **mean_nll**, **mean_perplexity** (double): over the checkpoints.
@@ -54,8 +53,7 @@ class ConfidenceTrackingCallback(TrainerCallback):
     - **half** (string): `"confident"`, `"unconfident"`, or null for the middle example of an odd number.
 
     Its schema metadata contain JSON under the key `hf_sft_variants`: the `version` of the format, `measure`, `steps`,
-    and
-    `keys`, the source of the keys (`"text"`, `"tokens"` or `"column"`).
+    and `keys`, the source of the keys (`"text"`, `"tokens"` or `"column"`).
 
     Example:
 
@@ -221,12 +219,9 @@ def _mean_nll(model, examples: list[dict], device: torch.device) -> list[float]:
 
 def checkpoint_steps(wanted: Sequence[int] | None, max_steps: int, steps_per_epoch: int | None) -> list[int]:
     """
-    Return the optimizer steps after which a run evaluates its data: those `wanted` or, by default, the end of each
-    epoch. With fewer than three epochs, the default is three evenly spaced steps. Each evaluation is a forward pass
-    over the data.
-
-    Raises:
-        `InputError`: If the run has no such step.
+    Optimizer steps after which a run evaluates its data, each time with a forward pass over all of it: those `wanted`
+    or, by default, the end of each epoch. With fewer than three epochs, or for a stream (`steps_per_epoch=None`), the
+    default is three evenly spaced steps. Raises an `InputError` if `wanted` is empty or has a step outside the run.
     """
     if wanted is not None:
         steps = sorted(set(wanted))

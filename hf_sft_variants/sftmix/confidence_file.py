@@ -47,11 +47,9 @@ def confidence_table(
     keys: list[str], num_labels: np.ndarray, nll: dict[int, np.ndarray], measure: str, keys_of: str
 ) -> pa.Table:
     """
-    Rank examples by their NLL at checkpoints: for each checkpoint's step `nll` has the mean over each example's labels
-    in nats, NaN without a label. `keys_of` is what the keys are made of: `"text"`, `"tokens"` or `"column"`.
-
-    Returns:
-        `pa.Table`: The columns documented in [`ConfidenceTrackingCallback`].
+    Rank examples by their NLL at checkpoints, in a table with the columns documented in
+    [`ConfidenceTrackingCallback`]. `nll` maps each checkpoint's step to the mean NLL of each example's labels in nats,
+    NaN without labels. `keys_of` is the source of the keys: `"text"`, `"tokens"` or `"column"`.
     """
     columns = {EXAMPLE_KEY: keys, "num_labels": num_labels}
     for step, values in nll.items():
@@ -79,10 +77,9 @@ def halves_from_file(
     eos_token: str | None = None,
 ) -> torch.Tensor:
     """
-    Split prepared examples by a confidence file, which may be in another order and have more examples.
-
-    With `skip_missing` examples that are not in the file belong to neither half; otherwise they are refused.
-    `text_field` and `eos_token` are those of [`~hf_sft_variants.base.example_keys.add_content_keys`].
+    Split prepared examples by a confidence file, which may be in another order and have more examples. With
+    `skip_missing`, examples that are not in the file belong to neither half; otherwise they are refused. The halves
+    are as in [`~hf_sft_variants.sftmix.pairing.halves_of_order`].
     """
     table, keys_of = _read(path)
     if keys_of != "column":

@@ -13,11 +13,9 @@ from .pairing import NEITHER, split_in_halves
 
 class OnlineConfidence(TrainerCallback):
     """
-    Splits the examples of an [`SFTMixTrainer`] before each epoch, by the means of their NLL and perplexity over the
-    epochs so far, which it takes from the log-probabilities that training computes anyway.
-
-    Approximates [`ConfidenceTrackingCallback`]: examples early in an epoch are seen by less trained weights than later
-    ones, and with dropout.
+    Splits the examples of an [`SFTMixTrainer`] before each epoch by their mean NLL and perplexity over the epochs so
+    far, taken from the log-probabilities that training computes anyway. Approximates [`ConfidenceTrackingCallback`]:
+    examples early in an epoch are seen by less trained weights than later ones, and with dropout.
     """
 
     def __init__(self, trainer: Trainer):
@@ -81,23 +79,20 @@ class OnlineConfidence(TrainerCallback):
 
     def load(self, checkpoint: str) -> None:
         """
-        Read the state from a checkpoint.
-
-        Raises:
-            `InputError`: If it is missing, can't be read or belongs to another data set.
+        Read the state from a checkpoint. Raises an `InputError` if it can't be read or belongs to another data set.
         """
         path = _state_file(checkpoint)
         try:
             state = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            halves, sums = state["halves"], state["sums"]
+        except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} can't be read ({error!r}). Resume from another checkpoint.") from error
-        sums = state["sums"]
         if sums.shape != self.sums.shape:
             raise InputError(
                 f"The checkpoint {checkpoint} was made with {sums.size(1)} training examples, but there are "
                 f"{self.sums.size(1)}. Resume with the same data set."
             )
-        self.trainer.halves = state["halves"]
+        self.trainer.halves = halves
         self.sums = sums if self.trainer.accelerator.is_main_process else torch.zeros_like(sums)
 
 

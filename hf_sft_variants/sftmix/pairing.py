@@ -21,8 +21,8 @@ def random_halves(num_examples: int, seed: int) -> torch.Tensor:
 
 def halves_of_order(order: np.ndarray, num_examples: int) -> torch.Tensor:
     """
-    Split examples into two equal halves. `order` has the numbers of the examples to split, the most confident one
-    first. The middle one of an odd number and examples that are not in `order` are `NEITHER`.
+    Split examples into two equal halves. `order` has the numbers of the examples, the most confident one first. The
+    middle one of an odd number and examples that are not in `order` are `NEITHER`.
     """
     halves = torch.full((num_examples,), NEITHER, dtype=torch.int8)
     size = len(order) // 2
@@ -63,13 +63,18 @@ def draw_order(halves: torch.Tensor, seed: int, epoch: int) -> list[int]:
 
 class PairSampler(Sampler[int]):
     """
-    Yields the rows of an [`SFTMixTrainer`] in pairs, using the trainer's halves at the start of the epoch. The epoch
-    is read from the trainer, because data loaders don't set it in the first epoch after resuming with several
-    processes.
+    Yields the rows of an [`SFTMixTrainer`] in pairs, using the trainer's halves at the start of the epoch. In
+    `train()` the epoch is read from the trainer, because data loaders don't set it in the first epoch after resuming
+    with several processes.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """For data loaders outside of `train()`."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.trainer.train_dataset)
@@ -78,4 +83,5 @@ class PairSampler(Sampler[int]):
         args = self.trainer.args
         halves = self.trainer.halves[torch.tensor(self.trainer.train_dataset["example_row"][:])]
         seed = args.seed if args.data_seed is None else args.data_seed
-        yield from draw_order(halves, seed, int(self.trainer.state.epoch or 0))
+        epoch = int(self.trainer.state.epoch or 0) if self.trainer.is_in_train else self.epoch
+        yield from draw_order(halves, seed, epoch)

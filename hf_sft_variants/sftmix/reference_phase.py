@@ -37,17 +37,12 @@ class ReferencePhase:
     """
     Trains the reference model of an [`SFTMixTrainer`] by ordinary supervised fine-tuning and measures its confidence.
 
-    It runs a plain [`~trl.SFTTrainer`] with the trainer's own arguments: the same data, seed, adapter and initial
-    model (reloaded by name, or copied if it was passed as an object), or `reference_model` instead of the latter.
-    There are no trackers or user callbacks, and nothing is pushed. The trained model is saved to
+    It runs a plain [`~trl.SFTTrainer`] with the arguments passed to the trainer: the same data, seed, adapter and
+    initial model (reloaded by name, or copied if it was passed as an object), or `reference_model` instead of the
+    latter. There are no trackers or user callbacks, and nothing is pushed. The trained model is saved to
     `<output_dir>/reference`; its checkpoints are removed once training has finished. `confidence.parquet` is written
-    last and marks the end of the phase.
-
-    In the meantime, the model for the second phase is moved to the CPU, unless it is quantized or split over devices.
-
-    Args:
-        arguments (`dict[str, Any]`):
-            Arguments of the [`SFTMixTrainer`], as they were passed to it.
+    last and marks the end of the phase. In the meantime, the model for the second phase is moved to the CPU, unless it
+    is quantized or split over devices.
     """
 
     def __init__(self, arguments: dict[str, Any]):
@@ -75,19 +70,11 @@ class ReferencePhase:
 
     def run(self, trainer: AnnotatedSFTTrainer, resume: bool, checkpoint: str | None) -> Path:
         """
-        Train the reference unless this has already been done, and return its confidence file. Must be called by all
-        processes together. Only the main process's files decide, because other machines may have separate folders.
-
-        Args:
-            trainer ([`AnnotatedSFTTrainer`]):
-                Trainer that the reference is for.
-            resume (`bool`):
-                Whether to resume from the reference's last checkpoint, if there is one.
-            checkpoint (`str`, *optional*):
-                Checkpoint of the second phase that the run resumes from.
-
-        Raises:
-            `InputError`: If the reference in the folder was trained with different settings or data.
+        Train the reference unless this has already been done, and return its confidence file. With `resume`, training
+        continues from the reference's last checkpoint, if there is one. `checkpoint` is the checkpoint of the second
+        phase that the run resumes from, if any. Must be called by all processes together; only the main process's
+        files decide, because other machines may have separate folders. Raises an `InputError` if the reference in the
+        folder was trained with different settings or data.
         """
         if self.start is None:  # at a second `train()`, the model has already been trained
             self.start = describe_start(trainer, self.arguments["model"])

@@ -47,8 +47,8 @@ def describe_reference(
     trainer: AnnotatedSFTTrainer, arguments: dict[str, Any], peft_config: PeftConfig | None, start: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Settings that a trainer's reference depends on, as JSON values without paths: those of its `arguments` and of the
-    adapter among them as it was before it was used, and its initial model ([`describe_start`]).
+    Settings that a trainer's reference depends on, as JSON values without paths. `arguments` are those passed to the
+    trainer, with `peft_config` as it was before its use; `start` is the initial model ([`describe_start`]).
     """
     args, tokenizer = trainer.args, trainer._tokenizer
     settings = {field.name: getattr(args, field.name) for field in fields(args)}

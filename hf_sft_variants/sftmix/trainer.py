@@ -258,9 +258,12 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
                 partial(halves_from_file, path, self.train_examples, measure, skip_missing=True)
             )
             set_seed(args.seed)  # as if nothing had been before
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def begin_run(self, checkpoint):
+        super().begin_run(checkpoint)
         if self._online is not None and checkpoint is not None:
             self._online.load(checkpoint)
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model, trial):
         if self._online is not None:

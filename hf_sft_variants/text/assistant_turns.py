@@ -25,17 +25,8 @@ class Turn:
 @dataclass(frozen=True)
 class RenderedExample:
     """
-    Example as the model reads it.
-
-    Attributes:
-        text (`str`):
-            Text, including what the chat template adds.
-        token_ids (`list[int]`):
-            Its tokens.
-        offsets (`list[tuple[int, int]]`):
-            Characters [start, end) that each token covers; empty if it covers none.
-        turns (`list[Turn]`):
-            Assistant turns with content, in order.
+    Example as the model reads it: the text, including what the chat template adds; the tokens, with the characters
+    [start, end) that each covers (an empty span if none); and the assistant turns with content, in order.
     """
 
     text: str
@@ -55,10 +46,8 @@ def render_example(
     Render and tokenize a row as `SFTTrainer` does, and find the assistant turns.
 
     The row has `messages`, `prompt` and `completion`, or a text in `text_field`; texts end with the end-of-sequence
-    token that [`~trl.SFTTrainer`] has added. The chat template defaults to the tokenizer's.
-
-    Raises:
-        `InputError`: If the assistant's text can't be found in the rendered text.
+    token that [`~trl.SFTTrainer`] has added. The chat template defaults to the tokenizer's. Raises an `InputError` if
+    the assistant's text can't be found in the rendered text.
     """
     if is_conversational(example):
         tools = example.get("tools")
@@ -77,12 +66,7 @@ def render_example(
 
 
 def require_same_tokens(rendered: RenderedExample, input_ids: list[int]) -> None:
-    """
-    Check that a rendered row has the trainer's tokens.
-
-    Raises:
-        `InputError`: If it does not.
-    """
+    """Refuse a rendered row that does not have the trainer's tokens."""
     if rendered.token_ids != input_ids:
         raise InputError(
             "the tokens of the rendered text differ from those that SFTTrainer gave the row, so the assistant's text "
@@ -95,9 +79,7 @@ def render_conversation(
 ) -> RenderedExample:
     """
     Render a conversation with the chat template and find the assistant turns, starting with message number `first`.
-
-    Raises:
-        `InputError`: If the content of the last assistant turn can't be found in the rendered text.
+    Raises an `InputError` if the content of the last assistant turn can't be found in the rendered text.
     """
     render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options)
     text = render(messages)

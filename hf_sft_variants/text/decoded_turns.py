@@ -21,11 +21,10 @@ _UNKNOWN_TURNS = (
 
 def assistant_header(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> re.Pattern | None:
     """
-    Build a pattern for what the chat template puts before an assistant turn.
-
-    This is the part of the generation prompt that completed turns also begin with or, if the template has no
+    Build a pattern for what the chat template puts before an assistant turn; `None` if there is no template or no
+    header. It is the part of the generation prompt that completed turns also begin with or, if the template has no
     generation prompt, the text between a question and its answer. White space is optional, because not every tokenizer
-    preserves it. `None` if there is no template or no header.
+    preserves it.
     """
     if not (chat_template or tokenizer.chat_template):
         return None
@@ -56,11 +55,9 @@ def decode_example(
 ) -> RenderedExample:
     """
     Decode the tokens of an example and find the assistant turns: runs of labelled tokens that follow the assistant's
-    `header` and end with one of the `special` tokens. If the text has no header, every run is taken for a turn.
-    `every_turn` requires that all turns can be found; without it, the last one is enough, which works in more cases.
-
-    Raises:
-        `InputError`: If `every_turn` is set and the assistant turns can't be told from the others.
+    `header` and end with one of the `special` tokens. If the text has no header, every run is taken for a turn. With
+    `every_turn`, an `InputError` is raised if the turns can't be told from the others; without it, the last one is
+    enough, which works in more cases.
     """
     text, offsets = token_offsets(token_ids)
     headers = [match.end() for match in header.finditer(text)] if header else []

@@ -18,11 +18,9 @@ def tokenize_with_offsets(
     tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
 ) -> tuple[list[int], list[Span]]:
     """
-    Tokenize a text and return the token ids and the span of characters that each token covers. Tokens that the
-    tokenizer adds cover no characters.
-
-    Raises:
-        `InputError`: If the tokenizer neither returns offsets nor decodes its tokens back to the text.
+    Tokenize a text and return the token ids and the span of characters that each token covers, empty for tokens that
+    the tokenizer adds. Raises an `InputError` if the tokenizer neither returns offsets nor decodes its tokens back to
+    the text.
     """
     if not tokenizer.is_fast:
         token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -49,12 +47,12 @@ def tokenize_with_offsets(
 
 class TokenOffsets:
     """
-    Decodes tokens and finds the characters that each of them covers.
+    Decodes tokens and finds the characters that each of them covers, for tokenizers with and without offsets.
 
-    It only decodes, so it works for tokenizers with and without offsets and is not misled by normalization or trimmed
-    white space. Incomplete characters must decode to U+FFFD, as with the fast tokenizers of Transformers. The spans
-    are in order and cover the text. Tokens that share a character (the bytes of an emoji) each span all of it; a token
-    that adds nothing (the space that SentencePiece strips) has an empty span.
+    It only decodes, so normalization and trimmed white space don't mislead it. Incomplete characters must decode to
+    U+FFFD, as with the fast tokenizers of Transformers. The spans are in order and cover the text. Tokens that share a
+    character (the bytes of an emoji) each span all of it; a token that adds nothing (the space that SentencePiece
+    strips) has an empty span.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

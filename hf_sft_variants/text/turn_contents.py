@@ -16,13 +16,8 @@ Messages = list[dict[str, Any]]
 @dataclass(frozen=True)
 class ContentFinder:
     """
-    Finds the content of turns in a rendered conversation.
-
-    Attributes:
-        render (`Callable`):
-            Function that applies the chat template to messages.
-        special_texts (`tuple[str, ...]`):
-            Special tokens that may end a turn.
+    Finds the content of turns in a rendered conversation. `render` applies the chat template to messages, and
+    `special_texts` are the special tokens that may end a turn.
     """
 
     render: Callable[..., str]

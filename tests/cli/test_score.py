@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForTokenClassification, set_seed
 
 from hf_sft_variants import SFTGOConfig, SFTGOTrainer
 from hf_sft_variants.cli import main
-from hf_sft_variants.launch import recipe
+from hf_sft_variants.launch import training
 
 
 @pytest.fixture
@@ -73,5 +73,5 @@ def test_training_finds_every_score(method, layout, folder, capsys, monkeypatch)
     assert main(["score", "--config", "recipe.yaml"]) == 0
     assert "prepared recipe.yaml" in capsys.readouterr().out and not (folder / "run").exists()
     monkeypatch.setattr(f"hf_sft_variants.sft_go.{load}", lambda *args: pytest.fail("a model is loaded again"))
-    recipe.main(SFTGOTrainer, SFTGOConfig, ["--config", "recipe.yaml"])
+    training.main(SFTGOTrainer, SFTGOConfig, ["--config", "recipe.yaml"])
     assert (folder / "run" / "model.safetensors").is_file()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_sft_variants.comparison import plan_runs, read_study
-from hf_sft_variants.launch import recipe
+from hf_sft_variants.launch import training
 from hf_sft_variants.launch.parsing import parse_recipe
 from hf_sft_variants.quickstart import build_splits, write_data
 
@@ -48,7 +48,7 @@ def checkout(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
 def test_every_arm_can_be_trained_on_the_rows_of_sft(name, checkout, monkeypatch, tmp_path):
     shutil.copytree(checkout, tmp_path / "checkout", symlinks=True)
     monkeypatch.chdir(tmp_path / "checkout")
-    monkeypatch.setattr(recipe, "load_dataset", cache(recipe.load_dataset))  # most arms have the same data
+    monkeypatch.setattr(training, "load_dataset", cache(training.load_dataset))  # most arms have the same data
     study = read_study(f"studies/{name}.yaml")
     runs = plan_runs(study)
     data = next(iter(study.data))
@@ -59,7 +59,7 @@ def test_every_arm_can_be_trained_on_the_rows_of_sft(name, checkout, monkeypatch
             shutil.copytree("quickstart/model", other, dirs_exist_ok=True)
         if run.recipe.get("group_by") != "llmlingua2":  # its classifier is on the Hub
             trainer_class, arguments = parse_recipe(run.recipe)
-            trainer = recipe.build_trainer(trainer_class, *arguments)
+            trainer = training.build_trainer(trainer_class, *arguments)
             prepared[run.arm] = trainer.train_dataset.select_columns(["input_ids", "labels"])[:]
     baseline = prepared.pop(study.baseline)
     assert len(baseline["input_ids"]) == 8 and -100 in baseline["labels"][0]

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 import hf_sft_variants
 from hf_sft_variants.comparison.study import STUDY_KEYS, parse_study
-from hf_sft_variants.launch.recipe import make_parser, parse
+from hf_sft_variants.launch.training import make_parser, parse
 
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,7 @@ from test_code_blocks import ROOT, blocks, texts
 
 from hf_sft_variants.cli import main
 from hf_sft_variants.comparison import plan_runs, read_study
-from hf_sft_variants.launch import recipe
+from hf_sft_variants.launch import training
 from hf_sft_variants.quickstart import build_splits, write_data
 from hf_sft_variants.quickstart.data import tagged_splits
 from hf_sft_variants.scoring import cached_scores
@@ -121,7 +121,7 @@ def quickstart(tmp_path_factory, tiny_model_factory, tokenizer) -> Path:
     (folder / "RECIPE.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        recipe.main(*METHODS["sft_go"].classes, ["--config", "RECIPE.yaml", "--max_steps", "1"])
+        training.main(*METHODS["sft_go"].classes, ["--config", "RECIPE.yaml", "--max_steps", "1"])
     return folder
 
 

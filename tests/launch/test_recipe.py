@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import hf_sft_variants
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.launch.recipe import main, make_parser, parse
+from hf_sft_variants.launch.training import main, make_parser, parse
 
 
 REPOSITORY = Path(__file__).parents[2]

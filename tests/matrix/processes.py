@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer import sft_trainer
 
-from hf_sft_variants.launch import recipe
+from hf_sft_variants.launch import training
 from hf_sft_variants.scoring import shards
 
 
@@ -322,7 +322,7 @@ def train_recipe(strategy):
             super().__init__(*args, **kwargs)
             self.add_callback(AssertStrategy(strategy, self))
 
-    recipe.main(CheckedTrainer, method.config_class)
+    training.main(CheckedTrainer, method.config_class)
 
 
 def main(path: Path):

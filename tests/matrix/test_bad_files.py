@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 from hf_sft_variants.base.example_keys import add_content_keys
 from hf_sft_variants.base.fingerprints import vocabulary_hash
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.launch.recipe import make_parser, parse
+from hf_sft_variants.launch.training import make_parser, parse
 
 
 class Case(NamedTuple):

@@ -32,7 +32,7 @@ from hf_sft_variants.scoring import (
     locks,
     shards,
 )
-from hf_sft_variants.scoring.cached_scores import content_keys
+from hf_sft_variants.scoring.cached_scores import token_keys
 
 
 SETTINGS = {"kind": "test"}
@@ -118,7 +118,7 @@ class TestLogProbs:
         table = pq.read_table(path)
         assert table.schema.names == ["example_key", "sum_log_prob", "num_tokens", "token_log_probs"]
         assert table.schema.types == [pa.string(), pa.float64(), pa.int64(), pa.list_(pa.float32())]
-        assert set(table["example_key"].to_pylist()) == set(content_keys(token_rows))
+        assert set(table["example_key"].to_pylist()) == set(token_keys(token_rows))
         assert json.loads(table.schema.metadata[b"hf_sft_variants"]) == SETTINGS
         assert {file.name for file in path.parent.iterdir()} == {path.name, ".lock"}
 

@@ -211,6 +211,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match="The train dataset is a stream, but all its examples have to be scored"):
             make(rows, max_steps=1)
 
+    def test_a_stream_of_prepared_rows(self, make, token_rows):
+        prepared = make(token_rows, packing=True).train_dataset
+        stream = make(prepared.to_iterable_dataset(), packing=True, max_steps=1).train_dataset
+        assert next(iter(stream))["reference_log_probs"] == prepared[0]["reference_log_probs"]
+
     def test_an_evaluation_stream_is_refused_before_anything_is_scored(self, make, token_rows, monkeypatch):
         monkeypatch.setattr("hf_sft_variants.sft_go.trainer.reference_log_probs", None)
         evaluation = {"first": token_rows, "second": token_rows.to_iterable_dataset()}

@@ -429,6 +429,16 @@ class HalvesRecorder(TrainerCallback):
 class TestOnline:
     ONLINE = {"confidence_source": "online", "num_train_epochs": 3}
 
+    def test_a_resumed_run_that_starts_over_forgets_the_failed_attempt(
+        self, tiny_model, tokenizer, chat_rows, tmp_path
+    ):
+        """As `auto_find_batch_size` does after an error."""
+        trainer, _ = self.run(tiny_model, tokenizer, chat_rows, tmp_path)
+        checkpoint = sorted(tmp_path.glob("checkpoint-*"))[0]
+        trainer._online.sums += 1
+        trainer.begin_run(str(checkpoint))
+        assert torch.equal(trainer._online.sums, torch.load(checkpoint / "sftmix_online.pt")["sums"])
+
     def run(self, model, tokenizer, rows, folder, resume=None, **options):
         recorder = HalvesRecorder()
         options = {"save_strategy": "steps", **RUN, **self.ONLINE, **options}
@@ -489,7 +499,8 @@ class TestOnline:
         with pytest.raises(InputError, match="was made with 12 training examples, but there are 10"):
             self.run(tiny_model, tokenizer, chat_rows.select(range(10)), tmp_path, **options)
         state = tmp_path / "checkpoint-9" / "sftmix_online.pt"
-        for content in (state.read_bytes()[:200], b"", pickle.dumps(print)):
+        torch.save({"other": 1}, tmp_path / "other.pt")
+        for content in (state.read_bytes()[:200], b"", pickle.dumps(print), (tmp_path / "other.pt").read_bytes()):
             state.write_bytes(content)
             with pytest.raises(InputError, match=r"sftmix_online.pt can't be read .*\. Resume from another"):
                 self.run(tiny_model, tokenizer, chat_rows, tmp_path, resume=True)

@@ -189,6 +189,11 @@ class TestLoss:
         assert {name: log[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-6)
         assert_same_gradients(gradients, other_gradients, tolerance=1e-6)
 
+    def test_a_loop_of_your_own_draws_new_pairs_each_epoch(self, tiny_model, tokenizer, token_rows, tmp_path):
+        batches = make_trainer(tiny_model, tokenizer, token_rows, tmp_path, **PADDED, **RANDOM).get_train_dataloader()
+        first, second = ([batch["example_number"].tolist() for batch in batches] for _ in range(2))
+        assert first != second
+
     def test_packed_equals_padded(self, tiny_model, tokenizer, token_rows, tmp_path):
         arguments = (tiny_model, tokenizer, token_rows.select([0, 2]), tmp_path)
         padded, gradients = one_step_log(*arguments, per_device_train_batch_size=2, **RANDOM)

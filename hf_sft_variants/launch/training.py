@@ -18,16 +18,8 @@ logger = get_logger(__name__)
 
 def main(trainer_class: type, config_class: type, argv: list[str] | None = None) -> None:
     """
-    Train from a recipe, flags or both, with the steps and keys of `trl sft`. Invalid input ends the program with exit
-    code 2 and a short message.
-
-    Args:
-        trainer_class (`type`):
-            Subclass of [`~trl.SFTTrainer`] to train with.
-        config_class (`type`):
-            Its subclass of [`~trl.SFTConfig`], whose fields are keys of the recipe and flags of the command line.
-        argv (`list[str]`, *optional*, defaults to `sys.argv[1:]`):
-            `--config recipe.yaml`, and flags, which override the recipe.
+    Train from a recipe, flags or both, with the steps of `trl sft` and its keys, plus the fields that `config_class`
+    adds. `argv` defaults to `sys.argv[1:]`. Invalid input ends the program with exit code 2 and a short message.
     """
     parser = make_parser(trainer_class, config_class)
     try:
@@ -51,10 +43,8 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
 
 def model_options(model_args: ModelConfig, trust_remote_code: bool = False) -> dict[str, Any]:
     """
-    Keyword arguments of `from_pretrained` from a recipe's keys; `model_init_kwargs` takes precedence over them.
-
-    Raises:
-        `InputError`: If `dtype` can't be used to compute with 4-bit weights, or the quantization keys are wrong.
+    Keyword arguments of `from_pretrained` from a recipe's keys. Raises an `InputError` if `dtype` can't be used to
+    compute with 4-bit weights, or the quantization keys are wrong.
     """
     if model_args.load_in_4bit and model_args.dtype == "auto":
         raise InputError("`dtype` must be float32, bfloat16 or float16 with `load_in_4bit`, got 'auto'.")
@@ -73,10 +63,8 @@ def model_options(model_args: ModelConfig, trust_remote_code: bool = False) -> d
 
 def build_trainer(trainer_class, script_args, training_args, model_args, dataset_args):
     """
-    Build the trainer from parsed arguments; this loads its model and prepares its data.
-
-    Raises:
-        `InputError`: If the model or the data can't be loaded, or the trainer refuses them.
+    Build the trainer from parsed arguments; this loads its model and prepares its data. The keys that load the model
+    are added to `training_args.model_init_kwargs`, whose own values take precedence.
     """
     options = model_options(model_args, training_args.trust_remote_code)
     quantization_config = options.pop("quantization_config")
@@ -106,9 +94,6 @@ def save(trainer, script_args) -> None:
 def load_data(script_args, dataset_args, evaluates: bool = False) -> tuple:
     """
     Load the training split of a recipe's data set, and the evaluation split if there are evaluations, else `None`.
-
-    Raises:
-        `InputError`: If the data set can't be loaded, or has no such split.
     """
     name = script_args.dataset_name
     if dataset_args.datasets:
