@@ -84,8 +84,10 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         arguments = self.bind_arguments(*args, **kwargs)
         eval_dataset = arguments.get("eval_dataset")
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        skips = (arguments["args"].dataset_kwargs or {}).get("skip_prepare_dataset", False)
         for name, dataset in (("train", arguments.get("train_dataset")), *eval_sets.items()):
-            if not _is_prepared(dataset, arguments["args"]):
+            # Prepared rows may have their scores
+            if isinstance(dataset, IterableDataset) and not (skips or MADE_WITH in get_dataset_column_names(dataset)):
                 _refuse_stream(dataset, arguments["args"], name)
         super().__init__(**arguments)
         self._worst_group_flips = WorstGroupFlips()
@@ -274,11 +276,6 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         if self.args.worst_group_schedule == "cosine":
             return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
         return start
-
-
-def _is_prepared(dataset, args):
-    skips = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
-    return dataset is None or skips or MADE_WITH in get_dataset_column_names(dataset)
 
 
 def _refuse_stream(dataset, args, dataset_name):

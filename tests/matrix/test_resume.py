@@ -91,7 +91,7 @@ class TestWhatIsSaved:
         assert {path.name for path in (tmp_path / "checkpoint-1").iterdir()} == plain - dropped | {RUN_FILE}
         resumed = make(METHODS[method], *common, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-        assert "checkpoint-1 has the weights alone (`save_only_model=True`): the optimizer and the" in caplog.text
+        assert "checkpoint-1 has only the weights (`save_only_model=True`): the optimizer and the" in caplog.text
         assert logs(resumed)[1]["loss"] == logs(unbroken)[1]["loss"]  # the next batches, in the same phase
         assert logs(resumed)[1]["learning_rate"] != logs(unbroken)[1]["learning_rate"]
 
@@ -207,7 +207,7 @@ class TestAnotherRunIsRefused:
         others = [
             (rows.select(range(10)), {}, "with 12 training examples, and the 10 of this run differ"),
             (Dataset.from_list([rows[3], *rows.select(range(1, 12))]), {}, "and the 12 of this run differ"),
-            (rows, {"max_length": 44}, r"the same data set, tokenizer, chat template and `max_length`; or set"),
+            (rows, {"max_length": 44}, r"the same data set, tokenizer, chat template and `max_length`, or set"),
         ]
         for other_rows, options, message in others:
             trainer = make(make_method, tiny_model, tokenizer, other_rows, tmp_path, **options)
@@ -236,13 +236,13 @@ class TestAnotherRunIsRefused:
         trainer = make(method, tiny_model, tokenizer, rows, tmp_path)
         with pytest.raises(InputError, match="`resume_from_checkpoint=True`, but `output_dir=.*` has no checkpoint"):
             trainer.train(resume_from_checkpoint=True)
-        assert_refused(trainer, tmp_path / "nowhere", "nowhere'` is no whole checkpoint: it has no readable trainer_s")
+        assert_refused(trainer, tmp_path / "nowhere", "nowhere'` is not a complete checkpoint: it has no readable")
         for step in (1, 2):
             shutil.copytree(checkpoints[name], tmp_path / f"checkpoint-{step}")
         state = tmp_path / "checkpoint-2" / "trainer_state.json"
         state.write_text(state.read_text()[:100])
         assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-        assert_refused(trainer, tmp_path / "checkpoint-2", "checkpoint-2'` is no whole checkpoint")
+        assert_refused(trainer, tmp_path / "checkpoint-2", "checkpoint-2'` is not a complete checkpoint")
         maker = f'"trainer": "{method.trainer_class.__name__}"'
         for text in ("{", "[]", f"{{{maker}}}", f'{{{maker}, "settings": 3}}'):
             (tmp_path / "checkpoint-1" / RUN_FILE).write_text(text)

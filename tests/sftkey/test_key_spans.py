@@ -611,7 +611,7 @@ class TestMissingKeys:
     def test_three_ways(self):
         tokenizer = split_tags()
         rows = self.rows(tokenizer, tagged("a", "4"), "4", tagged("a", "4"))
-        with pytest.raises(ValueError, match=r"Row 11 of the eval dataset: the tag '<Thinking>' is not there\. Say"):
+        with pytest.raises(ValueError, match=r"Row 11 of the eval dataset: the tag '<Thinking>' is not there\. Sp"):
             self.mark(tokenizer, rows, "error")
         num_key_tokens = "Ċ < An sw er > 4 </ An sw er > <|im_end|>".count(" ") + 1
         for on_missing, count in (("drop", -1), ("ignore", 0)):

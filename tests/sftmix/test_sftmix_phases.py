@@ -194,7 +194,9 @@ class TestTwoPhases:
     ):
         calls = kill_at(None, monkeypatch)
         again = train(tiny_model, tokenizer, chat_rows, tmp_path)
-        assert set(calls) == {SFTMixTrainer} and "reference/confidence.parquet is used" in caplog.text
+        assert (
+            set(calls) == {SFTMixTrainer} and "reference/confidence.parquet. Remove its folder to train" in caplog.text
+        )
         assert_same_weights(again, finished)
         with pytest.raises(InputError, match=r"was trained with `examples=.*`, but now it is .*Remove the folder"):
             train(tiny_model, tokenizer, chat_rows.map(change_question), tmp_path)
