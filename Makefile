@@ -29,9 +29,10 @@ study: $(INSTALLED)
 		--output studies/small_data
 	$(BIN)/hf-sft-variants compare --config $(STUDY)
 
-# One thread per process, because pytest-xdist starts a process for each core; whole files share their fixtures
+# One thread per process, because pytest-xdist starts a process for each core; whole files share their fixtures, and
+# keep their order, because those with few tests, which would come last, take long
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Part of the tests on the lowest versions that setup.cfg allows and on the newest, each in its own environment
 test-versions:
