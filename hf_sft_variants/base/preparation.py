@@ -14,6 +14,13 @@ from .trl_internals import get_dataset_column_names
 logger = get_logger(__name__)
 
 
+def named_sets(eval_dataset: Any) -> dict[str, Any]:
+    """The evaluation sets by their names: `"eval"` for a single one, and none for `None`."""
+    if isinstance(eval_dataset, dict):
+        return eval_dataset
+    return {} if eval_dataset is None else {"eval": eval_dataset}
+
+
 def map_description(dataset: Dataset | IterableDataset, args: SFTConfig, description: str) -> dict[str, Any]:
     """Keyword arguments of `map` and `filter`; none for streaming data sets, which do not take them."""
     if isinstance(dataset, IterableDataset):

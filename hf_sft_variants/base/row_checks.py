@@ -140,18 +140,18 @@ def checked_text(example: dict[str, Any], formatting_func: Callable[[dict[str, A
 
 
 def require_embeddings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, Dataset | IterableDataset]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset | IterableDataset, dataset_name: str
 ) -> None:
     """Refuse token ids without an embedding, which would be an index error in the middle of training. Streams pass."""
     num_embeddings = model.config.get_text_config().vocab_size
     if max(tokenizer.get_vocab().values()) < num_embeddings:
         return
-    for name, dataset in datasets.items():
-        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
-            tables = dataset.select_columns("input_ids").with_format("arrow").iter(1000)
-            largest = max((pc.max(pc.list_flatten(table["input_ids"])).as_py() or 0 for table in tables), default=0)
-            if largest >= num_embeddings:
-                raise InputError(
-                    f"The {name} dataset has the token id {largest}, but the model has {num_embeddings} embeddings. "
-                    "Pass the model's own tokenizer as `processing_class`, or call `model.resize_token_embeddings`."
-                )
+    if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+        tables = dataset.select_columns("input_ids").with_format("arrow").iter(1000)
+        largest = max((pc.max(pc.list_flatten(table["input_ids"])).as_py() or 0 for table in tables), default=0)
+        if largest >= num_embeddings:
+            raise InputError(
+                f"The {dataset_name} dataset has the token id {largest}, but the model has {num_embeddings} "
+                "embeddings. Pass the model's own tokenizer as `processing_class`, or call "
+                "`model.resize_token_embeddings`."
+            )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import InputError
+from .preparation import named_sets
 from .row_checks import require_embeddings, require_row
 from .trl_internals import get_config_model_id, get_dataset_column_names
 
@@ -59,11 +60,8 @@ def refuse_unsupported(trainer_name: str, arguments: dict[str, Any]) -> None:
         require_causal_lm(model)
         peft_config = model.active_peft_config if is_peft_model(model) else peft_config
     _refuse_packed_prompt_learning(trainer_name, args, peft_config)
-    if isinstance(eval_dataset, dict):
-        for name, dataset in eval_dataset.items():
-            _require_dataset(f"eval_dataset[{name!r}]", dataset)
-    elif eval_dataset is not None:
-        _require_dataset("eval_dataset", eval_dataset)
+    for name, dataset in named_sets(eval_dataset).items():
+        _require_dataset(f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset", dataset)
     if isinstance(train_dataset, Dataset | IterableDataset):  # TRL refuses anything else
         _check_train_dataset(trainer_name, train_dataset)
 
@@ -148,9 +146,8 @@ def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
     """
     refuse_sequence_sharding(type(trainer).__name__, trainer.accelerator)
     require_causal_lm(trainer.model)
-    eval_dataset = trainer.eval_dataset
-    eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    require_embeddings(trainer.model, trainer._tokenizer, {"train": trainer.train_dataset, **eval_sets})
+    for name, dataset in (("train", trainer.train_dataset), *named_sets(trainer.eval_dataset).items()):
+        require_embeddings(trainer.model, trainer._tokenizer, dataset, name)
 
 
 def refuse_sequence_sharding(trainer_name: str, accelerator: Accelerator) -> None:

@@ -6,20 +6,13 @@ from shlex import quote
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..pages import render
 from .curves import learning_curve, line_styles, plot
 from .statistics import LEVEL, MIN_SEEDS
 from .study import OTHER_RUN, texts_in
 
 
-_PAGES = Environment(
-    loader=PackageLoader(__package__, ""),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 _SHARES = ("accuracy", "format")
 
 
@@ -36,7 +29,8 @@ def render_report(results: dict[str, Any]) -> str:
         "runs": f"{len(runs)} of {len(runs) + len(results['missing'])} finished",
         "machine": "; ".join(_distinct(_describe(run["machine"]) for run in runs)),
     }
-    return _PAGES.get_template("page.html").render(
+    return render(
+        __package__,
         title=results["study_file"],
         header=header,
         study=study,

@@ -8,23 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from trl import SFTConfig
 
 from ..launch.preparation import Recipe
+from ..pages import render
 from .histogram import group_class, histogram
 from .rows import Column, Row, View
 from .text import row_counts
 from .token_text import visible_pieces
 
-
-_PAGES = Environment(
-    loader=PackageLoader(__package__, ""),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 # Settings that choose the tokens to train on, whatever the method
 _DATA_SETTINGS = (
@@ -46,7 +38,8 @@ def render_page(view: View, recipe: Recipe, settings: dict[str, object]) -> str:
     groups = [column for column in view.columns if column.is_group]
     scores = [column for column in view.columns if column.kind == "score"]
     ranges = {column.name: _range(view, column) for column in scores if column.is_score}
-    return _PAGES.get_template("page.html").render(
+    return render(
+        __package__,
         title=Path(recipe.path).name,
         header=_header(view, recipe),
         settings=settings,

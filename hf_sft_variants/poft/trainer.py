@@ -9,7 +9,7 @@ from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.batch import count_supervised_samples
 from ..base.example_keys import add_content_keys
 from ..base.fingerprints import describe_content
-from ..base.preparation import keep_scorable, map_description
+from ..base.preparation import keep_scorable, map_description, named_sets
 from ..base.row_checks import require_row
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
@@ -132,7 +132,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     def _check_eval_datasets(self, eval_dataset) -> None:
         """Before the reference models score the training set, which may take hours."""
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        named = named_sets(eval_dataset)
         datasets = [self._given_train_dataset, *named.values()]
         if not self.args.needs_references or not all(isinstance(each, Dataset | IterableDataset) for each in datasets):
             return  # what is not a data set is refused for itself

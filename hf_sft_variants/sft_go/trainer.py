@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from datasets import IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
-from ..base.preparation import map_description
+from ..base.preparation import map_description, named_sets
 from ..base.prepared_sets import MADE_WITH
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
@@ -82,9 +82,8 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     @wraps(AnnotatedSFTTrainer.__init__)
     def __init__(self, *args, **kwargs):
         arguments = self.bind_arguments(*args, **kwargs)
-        eval_dataset = arguments.get("eval_dataset")
-        eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         skips = (arguments["args"].dataset_kwargs or {}).get("skip_prepare_dataset", False)
+        eval_sets = named_sets(arguments.get("eval_dataset"))
         for name, dataset in (("train", arguments.get("train_dataset")), *eval_sets.items()):
             # Prepared rows may have their scores
             if isinstance(dataset, IterableDataset) and not (skips or MADE_WITH in get_dataset_column_names(dataset)):
