@@ -19,7 +19,7 @@ TRAINED = 16  # bytes per trained parameter: weight 4, gradient 4, Adam's moment
 # Bytes that a layer saves per token for the backward pass, per unit of hidden, MLP and key-value size, in bfloat16:
 # counted with saved-tensor hooks on transformers' Llama. LoRA also saves the adapters' inputs around dropout.
 LAYER_BYTES = {"full": (20, 8, 4), "lora": (49, 12, 4)}
-HEAD_TILE = 4096 * 32768 * 2  # bytes of logits held at a time by TRL's fused LM head
+HEAD_TILE = 2**27 + 4096 * 4096 * 2  # bytes of logits that the LM head keeps or holds at a time
 GPUS = 8  # processes in TRL's own accelerate configs, if a recipe has no `num_processes`
 OVERHEAD = 2e9  # bytes for the CUDA context, NCCL and fragmentation: assumed
 LLMLINGUA2 = 0.3e9  # parameters of XLM-RoBERTa large without embeddings, the scoring model of `llmlingua2`

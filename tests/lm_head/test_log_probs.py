@@ -114,10 +114,13 @@ def test_no_worse_than_trl_also_where_the_model_is_sure(probability, dtype, froz
         assert ours < 1.1 * of_trl + 1e-6
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_is_rounded_in_the_products_only(autocast):
-    case = make_case(40, 15, 50, 8, dtype=torch.float32 if autocast else torch.bfloat16, tile=(8, 16))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+def test_sixteen_bits_are_for_the_products_only(autocast, dtype, frozen):
+    case = make_case(40, 15, 50, 8, dtype=torch.float32 if autocast else dtype, tile=(8, 16))
+    case = freeze(case) if frozen else case
+    with torch.autocast("cpu", dtype, enabled=autocast):
         outputs, gradients = gradients_of(label_log_probs, case, random_upstream(case))
     expected, expected_gradients = gradients_of(dense_log_probs, double(case), random_upstream(case))
     assert outputs[0].dtype == outputs[1].dtype == outputs[3].dtype == torch.float32
