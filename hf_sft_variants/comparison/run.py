@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train and evaluate the run of a folder, whose path is the only argument."""
     (folder,) = sys.argv[1:] if argv is None else argv
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    datasets.disable_caching()  # every run prepares its own data, or the first one would seem slow
     try:
         do_run(Path(folder))
     except InputError as error:
@@ -71,7 +72,6 @@ def _clear(folder: Path) -> None:
 
 def train(folder: Path, run: dict[str, Any]) -> None:
     """Train the run's recipe for its budget, save the model, and record what it cost."""
-    datasets.disable_caching()  # every run prepares its own data, or the first one would seem slow
     recipe, (kind, amount) = run["recipe"], resolve_budget(run["budget"], folder)
     if kind == "steps":
         recipe = {**recipe, "max_steps": amount}

@@ -1,6 +1,5 @@
 import traceback
 
-import datasets
 import pytest
 import yaml
 
@@ -91,5 +90,4 @@ def in_this_process(monkeypatch):
         return RunInThisProcess(folder, device)
 
     monkeypatch.setattr(runs, "start_process", start)
-    yield started
-    datasets.enable_caching()
+    return started

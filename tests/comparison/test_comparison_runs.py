@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -112,6 +113,17 @@ def test_a_run_that_fails_stops_no_other(write_study, in_this_process, capsys, f
     (folder / "nowhere").symlink_to("model")
     assert cli(["compare", "--config", path]) == 0
     assert in_this_process[2:] == ["study/runs/sums/broken/seed_0", "study/runs/sums/needs/seed_0"]
+
+
+def test_only_the_process_of_a_run_does_without_a_cache(folder, write_study, in_this_process, monkeypatch):
+    assert cli(["compare", "--config", write_study(seeds=[0], arms={"sft": SFT})]) == 0
+    assert datasets.is_caching_enabled()
+    seen = []
+    monkeypatch.setattr(run, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(run, "do_run", lambda folder: seen.append(datasets.is_caching_enabled()))
+    run.main(["folder"])
+    datasets.enable_caching()
+    assert seen == [False]
 
 
 def run_study(folder, path):
