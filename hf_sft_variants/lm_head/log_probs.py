@@ -103,7 +103,7 @@ def label_log_probs(
             f"{len(mix_weights)}."
         )
     device = hidden_states.device
-    tile_rows, tile_columns = tile or tile_shape(len(labels), len(weight), device)
+    tile_rows, tile_columns = tile or tile_shape(len(weight), device)
     order = _order_rows(labels, first, second, max(tile_rows // 2, 1))
     is_autocast = torch.is_autocast_enabled(device.type)
     plan = TilePlan(

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 
 
-# Elements of a tile, and rows at most. On a CPU the tile and its exponentials share the cache with a chunk of the
-# weight; on an accelerator, a program of the kernels holds `ACCELERATOR_COLUMNS` of a row in its registers.
-CPU_ELEMENTS, CPU_ROWS = 2**20, 512
-ACCELERATOR_COLUMNS, ACCELERATOR_ROWS = 4096, 4096
+# Rows and columns of a tile at most. On a CPU the tile and its exponentials share the cache with a chunk of the
+# weight; on an accelerator, a program of the kernels holds the columns of a row in its registers.
+CPU_ROWS, CPU_COLUMNS = 512, 2048
+ACCELERATOR_ROWS, ACCELERATOR_COLUMNS = 4096, 4096
 
 
 class Tile(NamedTuple):
@@ -86,13 +86,10 @@ def make_tiles(num_rows: int, num_pairs: int, tile_rows: int) -> list[Tile]:
     return tiles
 
 
-def tile_shape(num_rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
+def tile_shape(vocab_size: int, device: torch.device) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    if device.type == "cpu":
-        rows = max(min(num_rows, CPU_ROWS), 1)
-        columns = CPU_ELEMENTS // rows
-    else:
-        rows, columns = ACCELERATOR_ROWS, ACCELERATOR_COLUMNS
+    is_cpu = device.type == "cpu"
+    rows, columns = (CPU_ROWS, CPU_COLUMNS) if is_cpu else (ACCELERATOR_ROWS, ACCELERATOR_COLUMNS)
     return rows, min(columns, max(vocab_size, 1))
 
 
