@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..errors import InputError
 from .log_probs import LabelLogProbs, label_log_probs
 from .sharded import gathered, whole
 
@@ -66,7 +68,17 @@ def add_lm_head(model: PreTrainedModel) -> None:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model, not wrapped with PEFT (`model.get_base_model()`).
+
+    Raises:
+        `InputError`: If the head has an adapter or is quantized: its weight alone would not be what it computes.
     """
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer) or not head.weight.is_floating_point():
+        raise InputError(
+            f"The LM head of {type(model).__name__} has an adapter or is quantized (`{type(head).__name__}`), but its "
+            "weight is used without that. Remove it from the adapter's `target_modules` (`modules_to_save` trains it "
+            "whole), or from what is quantized."
+        )
     forward_before = model.forward
     if getattr(forward_before, "scores_labels", False):
         return

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer import add_fused_lm_head
 
+from hf_sft_variants.errors import InputError
 from hf_sft_variants.lm_head.forward import add_lm_head, head_settings
 
 
@@ -207,6 +208,16 @@ def test_lora(modules_to_save):
     of_tiles = {num_rows * 61 * 16 for num_rows in (8, num_labels - 8)}
     products = sum(product for product in operations.products if product in of_tiles)
     assert products == (2 if modules_to_save else 0) * num_labels * 61 * 16
+
+
+def test_a_head_that_is_more_than_its_weight():
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(InputError, match="LM head of LlamaForCausalLM has an adapter.*Remove it from the adapter"):
+        add_lm_head(model.get_base_model())
+    model = make_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(InputError, match="or from what is quantized"):
+        add_lm_head(model)
 
 
 def test_prompt_learning_moves_no_position():
