@@ -45,7 +45,7 @@ class AnnotatedBatch:
         num_items (`dict[str, torch.Tensor]`):
             Number of `"tokens"`, `"samples"` and of whatever else
             [`AnnotatedSFTTrainer.count_items`] counts, over the whole optimizer step (all micro-batches, all
-            processes); at least 1. Divide sums by them.
+            processes); 1 for zero. Divide sums by them.
         outputs ([`~hf_sft_variants.lm_head.forward.LabelledOutput`]):
             What the model returned.
         metrics (`dict[str, tuple]`):
@@ -130,8 +130,15 @@ def count_step_items(
         return {}
     totals = torch.stack([sum(torch.as_tensor(count[name], device=device) for count in counts) for name in names])
     if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
-        totals = trainer.accelerator.gather(totals[None]).sum(0) // trainer.get_tp_size()
+        # Not `//` as for tokens: a sum of weights is no integer
+        totals = trainer.accelerator.gather(totals[None]).sum(0) / trainer.get_tp_size()
     return dict(zip(names, totals.unbind(), strict=True))
+
+
+def _one_if_zero(count: torch.Tensor | float) -> torch.Tensor:
+    """So that a batch with nothing to learn gives a finite zero rather than 0 / 0."""
+    count = torch.as_tensor(count)
+    return count.masked_fill(count == 0, 1)
 
 
 def make_annotated_batch(
@@ -167,8 +174,7 @@ def make_annotated_batch(
             name: align_with_labels(values, num_predictions, padding_values[name])
             for name, values in annotations.items()
         },
-        # Clamped so that a batch with nothing to learn gives a finite zero rather than 0 / 0
-        num_items=NumItems({name: torch.as_tensor(count).clamp(min=1) for name, count in num_items.items()}),
+        num_items=NumItems({name: _one_if_zero(count) for name, count in num_items.items()}),
         outputs=outputs,
     )
 

@@ -223,6 +223,21 @@ class TestCountsAndScaling:
         trainer.evaluate(rows.select([1]))  # no count is given: the micro-batch's own
         assert seen == [{"samples": 1, "tokens": 2}]
 
+    def test_a_count_may_be_a_fraction(self, tiny_model, tokenizer, token_rows, tmp_path):
+        class WeightedMeanTrainer(AnnotatedSFTTrainer):
+            def count_items(self, inputs):
+                return {"weights": 1e-3 * (inputs["labels"][:, 1:] != -100).sum()}
+
+            def compute_annotated_loss(self, batch):
+                return -1e-3 * batch.log_probs.sum() / batch.num_items["weights"]
+
+        common = (tiny_model, tokenizer, token_rows, tmp_path)
+        weighted, plain = (
+            one_step(trainer_class, SFTConfig, *common)[0]
+            for trainer_class in (WeightedMeanTrainer, AnnotatedSFTTrainer)
+        )
+        assert weighted == pytest.approx(plain, rel=1e-6)
+
     def test_samples_without_a_label_are_not_counted(self, tiny_model, tokenizer, tmp_path):
         rows = Dataset.from_dict({"input_ids": [[3, 4, 5], [6, 7], [8, 9]], "labels": [[-100] * 3, [6, -100], [8, 9]]})
         for layout in ({"max_length": None}, {"packing": True}):

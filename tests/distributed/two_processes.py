@@ -56,7 +56,7 @@ STEPS = {
     "packed_uniform": Case("sft_go", {**PACKED, **OWN_GROUPS, "sample_weighting": "uniform"}),
     "key": Case("sftkey", {"stages": ["key"]}),
     "key_and_full": Case("sftkey", {"stages": ["key"], "full_loss_weight": 0.3}),
-    "key_weighted": Case("sftkey", {"stages": ["full"], "key_loss_weight": 4.0}),
+    "key_weighted": Case("sftkey", {"stages": ["full"], "key_loss_weight": 3.7}),
     "key_packed": Case("sftkey", {**PACKED, "stages": ["key"]}),
     "poft": Case("poft", {"beta": 2.0, "gamma": 0.5}),
     "poft_packed": Case("poft", PACKED),
