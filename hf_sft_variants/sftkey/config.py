@@ -2,12 +2,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import regex
 from trl import SFTConfig
 
 from ..base.field_checks import require_valid_fields
 from ..errors import InputError
 from ..evaluation.tagged_answers import check_tags
+from ..text.key_finder import check_pattern
 
 
 FULL, KEY = "full", "key"
@@ -225,17 +225,7 @@ class SFTKeyConfig(SFTConfig):
         if self.key_delimiter is not None and not self.key_delimiter.strip():
             raise InputError(f"`key_delimiter={self.key_delimiter!r}` is blank: set it to the text before the key.")
         if self.key_pattern is not None:
-            self._check_pattern()
-
-    def _check_pattern(self) -> None:
-        try:
-            groups = regex.compile(self.key_pattern).groupindex
-        except regex.error as error:
-            raise InputError(f"`key_pattern={self.key_pattern!r}` is not a regular expression: {error}.") from error
-        if "key" not in groups:
-            raise InputError(
-                f"`key_pattern={self.key_pattern!r}` has no group named `key`: write (?P<key>...) around the answer."
-            )
+            check_pattern("key_pattern", self.key_pattern)
 
 
 def _number(value: Any) -> Any:

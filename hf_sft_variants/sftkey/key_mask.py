@@ -1,8 +1,6 @@
 """Marks the tokens of an example that belong to its key."""
 
-from collections.abc import Callable
 from enum import IntEnum
-from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -14,11 +12,9 @@ from ..base.row_checks import require_row
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
 from ..evaluation.tagged_answers import tagged_response
-from ..text.assistant_turns import RenderedExample, Turn, render_example, require_same_tokens
-from ..text.decoded_turns import assistant_header, decode_example
-from ..text.special_tokens import special_token_ids
-from ..text.token_offsets import TokenOffsets
-from .key_finder import KeyFinder, NoKeyError
+from ..text.assistant_turns import RenderedExample
+from ..text.key_finder import KeyFinder, NoKeyError
+from ..text.turn_reader import TurnReader
 
 
 class KeyMask(IntEnum):
@@ -35,37 +31,19 @@ NO_LABEL, NOT_KEY, KEY = map(int, KeyMask)
 def key_mask(example: RenderedExample, labels: list[int], find_key: KeyFinder) -> list[int]:
     """
     Mark the tokens of an example: 1 for tokens of the key, 0 for other tokens in the loss, -1 for tokens without a
-    label. A token belongs to the key if any of its characters does: the `>` of `</Thinking>` may share a token with
-    what follows. Raises a `NoKeyError` if there is no key, a turn has more than one, or no token of the key has a
-    label.
+    label. Raises a `NoKeyError` if there is no key, a turn has more than one, or no token of the key has a label.
     """
-    mask = [NOT_KEY if label != -100 else NO_LABEL for label in labels]
-    turns = example.turns[-1:] if find_key.key_turns == "last" else example.turns
-    if not turns:
-        raise NoKeyError("there is no assistant turn with text (in messages, a turn with the role 'assistant')")
-    problems = []
-    for turn in turns:
-        try:
-            tokens = _key_tokens(example, turn, find_key)
-        except NoKeyError as problem:
-            problems.append(problem)
-            continue
+    mask = _no_key(labels)
+    for tokens in find_key.tokens_by_turn(example).values():
         for i in tokens:
             mask[i] = KEY if mask[i] != NO_LABEL else NO_LABEL
-    if len(problems) == len(turns):
-        raise problems[-1]
     if KEY not in mask[1:]:
         raise NoKeyError("no token of its key is in the loss: check the labels")
     return mask
 
 
-def _key_tokens(example: RenderedExample, turn: Turn, find_key: KeyFinder) -> list[int]:
-    """Indices of the tokens of the key and of those that follow the turn's content, up to the end of the turn."""
-    start, end = turn.content
-    spans = [(start + first, start + last) for first, last in find_key(example.text[start:end])]
-    tokens = [i for span in spans for i in example.tokens_in(span)]
-    after_words = max(example.tokens_in(turn.content)) + 1
-    return tokens + list(range(after_words, turn.end_token))
+def _no_key(labels: list[int]) -> list[int]:
+    return [NOT_KEY if label != -100 else NO_LABEL for label in labels]
 
 
 def add_key_mask(
@@ -87,27 +65,22 @@ def add_key_mask(
     key tokens to -1, and `"ignore"` marks no tokens. Also raises an `InputError` if the chat template omits the
     answer, or if an existing `key_mask` has values other than 1, 0 and -1.
     """
-    special = {i for i in special_token_ids(tokenizer) if not find_key.looks_for(tokenizer.convert_ids_to_tokens(i))}
-    if not has_text:
-        start = assistant_header(tokenizer, chat_template)
-        every_turn = find_key.key_turns == "all"
-        read_tokens = partial(decode_example, TokenOffsets(tokenizer), special, start, every_turn=every_turn)
+    read_turns = TurnReader(tokenizer, chat_template, text_field, has_text, find_key)
     masks, counts = [], []
     for i, row in enumerate(rows):
         example = {column: values[i] for column, values in examples.items() if values[i] is not None}
         try:
             if "key_mask" in example:
                 mask = _own_mask(example["key_mask"], example["labels"])
-            elif has_text:
-                rendered = render_example(example, tokenizer, chat_template, text_field)
-                require_same_tokens(rendered, example["input_ids"])
-                mask = key_mask(rendered, example["labels"], find_key)
             else:
-                mask = _key_mask_of_tokens(example, read_tokens, find_key)
+                mask, labels = [], example["labels"]
+                for document in read_turns(example):
+                    of_document = labels[len(mask) : len(mask) + len(document.token_ids)]
+                    mask += key_mask(document, of_document, find_key)
         except InputError as problem:
             if on_missing == "error" or (on_missing == "drop" and not isinstance(problem, NoKeyError)):
                 raise InputError(_missing_key_message(row, dataset_name, problem)) from problem
-            mask = [NOT_KEY if label != -100 else NO_LABEL for label in example["labels"]]
+            mask = _no_key(example["labels"])
             counts.append(-1 if on_missing == "drop" else 0)
         else:
             counts.append(mask.count(KEY))
@@ -124,17 +97,6 @@ def _own_mask(mask: list[int], labels: list[int]) -> list[int]:
     mask = [value if label != -100 else NO_LABEL for value, label in zip(mask, labels, strict=True)]
     if KEY not in mask[1:]:
         raise NoKeyError("column `key_mask` is not 1 on any token in the loss")
-    return mask
-
-
-def _key_mask_of_tokens(
-    example: dict[str, Any], read_tokens: Callable[..., RenderedExample], find_key: KeyFinder
-) -> list[int]:
-    """Mark the key in each document of a row, which may be packed."""
-    mask = []
-    for length in example.get("seq_lengths") or [len(example["input_ids"])]:
-        token_ids, labels = (example[column][len(mask) : len(mask) + length] for column in ("input_ids", "labels"))
-        mask += key_mask(read_tokens(token_ids, labels), labels, find_key)
     return mask
 
 

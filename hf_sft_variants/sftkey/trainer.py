@@ -10,9 +10,9 @@ from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
 from ..base.trl_internals import get_dataset_column_names, global_then_local_main_first
 from ..errors import InputError
+from ..text.key_finder import KeyFinder
 from .answer_accuracy import AnswerAccuracyCallback
 from .config import FULL, KEY, SFTKeyConfig
-from .key_finder import KeyFinder
 from .key_mask import KeyMask, add_key_mask, has_whole_key, tag_responses
 from .stages import StageSwitchCallback, stage_at, staged_scheduler
 

@@ -21,8 +21,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_sft_variants.errors import InputError
-from hf_sft_variants.sftkey.key_finder import KeyFinder, NoKeyError
 from hf_sft_variants.sftkey.key_mask import add_key_mask, has_whole_key
+from hf_sft_variants.text.key_finder import KeyFinder, NoKeyError
 
 
 BOXED = r"\\boxed\{(?P<key>(?:[^{}]|(?P<braces>\{(?:[^{}]|(?&braces))*\}))*)\}"

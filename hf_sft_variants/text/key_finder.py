@@ -1,11 +1,12 @@
-"""Finds the key, the answer without the reasoning, in the characters of a response; `key_mask.py` finds its tokens."""
+"""Finds the key of a response, the answer without the reasoning: its characters, and its tokens."""
 
 from dataclasses import dataclass
 
 import regex
 
 from ..errors import InputError
-from ..text.token_offsets import Span
+from .assistant_turns import RenderedExample, Turn
+from .token_offsets import Span
 
 
 class NoKeyError(InputError):
@@ -15,8 +16,7 @@ class NoKeyError(InputError):
 @dataclass(frozen=True)
 class KeyFinder:
     """
-    Finds the key, which is what a `"key"` stage learns, in the words of an assistant's turn, with the settings of
-    [`SFTKeyConfig`]. The key starts as follows and extends to the end of the words:
+    Finds the key in the words of an assistant's turn. It starts as follows and extends to the end of the words:
 
     - with `key_pattern`: where the group `key` of the only match starts,
     - with `key_delimiter`: with its only occurrence (or after it, without `key_tags_in_loss`),
@@ -24,16 +24,16 @@ class KeyFinder:
       answer are left out.
 
     Raises a [`NoKeyError`] unless each tag, the delimiter, or the pattern is found exactly once, the tags are in order
-    with only white space between reasoning and answer, and the answer is not empty. The SFTKey paper specifies the
-    tags; the other ways are ours.
+    with only white space between reasoning and answer, and the answer is not empty. `key_turns` is `"last"` or
+    `"all"`, the turns of an example that are looked at.
     """
 
     thinking_tags: tuple[str, str]
     answer_tags: tuple[str, str]
     key_delimiter: str | None
     key_pattern: str | None
-    key_tags_in_loss: bool
-    key_turns: str
+    key_tags_in_loss: bool = True
+    key_turns: str = "last"
 
     def __call__(self, words: str) -> list[Span]:
         """Characters [start, end) of the key; the last span ends where `words` end."""
@@ -42,6 +42,30 @@ class KeyFinder:
         if self.key_delimiter is not None:
             return self._by_delimiter(words)
         return self._by_tags(words)
+
+    def tokens_by_turn(self, example: RenderedExample) -> dict[Turn, list[int]]:
+        """
+        Tokens of the key of each turn that has one, with those that follow the turn's words up to its end. A token
+        belongs to the key if any of its characters does: the `>` of `</Thinking>` may share a token with what follows.
+        Raises a [`NoKeyError`] if no turn has a key.
+        """
+        turns = example.turns[-1:] if self.key_turns == "last" else example.turns
+        if not turns:
+            raise NoKeyError("there is no assistant turn with text (in messages, a turn with the role 'assistant')")
+        tokens, problem = {}, None
+        for turn in turns:
+            try:
+                spans = self(example.text[slice(*turn.content)])
+            except NoKeyError as found:
+                problem = found
+                continue
+            start = turn.content[0]
+            in_spans = [i for first, last in spans for i in example.tokens_in((start + first, start + last))]
+            after_words = max(example.tokens_in(turn.content)) + 1
+            tokens[turn] = in_spans + list(range(after_words, turn.end_token))
+        if not tokens:
+            raise problem
+        return tokens
 
     def looks_for(self, token: str) -> bool:
         """Whether a token is part of what shows where the key is, and so does not end a turn even if it is special."""
@@ -88,3 +112,13 @@ def _require_one(count: int, what: str) -> None:
 def _require_text(key: str, what: str) -> None:
     if not key.strip():
         raise NoKeyError(f"{what} is empty")
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Refuse what is not a regular expression with a group `key`."""
+    try:
+        groups = regex.compile(pattern).groupindex
+    except regex.error as error:
+        raise InputError(f"`{name}={pattern!r}` is not a regular expression: {error}.") from error
+    if "key" not in groups:
+        raise InputError(f"`{name}={pattern!r}` has no group named `key`: write (?P<key>...) around the answer.")
