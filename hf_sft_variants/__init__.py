@@ -21,6 +21,8 @@ _SUBMODULE_OF = {
     "SFTMixConfig": "sftmix",
     "SFTMixTrainer": "sftmix",
     "StageSwitchCallback": "sftkey",
+    "WeightedSFTConfig": "weighted",
+    "WeightedSFTTrainer": "weighted",
 }
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "SFTMixConfig",
     "SFTMixTrainer",
     "StageSwitchCallback",
+    "WeightedSFTConfig",
+    "WeightedSFTTrainer",
     "__version__",
 ]
 
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from .sft_go import SFTGOConfig, SFTGOTrainer
     from .sftkey import SFTKeyConfig, SFTKeyTrainer, StageSwitchCallback
     from .sftmix import ConfidenceTrackingCallback, SFTMixConfig, SFTMixTrainer
+    from .weighted import WeightedSFTConfig, WeightedSFTTrainer
 
 
 def __getattr__(name: str):

@@ -1,0 +1,149 @@
+"""Multiplies the weights of a row into one for each token."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..text.assistant_turns import RenderedExample, Turn
+from ..text.key_finder import KeyFinder
+from ..text.turn_reader import TurnReader
+
+
+ReadTurns = Callable[[dict[str, Any]], list[RenderedExample]]
+
+
+@dataclass(frozen=True)
+class TokenWeigher:
+    """
+    Makes the weights and the labels of an example's tokens, with the settings of [`WeightedSFTConfig`]. Raises an
+    `InputError` if a weight is no number of 0 or more, or what it belongs to is not found.
+    """
+
+    token_weight_column: str | None
+    message_weight_key: str | None
+    example_weight_column: str | None
+    prompt_weight: float | None
+    thinking_weight: float
+    answer_weight: float
+    find_key: KeyFinder
+
+    def __call__(self, example: dict[str, Any], read_turns: ReadTurns) -> tuple[list[float], list[int]]:
+        input_ids, labels = np.asarray(example["input_ids"]), np.asarray(example["labels"])
+        weights = np.ones(len(input_ids))
+        if self.example_weight_column is not None:
+            weights *= _numbers([example.get(self.example_weight_column)], f"`{self.example_weight_column}`")
+        if self.token_weight_column is not None:
+            weights *= self._of_tokens(example.get(self.token_weight_column), len(input_ids))
+        if self.message_weight_key is not None:
+            self._weigh_messages(weights, example, read_turns)
+        if (self.thinking_weight, self.answer_weight) != (1, 1):
+            self._weigh_answers(weights, read_turns(example))
+        if self.prompt_weight is not None:
+            is_prompt = labels == -100
+            if not is_prompt.any():
+                raise InputError(
+                    f"every token has a label, so there is no prompt for `prompt_weight={self.prompt_weight}`. Give "
+                    "`prompt` and `completion`, set `assistant_only_loss=True`, or label prompts with -100"
+                )
+            weights[is_prompt] *= self.prompt_weight
+            labels = np.where(is_prompt, input_ids, labels)
+        labels = np.where(weights > 0, labels, -100)
+        return np.where(labels != -100, weights, 0.0).tolist(), labels.tolist()
+
+    def _of_tokens(self, values: Any, num_tokens: int) -> np.ndarray:
+        where = f"`{self.token_weight_column}`"
+        if not isinstance(values, list) or len(values) != num_tokens:
+            found = f"{len(values)} values" if isinstance(values, list) else repr(values)
+            raise InputError(f"{where} has {found}, but `input_ids` has {num_tokens} tokens; give one for each")
+        return _numbers(values, where)
+
+    def _weigh_messages(self, weights: np.ndarray, example: dict[str, Any], read_turns: ReadTurns) -> None:
+        key, messages = self.message_weight_key, _messages_of(example)
+        if messages is None:
+            raise InputError(f"`message_weight_key={key!r}` needs messages, but the row has none")
+        weighed = {i: message[key] for i, message in enumerate(messages) if message.get(key) is not None}
+        for i, weight in weighed.items():
+            _numbers([weight], f"`{key}` of message {i}")
+            if messages[i]["role"] != "assistant":
+                raise InputError(
+                    f"message {i} has the role {messages[i]['role']!r} and `{key}` {weight!r}, but only the "
+                    "assistant's messages are weighed: remove it, and set `assistant_only_loss=True` to leave the "
+                    "others out"
+                )
+        if not weighed:
+            return
+        others = {name: value for name, value in example.items() if name not in ("prompt", "completion")}
+        (document,) = read_turns({**others, "messages": messages})
+        turns = {turn.message: turn for turn in document.turns}
+        for i, weight in weighed.items():
+            if i in turns:
+                weights[_tokens_of(document, turns[i])] *= weight
+            elif weight != 1:
+                raise InputError(
+                    f"the words of message {i}, whose `{key}` is {weight!r}, are not in the rendered text: it has "
+                    "none, or the chat template leaves them out or changes them"
+                )
+
+    def _weigh_answers(self, weights: np.ndarray, documents: list[RenderedExample]) -> None:
+        start = 0
+        for document in documents:
+            of_document = weights[start : start + len(document.token_ids)]
+            for turn, in_answer in self.find_key.tokens_by_turn(document).items():
+                factors = dict.fromkeys(_tokens_of(document, turn), self.thinking_weight)
+                factors |= dict.fromkeys(in_answer, self.answer_weight)
+                of_document[list(factors)] *= list(factors.values())
+            start += len(document.token_ids)
+
+
+def add_token_weights(
+    examples: dict[str, list],
+    rows: list[int],
+    weigh: TokenWeigher,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    text_field: str,
+    has_text: bool,
+    dataset_name: str,
+) -> dict[str, list]:
+    """
+    Add the column `token_weights`, and update `labels`: prompts with a weight get labels, tokens of weight 0 lose
+    theirs. For `Dataset.map`, batched. Raises an `InputError` that names the row whose weights can't be used.
+    """
+    read_turns = TurnReader(tokenizer, chat_template, text_field, has_text, weigh.find_key)
+    all_weights, all_labels = [], []
+    for i, row in enumerate(rows):
+        example = {column: values[i] for column, values in examples.items() if values[i] is not None}
+        try:
+            weights, labels = weigh(example, read_turns)
+        except InputError as problem:
+            raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
+        all_weights.append(weights)
+        all_labels.append(labels)
+    return {"token_weights": all_weights, "labels": all_labels}
+
+
+def _messages_of(example: dict[str, Any]) -> list[dict[str, Any]] | None:
+    if isinstance(example.get("messages"), list):
+        return example["messages"]
+    is_conversation = isinstance(example.get("prompt"), list)
+    return example["prompt"] + example["completion"] if is_conversation else None
+
+
+def _numbers(values: list[Any], where: str) -> np.ndarray:
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} has {values[0]!r}: give a number of 0 or more") from error
+    for i in np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0)))[:1]:
+        raise InputError(f"{where} has {values[i]!r}: give a number of 0 or more")
+    return numbers
+
+
+def _tokens_of(document: RenderedExample, turn: Turn) -> list[int]:
+    """Tokens of a turn's words, and those that follow up to its end."""
+    tokens = document.tokens_in(turn.content)
+    return [*tokens, *range(max(tokens) + 1, turn.end_token)]
