@@ -12,7 +12,7 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig
 
 from ..errors import InputError
@@ -91,14 +91,15 @@ class ResumeCheckMixin:
         self.begin_run(resume_from_checkpoint)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def checkpoint_folder(self) -> Path:
-        """Folder that the checkpoint of the current step is written to."""
-        return Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def save_model(self, output_dir=None, _internal_call=False):
+        if _internal_call and output_dir is not None:  # of a checkpoint, wherever a trial of a search has it
+            self.add_to_checkpoint(Path(output_dir))
+        super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, model, trial):
+    def add_to_checkpoint(self, folder: Path) -> None:
+        """Write what a checkpoint has beside TRL's files. Called by all processes, before anything is pushed."""
         if self.args.should_save:
-            write_run(self.checkpoint_folder(), self._run)
-        super()._save_checkpoint(model, trial)
+            write_run(folder, self._run)
 
 
 def _owner_of_loss(trainer_class: type) -> str:

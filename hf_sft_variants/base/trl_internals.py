@@ -25,7 +25,6 @@ METHODS = {
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_reject_skip_prepare_without_labels": ["datasets", "data_collator"],
     "_save": ["output_dir", "state_dict"],
-    "_save_checkpoint": ["model", "trial"],
     "_set_signature_columns_if_needed": [],
 }
 

@@ -265,10 +265,10 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         if self._online is not None and checkpoint is not None:
             self._online.load(checkpoint)
 
-    def _save_checkpoint(self, model, trial):
+    def add_to_checkpoint(self, folder):
+        super().add_to_checkpoint(folder)
         if self._online is not None:
-            self._online.save(self.checkpoint_folder())
-        super()._save_checkpoint(model, trial)
+            self._online.save(folder)
 
     def not_pushed(self):
         return [*super().not_pushed(), *not_pushed(self.args)]  # the reference; see `push_confidence`

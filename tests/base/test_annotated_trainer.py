@@ -456,6 +456,15 @@ class TestConfiguration:
         assert "Dropped 3 of 16 examples of the train dataset" in caplog.text
 
 
+def test_the_description_of_the_run_is_in_the_checkpoint_of_a_trial(tiny_model, tokenizer, token_rows, tmp_path):
+    options = {"max_steps": 1, "save_steps": 1}
+    trainer = make_trainer(AnnotatedSFTTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
+    trainer._get_output_dir = lambda trial: str(tmp_path / "run-0")  # as a hyperparameter search does
+    trainer.train()
+    assert (tmp_path / "run-0" / "checkpoint-1" / "hf_sft_variants.json").is_file()
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
 def test_example_in_the_docstring(tiny_model, tokenizer, token_rows, tmp_path):
     """The example is what users copy: it runs as it stands, on another model and data."""
     (code,) = re.findall(r"```python\n(.*?)```", inspect.getdoc(AnnotatedSFTTrainer), re.DOTALL)
