@@ -36,6 +36,7 @@ _VARIANTS = {
     # Equal to SFTTrainer on rows with the same number of labels each
     "poft": ("PoFT", {"beta": 2.0}, {"preference_weighting": "uniform"}),
     "sftmix": ("SFTMix", _RANDOM, {**_RANDOM, "mixup_weight": 0.0, "pair_sampling": False}),
+    "weighted": ("WeightedSFT", {"answer_weight": 3.0, **_KEY}, {}),
 }
 METHODS = {"base": Method(hf_sft_variants.AnnotatedSFTTrainer, SFTConfig)} | {
     name: Method(

@@ -199,12 +199,20 @@ def load_balancing_loss(documents: list[Document], num_experts: int, num_chosen:
     return num_experts * (chosen.mean(0) * probabilities.mean(0)).sum()
 
 
+def weighted_loss(step: Step) -> torch.Tensor:
+    """The mean over the tokens that have a label by their weights."""
+    nll = torch.cat([document.nll[document.is_label] for document in step.documents])
+    weights = torch.cat([document.annotation("token_weights")[document.is_label] for document in step.documents])
+    return (weights * nll).sum() / weights.sum()
+
+
 LOSSES: dict[str, Callable[[Step], torch.Tensor]] = {
     "base": cross_entropy,
     "sft_go": sft_go_loss,
     "sftkey": sftkey_loss,
     "poft": poft_loss,
     "sftmix": sftmix_loss,
+    "weighted": weighted_loss,
 }
 # Evaluation does not mix, and does not follow SFTKey's stages
 EVALUATION_LOSSES = {**LOSSES, "sftkey": cross_entropy, "sftmix": cross_entropy}

@@ -1,0 +1,193 @@
+"""The weight of each token, against weights written by hand, and weights that can't be used."""
+
+import math
+
+import helpers
+import pytest
+from datasets import Dataset
+from fixtures.chat_templates import CHATML, GEMMA, GENERATION, LLAMA_3, TOOLS, ZEPHYR
+
+from hf_sft_variants import WeightedSFTConfig, WeightedSFTTrainer
+from hf_sft_variants.errors import InputError
+
+
+IDS = list(range(3, 15))
+TALK = [
+    {"role": "user", "content": "What is two plus two?", "weight": None},
+    {"role": "assistant", "content": "It is four", "weight": 0.3},
+    {"role": "user", "content": "And one more?", "weight": None},
+    {"role": "assistant", "content": "Then five", "weight": 2.0},
+]
+
+
+@pytest.fixture
+def prepare(tiny_model, tokenizer, tmp_path):
+    """The prepared rows of a data set."""
+
+    def prepare(rows, template=None, **options):
+        if template is not None:
+            (tmp_path / "template.jinja").write_text(template)
+            options["chat_template_path"] = str(tmp_path / "template.jinja")
+        rows = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+        arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer, rows, tmp_path)
+        return helpers.make_trainer(*arguments, **{"max_length": 400, **options}).train_dataset
+
+    return prepare
+
+
+def text_by_weight(row, tokenizer):
+    """Text of the tokens of each weight, joined; tokens without a label have weight 0."""
+    texts = {}
+    for token, weight in zip(row["input_ids"], row["token_weights"], strict=True):
+        texts.setdefault(weight, []).append(token)
+    return {weight: tokenizer.decode(tokens) for weight, tokens in texts.items()}
+
+
+@pytest.mark.parametrize(
+    "template, ends",
+    [
+        (CHATML, ("<|im_end|>", "<|im_end|>")),
+        (LLAMA_3, ("<|end|>", "<|end|>")),
+        (ZEPHYR, ("</s>", "</s>")),
+        (GEMMA, ("<end_of_turn>", "<end_of_turn>")),
+    ],
+)
+def test_messages(template, ends, prepare, tokenizer):
+    (row,) = prepare([{"messages": TALK}], template, message_weight_key="weight")
+    texts = text_by_weight(row, tokenizer)
+    assert set(texts) == {0.3, 2.0, 1.0}
+    assert texts[0.3].startswith("It is four") and texts[2.0].startswith("Then five")
+    assert texts[0.3].endswith(ends[0]) and "Then" not in texts[0.3]
+    assert "What is two" in texts[1.0] and "And one more?" in texts[1.0]
+
+
+def test_messages_of_a_prompt_and_a_completion(prepare, tokenizer):
+    (row,) = prepare([{"prompt": TALK[:3], "completion": TALK[3:]}], CHATML, message_weight_key="weight")
+    texts = text_by_weight(row, tokenizer)
+    assert set(texts) == {0.0, 2.0}  # the prompt has no labels, whatever its messages weigh
+    assert texts[2.0].startswith("Then five<|im_end|>")
+
+
+def test_messages_around_tool_calls(prepare, tokenizer):
+    call = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    messages = [
+        TALK[0],
+        {"role": "assistant", "content": "Let me see", "tool_calls": call, "weight": 0.5},
+        {"role": "tool", "content": "4", "weight": None},
+        {"role": "assistant", "content": "It is four", "weight": 0.0},
+    ]
+    (row,) = prepare([{"messages": messages}], TOOLS, message_weight_key="weight")
+    texts = text_by_weight(row, tokenizer)
+    assert texts[0.5].startswith("Let me see<tool_call>add") and texts[0.0].startswith("It is four")
+    assert all(label == -100 for label, weight in zip(row["labels"], row["token_weights"], strict=True) if not weight)
+
+
+def test_parts_of_a_response(prepare, tokenizer):
+    response = "<think>two and two</think>It is four"
+    rows = [{"prompt": TALK[:1], "completion": [{"role": "assistant", "content": response}]}]
+    options = {"key_pattern": r"</think>(?P<key>(?s:.*))", "thinking_weight": 0.8, "answer_weight": 1.5}
+    (row,) = prepare(rows, CHATML, **options)
+    texts = text_by_weight(row, tokenizer)
+    assert set(texts) == {0.0, 0.8, 1.5}
+    assert texts[1.5].startswith("It is four<|im_end|>") and texts[0.8].startswith("<think>two and two")
+    # As tokens, too
+    tokens = [{"input_ids": row["input_ids"], "labels": row["labels"]}]
+    (again,) = prepare(tokens, CHATML, **options)
+    assert again["token_weights"] == row["token_weights"]
+
+
+def test_prompts_with_a_weight_have_labels(prepare, tokenizer):
+    rows = [{"prompt": "one two ", "completion": "three four"}]
+    (plain,), (row,) = prepare(rows), prepare(rows, prompt_weight=0.1)
+    assert row["labels"] == row["input_ids"] and -100 in plain["labels"]
+    assert row["token_weights"] == [0.1 if label == -100 else 1.0 for label in plain["labels"]]
+    assert prepare(rows, prompt_weight=0.0)["labels"][:] == [plain["labels"]]
+    rows = [{"messages": [{"role": m["role"], "content": m["content"]} for m in TALK]}]
+    (row,) = prepare(rows, GENERATION, assistant_only_loss=True, prompt_weight=0.5)
+    texts = text_by_weight(row, tokenizer)
+    assert set(texts) == {0.5, 1.0} and texts[1.0].startswith("It is four") and "And one more" in texts[0.5]
+
+
+def test_weights_multiply(prepare):
+    rows = [{"input_ids": IDS, "labels": [-100, -100, *IDS[2:]], "w": [0.5] * 6 + [2.0] * 6, "q": 3}]
+    options = {"token_weight_column": "w", "example_weight_column": "q", "prompt_weight": 0.1}
+    (row,) = prepare(rows, **options)
+    assert row["token_weights"] == pytest.approx([0.15] * 2 + [1.5] * 4 + [6.0] * 6)
+
+
+def test_rows_of_weight_zero_are_dropped(prepare, caplog):
+    rows = [{"input_ids": IDS, "q": weight} for weight in (1.0, 0.0, 2.0)]
+    assert len(prepare(rows, example_weight_column="q")) == 2
+    assert "Dropped 1 of 3 examples" in caplog.text
+
+
+TOKENS = {"input_ids": IDS}
+W, Q, KEY = {"token_weight_column": "w"}, {"example_weight_column": "q"}, {"message_weight_key": "weight"}
+
+
+def talk(number, **changes):
+    return {"messages": [{**message, **(changes if i == number else {})} for i, message in enumerate(TALK)]}
+
+
+@pytest.mark.parametrize(
+    "row, options, message",
+    [
+        ({**TOKENS, "w": [1.0] * 11}, W, "Row 0 of the train dataset: `w` has 11 values, but `input_ids` has 12"),
+        ({**TOKENS, "w": [1.0] * 11 + [-0.5]}, W, "`w` has -0.5: give a number of 0 or more"),
+        ({**TOKENS, "w": [math.nan] * 12}, W, "`w` has nan: give a number"),
+        ({**TOKENS, "w": [math.inf] * 12}, W, "`w` has inf: give a number"),
+        ({**TOKENS, "w": [None] + [1.0] * 11}, W, "`w` has None: give a number"),
+        ({**TOKENS, "w": ["a"] * 12}, W, "`w` has 'a': give a number"),
+        ({**TOKENS, "w": 1.0}, W, "`w` has 1.0, but `input_ids` has 12 tokens; give one for each"),
+        ({**TOKENS, "w": None}, W, "`w` has None, but `input_ids` has 12 tokens"),
+        (TOKENS, W, "no column `w`, which `token_weight_column` names"),
+        ({"text": "one two", "w": [1.0]}, W, "the train dataset has text. Give `input_ids`"),
+        (TOKENS, Q, "no column `q`, which `example_weight_column` names"),
+        ({**TOKENS, "q": -1.0}, Q, "`q` has -1.0: give a number of 0 or more"),
+        ({**TOKENS, "q": math.nan}, Q, "`q` has nan: give"),
+        ({**TOKENS, "q": "high"}, Q, "`q` has 'high': give"),
+        ({**TOKENS, "q": None}, Q, "`q` has None: give"),
+        ({**TOKENS, "q": [1.0, 2.0]}, Q, r"`q` has \[1.0, 2.0\]: give"),
+        (TOKENS, KEY, "`message_weight_key='weight'` needs messages"),
+        ({"text": "one two"}, KEY, "`message_weight_key='weight'` needs messages"),
+        ({"prompt": "a ", "completion": "b"}, KEY, "`message_weight_key='weight'` needs messages"),
+        (talk(3, weight=-2.0), KEY, "`weight` of message 3 has -2.0: give"),
+        (talk(3, weight=math.inf), KEY, "`weight` of message 3 has inf: give"),
+        (talk(0, weight=0.5), KEY, "message 0 has the role 'user' and `weight` 0.5"),
+        (talk(1, content=""), KEY, "the words of message 1, whose `weight` is 0.3, are not in the rendered text"),
+        (TOKENS, {"prompt_weight": 0.5}, "every token has a label, so there is no prompt for `prompt_weight=0.5`"),
+        (talk(0), {"thinking_weight": 0.5}, "the tag '<Thinking>' is not there"),
+        (talk(0), {"answer_weight": 0.5, "key_delimiter": "####"}, "`key_delimiter='####'` is not there"),
+    ],
+)
+def test_what_can_not_be_a_weight(row, options, message, prepare):
+    with pytest.raises(InputError, match=message):
+        prepare([row], CHATML, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompt_weight": -0.1}, "`prompt_weight` must be a number of 0 or more, got -0.1"),
+        ({"thinking_weight": math.nan}, "`thinking_weight` must be a number of 0 or more, got nan"),
+        ({"answer_weight": math.inf}, "`answer_weight` must be a number of 0 or more, got inf"),
+        ({"answer_weight": "2"}, "`answer_weight` must be float, got '2'"),
+        ({"weight_normalization": "sum"}, "`weight_normalization='sum'` is unknown; choose one of"),
+        ({"token_weight_column": " "}, "`token_weight_column=' '` is blank"),
+        ({"message_weight_key": ""}, "`message_weight_key=''` is blank"),
+        ({**W, "example_weight_column": "w"}, "are both 'w': a weight for each token, or for the row"),
+        ({"key_delimiter": "#", "key_pattern": "(?P<key>.)"}, "`key_delimiter` and `key_pattern` both say"),
+        ({"key_delimiter": " "}, "`key_delimiter=' '` is blank"),
+        ({"key_pattern": "a"}, "`key_pattern='a'` has no group named `key`"),
+        ({"key_turns": "first"}, "`key_turns='first'` is unknown"),
+        ({"thinking_tags": ["<a>"]}, "`thinking_tags` is"),
+    ],
+)
+def test_settings_that_can_not_be(options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        WeightedSFTConfig(str(tmp_path), **options)
+
+
+def test_every_row_of_weight_zero(prepare):
+    with pytest.raises(InputError, match="The train dataset has no supervised token"):
+        prepare([{"input_ids": IDS, "q": 0.0}], **Q)

@@ -1,0 +1,170 @@
+"""Losses against a slow reference and `SFTTrainer`, however the batch is laid out."""
+
+import copy
+import math
+from functools import partial
+
+import helpers
+import pytest
+import torch
+from datasets import Dataset
+from helpers import assert_same_gradients
+from peft import LoraConfig, PromptTuningConfig
+from trl import SFTConfig, SFTTrainer
+
+from hf_sft_variants import WeightedSFTConfig, WeightedSFTTrainer
+
+
+COLUMNS = {"token_weight_column": "w", "example_weight_column": "quality"}
+LAYOUTS = {
+    "8x1": {"per_device_train_batch_size": 8},
+    "2x4": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
+    "bfd": {"packing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def weighted_rows():
+    """Eight tokenized rows with masked prompts, random weights, some of them 0."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for length in (30, 9, 17, 12, 25, 8, 21, 14):
+        ids = torch.randint(3, 300, (length,), generator=generator).tolist()
+        weights = torch.rand(length, generator=generator, dtype=torch.float64) * 2
+        weights[torch.rand(length, generator=generator) < 0.3] = 0
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": [-100] * (length // 4) + ids[length // 4 :],
+                "w": weights.tolist(),
+                "quality": 0.25 + length / 16,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def step_log(tiny_model, tokenizer, tmp_path):
+    return partial(helpers.one_step_log, WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer, output_dir=tmp_path)
+
+
+def slow_loss(model, rows, normalization):
+    """Sum of w (-log p) over the sum of w or the number of labels whose w is not zero: one row at a time, dense."""
+    total, weight_sum, num_tokens = 0.0, 0.0, 0
+    for row in rows:
+        log_p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+        for position in range(1, len(row["input_ids"])):
+            weight = row["w"][position] * row["quality"]
+            if row["labels"][position] != -100 and weight > 0:
+                total = total - weight * log_p[position - 1, row["labels"][position]]
+                weight_sum, num_tokens = weight_sum + weight, num_tokens + 1
+    return total / (weight_sum if normalization == "weights" else num_tokens)
+
+
+def gradients_of(model, loss):
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("normalization", ["weights", "tokens"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_like_the_slow_reference(layout, normalization, step_log, tiny_model, weighted_rows):
+    options = {**COLUMNS, **LAYOUTS[layout], "weight_normalization": normalization, "train_sampling_strategy": "random"}
+    log, gradients = step_log(weighted_rows, **options)
+    model = copy.deepcopy(tiny_model)
+    loss = slow_loss(model, weighted_rows, normalization)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_same_gradients(gradients_of(model, loss), gradients, tolerance=1e-5)
+    expected = slow_loss(tiny_model, weighted_rows, "weights").item()
+    assert log["weighted/nll"] == pytest.approx(expected, rel=1e-6)
+    weights = [
+        weight * row["quality"]
+        for row in weighted_rows
+        for weight, label in zip(row["w"][1:], row["labels"][1:], strict=True)
+        if weight > 0 and label != -100
+    ]
+    assert log["weighted/mean_weight"] == pytest.approx(sum(weights) / len(weights), rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_weights_are_split_with_their_tokens(strategy, tiny_model, tokenizer, weighted_rows, tmp_path):
+    options = {**COLUMNS, "packing": True, "packing_strategy": strategy, "max_length": 16}
+    arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer, weighted_rows, tmp_path)
+    rows = helpers.make_trainer(*arguments, **options).train_dataset
+    found = {
+        (token, label): weight
+        for row in rows
+        for token, label, weight in zip(row["input_ids"], row["labels"], row["token_weights"], strict=True)
+    }
+    assert sum(len(row["input_ids"]) for row in rows) == sum(map(len, weighted_rows["input_ids"]))
+    for row in weighted_rows:
+        for token, label, weight in zip(row["input_ids"], row["labels"], row["w"], strict=True):
+            weight = 0 if label == -100 else weight * row["quality"]
+            assert found.get((token, label if weight > 0 else -100)) is not None
+    total = sum(
+        weight * row["quality"]
+        for row in weighted_rows
+        for weight, label in zip(row["w"], row["labels"], strict=True)
+        if label != -100
+    )
+    assert math.fsum(found_weight for row in rows for found_weight in row["token_weights"]) == pytest.approx(total)
+
+
+def test_lora_and_prompt_tuning(step_log, weighted_rows):
+    """Only the weights matter: doubled, they give the same loss; as 0 and 1, that of other labels."""
+    doubled = weighted_rows.map(lambda row: {"w": [2 * weight for weight in row["w"]]})
+    for peft_config in (
+        LoraConfig(r=4, target_modules="all-linear"),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ):
+        (log, gradients), (other, other_gradients) = (
+            step_log(rows, **COLUMNS, peft_config=peft_config) for rows in (weighted_rows, doubled)
+        )
+        assert other["loss"] == pytest.approx(log["loss"], rel=1e-6)
+        assert_same_gradients(gradients, other_gradients, tolerance=1e-6)
+        assert other["weighted/mean_weight"] == pytest.approx(2 * log["weighted/mean_weight"], rel=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["weights", "tokens"])
+def test_zeros_and_ones_are_sft_trainer_with_fewer_labels(
+    normalization, step_log, tiny_model, tokenizer, weighted_rows, tmp_path
+):
+    rows = weighted_rows.map(lambda row: {"w": [float(weight > 0.5) for weight in row["w"]], "quality": 1.0})
+    masked = rows.map(
+        lambda row: {"labels": [label if w else -100 for label, w in zip(row["labels"], row["w"], strict=True)]}
+    )
+    log, gradients = step_log(rows, **COLUMNS, weight_normalization=normalization)
+    expected, expected_gradients = helpers.one_step_log(
+        SFTTrainer, SFTConfig, tiny_model, tokenizer, masked.select_columns(["input_ids", "labels"]), tmp_path
+    )
+    assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert_same_gradients(gradients, expected_gradients, tolerance=1e-6)
+    assert log["weighted/nll"] == pytest.approx(log["nll"], rel=1e-6)
+
+
+def test_tiny_weights_are_a_mean_too(step_log, weighted_rows):
+    tiny = weighted_rows.map(lambda row: {"quality": 1e-6 * row["quality"]})
+    assert step_log(tiny, **COLUMNS)[0]["loss"] == pytest.approx(step_log(weighted_rows, **COLUMNS)[0]["loss"], rel=1e-5)
+
+
+def test_a_prepared_set_keeps_its_weights(tiny_model, tokenizer, weighted_rows, tmp_path):
+    arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer)
+    options = {**COLUMNS, "prompt_weight": 0.5}
+    prepared = helpers.make_trainer(*arguments, weighted_rows, tmp_path, **options).train_dataset
+    again = helpers.make_trainer(*arguments, prepared, tmp_path, **options).train_dataset
+    for name in ("input_ids", "labels", "token_weights"):
+        assert again[name][:] == prepared[name][:]
+    # The normalization is no matter of the data
+    helpers.make_trainer(*arguments, prepared, tmp_path, **options, weight_normalization="tokens")
+    with pytest.raises(ValueError, match="`prompt_weight` was 0.5, is now 0.25"):
+        helpers.make_trainer(*arguments, prepared, tmp_path, **{**options, "prompt_weight": 0.25})
+
+
+def test_evaluation_is_weighted(tiny_model, tokenizer, weighted_rows, tmp_path):
+    arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer, weighted_rows, tmp_path)
+    trainer = helpers.make_trainer(*arguments, **COLUMNS, eval_dataset=weighted_rows, per_device_eval_batch_size=8)
+    metrics = trainer.evaluate()
+    expected = slow_loss(tiny_model, weighted_rows, "weights").item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["eval_weighted/nll"] == pytest.approx(expected, rel=1e-6)
