@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 # Imported on first use: `import hf_sft_variants` and the command line answer before torch is loaded.
 _SUBMODULE_OF = {
     "AnnotatedBatch": "base",
+    "AnnotatedSFTConfig": "base",
     "AnnotatedSFTTrainer": "base",
     "ConfidenceTrackingCallback": "sftmix",
     "PoFTConfig": "poft",
@@ -27,6 +28,7 @@ _SUBMODULE_OF = {
 
 __all__ = [
     "AnnotatedBatch",
+    "AnnotatedSFTConfig",
     "AnnotatedSFTTrainer",
     "ConfidenceTrackingCallback",
     "PoFTConfig",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .base import AnnotatedBatch, AnnotatedSFTTrainer
+    from .base import AnnotatedBatch, AnnotatedSFTConfig, AnnotatedSFTTrainer
     from .poft import PoFTConfig, PoFTTrainer, ReferenceScoringCallback
     from .sft_go import SFTGOConfig, SFTGOTrainer
     from .sftkey import SFTKeyConfig, SFTKeyTrainer, StageSwitchCallback

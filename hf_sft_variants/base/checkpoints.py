@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from ..errors import InputError
 from ..files import write_text
+from .config import AnnotatedSFTConfig
 from .field_checks import as_json_values
 from .fingerprints import describe_content, what_counts
 
@@ -123,7 +124,7 @@ def named_settings(args: SFTConfig) -> dict[str, Any]:
 
 
 def _settings(args: SFTConfig, describe: Callable[[str], Any]) -> dict[str, Any]:
-    left_out = {*SFTConfig.__dataclass_fields__, *getattr(args, "_MAY_CHANGE_ON_RESUME", ())}
+    left_out = {*AnnotatedSFTConfig.__dataclass_fields__, *getattr(args, "_MAY_CHANGE_ON_RESUME", ())}
     settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in left_out}
     for name in getattr(args, "_FILES_AND_MODELS", ()):
         value = settings[name]

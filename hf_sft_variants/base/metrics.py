@@ -102,6 +102,7 @@ class MetricSumsMixin:
         if mode == "eval" and self.accelerator.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader:
             batch = self._without_repeated_rows(batch, row_ids)
         batch.metrics["nll"] = (-batch.log_probs.detach().sum(), batch.label_mask.sum())
+        batch.metrics |= self.metrics_by_source(batch)
         self._metric_sums.add(mode, batch.metrics, self.accelerator)
 
     def _without_repeated_rows(self, batch: AnnotatedBatch, row_ids: torch.Tensor | None) -> AnnotatedBatch:
@@ -122,7 +123,7 @@ class MetricSumsMixin:
         else:
             row_ids = align_with_labels(row_ids, batch.label_mask.size(1), -1)
         rows_before = (row_ids.max() + 1) * (self.accelerator.process_index // self.get_tp_size())
-        batch = without_rows_from(batch, remainder - rows_before, row_ids, self.annotation_columns)
+        batch = without_rows_from(batch, remainder - rows_before, row_ids, self.token_columns)
         self.compute_annotated_loss(batch)  # for its metrics
         return batch
 

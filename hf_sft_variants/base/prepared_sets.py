@@ -53,7 +53,7 @@ class PreparedSetsMixin:
         columns = get_dataset_column_names(dataset)
         if not {MADE_WITH, "input_ids"} <= set(columns):
             if not self._skip_prepare_dataset:
-                unknown = {*self.annotation_columns} & {*columns} - self._columns_of_the_user
+                unknown = {*self.token_columns} & {*columns} - self._columns_of_the_user
                 refuse_unknown_annotations(unknown, dataset_name)
             return None
         made_with = read_made_with(dataset, dataset_name)
@@ -63,6 +63,7 @@ class PreparedSetsMixin:
         # Settings that this trainer does not have, such as unnamed reference models, must match across data sets
         unknown = made_with["settings"].keys() - wanted["settings"].keys()
         self._settings_of_first_set |= {name: made_with["settings"][name] for name in unknown}
+        self.adopt_sources(made_with["sources"], dataset_name)
         return made_with
 
     def describe_annotations(
@@ -76,6 +77,7 @@ class PreparedSetsMixin:
             **(before["settings"] if before else {}),
             "processing_class": self._vocabulary,
             **cut_settings(self.args, packing, is_packed),
+            **({"metrics_by": self._metrics_by} if is_packed else {}),
             **self.annotation_settings(columns, is_packed),
         }
         return {"trainer": _annotating_class(type(self)), "settings": as_json_values(settings)}
@@ -135,7 +137,8 @@ def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dic
     (text,) = texts
     try:
         made_with = json.loads(text)
-        return {"trainer": str(made_with["trainer"]), "settings": dict(made_with["settings"])}
+        sources = list(made_with.get("sources", []))
+        return {"trainer": str(made_with["trainer"]), "settings": dict(made_with["settings"]), "sources": sources}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"The column `{MADE_WITH}` of the {dataset_name} dataset was not written by a trainer ({text!r}). Rename "

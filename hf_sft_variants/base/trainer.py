@@ -14,11 +14,13 @@ from . import batch as batches
 from .batch import ROW_IDS, AnnotatedBatch, NumItems, make_annotated_batch
 from .checkpoints import ResumeCheckMixin
 from .collator import AnnotationCollator
+from .config import AnnotatedSFTConfig
 from .metrics import MetricSumsMixin
 from .model_card import ModelCardMixin
 from .preparation import pack, require_supervised_token, truncate
 from .prepared_sets import PreparedSetsMixin, add_made_with, is_packed, require_as_first_row
 from .row_checks import check_rows, checked_text, refuse_token_columns, require_row
+from .sources import MetricsBySourceMixin
 from .trl_internals import get_dataset_column_names, global_then_local_main_first, leave_out_of_push
 from .validation import refuse_unsupported, refuse_what_was_loaded, resolve_args
 
@@ -27,7 +29,9 @@ from .validation import refuse_unsupported, refuse_what_was_loaded, resolve_args
 _NUM_ITEMS = "num_items_in_step"
 
 
-class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, ResumeCheckMixin, SFTTrainer):
+class AnnotatedSFTTrainer(
+    ModelCardMixin, PreparedSetsMixin, MetricsBySourceMixin, MetricSumsMixin, ResumeCheckMixin, SFTTrainer
+):
     """
     [`~trl.SFTTrainer`] whose loss may use what is known about each token.
 
@@ -82,7 +86,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
             sequence parallelism, and packed rows with prompt learning.
     """
 
-    config_class: type[SFTConfig] = SFTConfig
+    config_class: type[SFTConfig] = AnnotatedSFTConfig
     annotation_columns: dict[str, int | float] = {}
 
     @wraps(SFTTrainer.__init__)
@@ -94,8 +98,8 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
         super().__init__(**arguments)
         refuse_what_was_loaded(self)
         add_lm_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        if self.annotation_columns or self.padding_free:
-            self.data_collator = AnnotationCollator(self.data_collator, self.annotation_columns)
+        if self.token_columns or self.padding_free:
+            self.data_collator = AnnotationCollator(self.data_collator, self.token_columns)
 
     @classmethod
     def bind_arguments(cls, *args, **kwargs) -> dict[str, Any]:
@@ -170,7 +174,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
         made_with = self.check_prepared(dataset, packing, dataset_name)
         if made_with is not None and isinstance(dataset, IterableDataset):
             dataset = require_as_first_row(dataset, dataset_name)
-        if is_packed(made_with) or {"input_ids", "seq_lengths", *self.annotation_columns} <= columns:
+        if is_packed(made_with) or {"input_ids", "seq_lengths", *self.token_columns} <= columns:
             # Packing it again would lose where its documents end
             dataset = check_rows(dataset, args, self._tokenizer, dataset_name)
             self.remember_examples(dataset, dataset_name)
@@ -194,11 +198,13 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
             require_supervised_token(dataset, dataset_name)
         dataset = self.annotate(dataset, dataset_name)
         with global_then_local_main_first():
+            dataset = self.add_sources(dataset, dataset_name)
             columns = get_dataset_column_names(dataset)
             if packing:
-                dataset = pack(dataset, list(self.annotation_columns), args, dataset_name)
-            if self.annotation_columns:
+                dataset = pack(dataset, list(self.token_columns), args, dataset_name)
+            if self.token_columns:
                 made_with = self.describe_annotations(columns, packing, packing, made_with)
+                made_with |= {"sources": list(self._sources)} if self._sources else {}
                 dataset = add_made_with(dataset, made_with, args, dataset_name)
         dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         self.remember_examples(dataset, dataset_name)
@@ -206,7 +212,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        new_columns = [name for name in self.annotation_columns if name not in self._signature_columns]
+        new_columns = [name for name in self.token_columns if name not in self._signature_columns]
         self._signature_columns = self._signature_columns + new_columns
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator):
@@ -218,7 +224,7 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed casts every floating-point input to the model's dtype; annotations and counts keep theirs
-        kept = {name: inputs[name] for name in (*self.annotation_columns, _NUM_ITEMS) if name in inputs}
+        kept = {name: inputs[name] for name in (*self.token_columns, _NUM_ITEMS) if name in inputs}
         return {**super()._prepare_inputs(inputs), **send_to_device(kept, self.args.device)}
 
     # The Hub
@@ -249,13 +255,13 @@ class AnnotatedSFTTrainer(ModelCardMixin, PreparedSetsMixin, MetricSumsMixin, Re
         inputs = dict(inputs)  # the caller's stays as it is
         step_items = inputs.pop(_NUM_ITEMS, None)
         row_ids = inputs.pop(ROW_IDS, None)
-        annotations = {name: inputs.pop(name) for name in self.annotation_columns}
+        annotations = {name: inputs.pop(name) for name in self.token_columns}
         outputs = model(**inputs, score_labels=True)
         if num_items_in_batch is None:  # evaluation, or a caller's own loop: the micro-batch counts for itself
             num_items = NumItems(self.count_items({**inputs, **annotations}), tokens=outputs.label_mask.sum())
         else:
             num_items = NumItems(step_items or {}, tokens=torch.as_tensor(num_items_in_batch))
-        batch = make_annotated_batch(inputs, outputs, annotations, self.annotation_columns, num_items)
+        batch = make_annotated_batch(inputs, outputs, annotations, self.token_columns, num_items)
         loss = self.compute_annotated_loss(batch)
         # As in SFTTrainer: the counts are global and DDP averages the gradients over the processes
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

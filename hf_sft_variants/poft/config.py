@@ -2,14 +2,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import SFTConfig
-
-from ..base.field_checks import as_json_values, require_valid_fields
+from ..base.config import AnnotatedSFTConfig
+from ..base.field_checks import as_json_values
 from ..errors import InputError
 
 
 @dataclass
-class PoFTConfig(SFTConfig):
+class PoFTConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`PoFTTrainer`].
 
@@ -119,11 +118,10 @@ class PoFTConfig(SFTConfig):
         return self.preference_weighting != "uniform"
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("reference_models", "reference_score_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
-        require_valid_fields(self)
+        super().__post_init__()
         if not 0 < self.beta < math.inf:
             raise InputError(f"`beta` must be a positive number, got {self.beta!r}.")
         if not math.isfinite(self.gamma):

@@ -1,9 +1,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import SFTConfig
-
-from ..base.field_checks import as_json_values, require_valid_fields
+from ..base.config import AnnotatedSFTConfig
+from ..base.field_checks import as_json_values
 from ..errors import InputError
 
 
@@ -18,7 +17,7 @@ _USED_WITH = {
 
 
 @dataclass
-class SFTGOConfig(SFTConfig):
+class SFTGOConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`SFTGOTrainer`].
 
@@ -175,7 +174,6 @@ class SFTGOConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_valid_fields(self)
         for name in ("important_fraction", "worst_group_weight", "worst_group_weight_end"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

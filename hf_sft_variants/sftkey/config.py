@@ -2,9 +2,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import SFTConfig
-
-from ..base.field_checks import require_valid_fields
+from ..base.config import AnnotatedSFTConfig
 from ..errors import InputError
 from ..evaluation.tagged_answers import check_tags
 from ..text.key_finder import check_pattern
@@ -14,7 +12,7 @@ FULL, KEY = "full", "key"
 
 
 @dataclass
-class SFTKeyConfig(SFTConfig):
+class SFTKeyConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`SFTKeyTrainer`].
 
@@ -165,11 +163,10 @@ class SFTKeyConfig(SFTConfig):
         return KEY in self.stages or self.key_loss_weight is not None
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("stage_fractions", "stage_learning_rates"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, [_number(value) for value in getattr(self, name)])
-        require_valid_fields(self)
+        super().__post_init__()
         self._check_stages()
         self._check_key_source()
         for name in ("full_loss_weight", "key_loss_weight"):

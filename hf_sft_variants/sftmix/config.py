@@ -1,14 +1,12 @@
 import math
 from dataclasses import dataclass, field
 
-from trl import SFTConfig
-
-from ..base.field_checks import require_valid_fields
+from ..base.config import AnnotatedSFTConfig
 from ..errors import InputError
 
 
 @dataclass
-class SFTMixConfig(SFTConfig):
+class SFTMixConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`SFTMixTrainer`].
 
@@ -133,7 +131,6 @@ class SFTMixConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_valid_fields(self)
         self._check_weights()
         self._check_source()
         if self.pair_sampling and not self.packing:

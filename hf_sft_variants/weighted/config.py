@@ -1,16 +1,14 @@
 import math
 from dataclasses import dataclass, field
 
-from trl import SFTConfig
-
-from ..base.field_checks import require_valid_fields
+from ..base.config import AnnotatedSFTConfig
 from ..errors import InputError
 from ..evaluation.tagged_answers import check_tags
 from ..text.key_finder import KeyFinder, check_pattern
 
 
 @dataclass
-class WeightedSFTConfig(SFTConfig):
+class WeightedSFTConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`WeightedSFTTrainer`].
 
@@ -113,7 +111,6 @@ class WeightedSFTConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_valid_fields(self)
         for name in ("prompt_weight", "thinking_weight", "answer_weight"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

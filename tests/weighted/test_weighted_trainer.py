@@ -46,7 +46,9 @@ def weighted_rows():
 
 @pytest.fixture
 def step_log(tiny_model, tokenizer, tmp_path):
-    return partial(helpers.one_step_log, WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer, output_dir=tmp_path)
+    return partial(
+        helpers.one_step_log, WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer, output_dir=tmp_path
+    )
 
 
 def slow_loss(model, rows, normalization):
@@ -70,7 +72,12 @@ def gradients_of(model, loss):
 @pytest.mark.parametrize("normalization", ["weights", "tokens"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_like_the_slow_reference(layout, normalization, step_log, tiny_model, weighted_rows):
-    options = {**COLUMNS, **LAYOUTS[layout], "weight_normalization": normalization, "train_sampling_strategy": "random"}
+    options = {
+        **COLUMNS,
+        **LAYOUTS[layout],
+        "weight_normalization": normalization,
+        "train_sampling_strategy": "random",
+    }
     log, gradients = step_log(weighted_rows, **options)
     model = copy.deepcopy(tiny_model)
     loss = slow_loss(model, weighted_rows, normalization)
@@ -145,7 +152,9 @@ def test_zeros_and_ones_are_sft_trainer_with_fewer_labels(
 
 def test_tiny_weights_are_a_mean_too(step_log, weighted_rows):
     tiny = weighted_rows.map(lambda row: {"quality": 1e-6 * row["quality"]})
-    assert step_log(tiny, **COLUMNS)[0]["loss"] == pytest.approx(step_log(weighted_rows, **COLUMNS)[0]["loss"], rel=1e-5)
+    assert step_log(tiny, **COLUMNS)[0]["loss"] == pytest.approx(
+        step_log(weighted_rows, **COLUMNS)[0]["loss"], rel=1e-5
+    )
 
 
 def test_a_prepared_set_keeps_its_weights(tiny_model, tokenizer, weighted_rows, tmp_path):
