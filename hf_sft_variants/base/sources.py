@@ -53,8 +53,8 @@ class MetricsBySourceMixin:
         if len(self._sources) > MAX_SOURCES:
             raise InputError(
                 f"`metrics_by={column!r}` has {len(self._sources)} different values, such as "
-                f"{next(iter(self._sources))!r}, but at most {MAX_SOURCES} can have metrics of their own. Name a column "
-                "with fewer."
+                f"{next(iter(self._sources))!r}, but at most {MAX_SOURCES} can have metrics of their own. Name a "
+                "column with fewer."
             )
         fn_kwargs = {"column": column, "numbers": dict(self._sources)}
         map_kwargs = map_description(dataset, self.args, f"Numbering sources of {dataset_name} dataset")

@@ -57,7 +57,7 @@ class PoFTConfig(AnnotatedSFTConfig):
             CPU. An adapter's base model defaults to the revision that the adapter was saved with.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*AnnotatedSFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
     _MAY_CHANGE_ON_RESUME = ["reference_model_init_kwargs", "score_cache_dir", "reference_batch_tokens"]
     _FILES_AND_MODELS = ["reference_models", "reference_score_file"]
 

@@ -87,7 +87,7 @@ class SFTGOConfig(AnnotatedSFTConfig):
             `-1` for tokens without a group, which only count in the cross-entropy.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*AnnotatedSFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
     _MAY_CHANGE_ON_RESUME = ["reference_model_init_kwargs", "score_cache_dir", "score_batch_tokens"]
     _FILES_AND_MODELS = ["reference_model", "importance_model", "tfidf_file"]
 

@@ -24,7 +24,9 @@ LAYOUTS = {
 def sourced_rows():
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (9, 14, 5, 20, 7, 11, 3, 16)]
-    return Dataset.from_dict({"input_ids": ids, "source": ["web", "code", "web", "books", "code", "web", "web", "web"]})
+    return Dataset.from_dict(
+        {"input_ids": ids, "source": ["web", "code", "web", "books", "code", "web", "web", "web"]}
+    )
 
 
 def expected_metrics(model, rows):
@@ -54,7 +56,13 @@ def test_integers_and_evaluation_sets_with_other_values(tiny_model, tokenizer, s
     rows = sourced_rows.remove_columns("source").add_column("source", [3, 1, 3, 2, 1, 3, 3, 3])
     other = rows.select([0, 1]).remove_columns("source").add_column("source", [7, 1])
     trainer = make_trainer(
-        *CLASSES, tiny_model, tokenizer, rows, tmp_path, metrics_by="source", eval_dataset={"same": rows, "other": other}
+        *CLASSES,
+        tiny_model,
+        tokenizer,
+        rows,
+        tmp_path,
+        metrics_by="source",
+        eval_dataset={"same": rows, "other": other},
     )
     metrics = trainer.evaluate()
     for name, dataset in (("same", rows), ("other", other)):
