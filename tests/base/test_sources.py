@@ -12,6 +12,7 @@ from hf_sft_variants.errors import InputError
 
 
 CLASSES = AnnotatedSFTTrainer, AnnotatedSFTConfig
+SOURCES = ["web", "code", "web", "books", "code", "web", "web", "web"]
 LAYOUTS = {
     "padded": {"per_device_train_batch_size": 8},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
