@@ -16,26 +16,42 @@ def add_parser(subparsers) -> None:
         "inspect",
         help="show a recipe's tokens, groups and scores",
         description="Show a recipe's training data as its trainer prepares it: each token, whether it is in the loss, "
-        "its group and its score. The weights of the trained model are not loaded; scoring models are, unless their "
-        "scores are cached. Other flags override the recipe, e.g. --max_length 256.",
+        "its group and its score. The weights of the trained model are not loaded (without `--probabilities`); scoring "
+        "models are, unless their scores are cached. Other flags override the recipe, e.g. --max_length 256.",
         epilog=EXAMPLE,
         allow_abbrev=False,  # `--output_dir` is a key of the recipe, not an abbreviation
     )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe of `trl sft`")
     parser.add_argument("--rows", default="0:20", metavar="RANGE", help="rows to show, from:to (%(default)s)")
     parser.add_argument("--format", default="html", choices=("html", "text"), help="page or text (%(default)s)")
+    parser.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="also show each token's probability under the starting model, whose weights are loaded",
+    )
     parser.add_argument("--output", metavar="FILE", help="file to write (inspect.html; text goes to the terminal)")
     parser.set_defaults(run=run, recipe_flags=[])
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..inspection import page_settings, parse_range, read_view, render_page, render_text
+    from ..inspection import (
+        add_probabilities,
+        page_settings,
+        parse_range,
+        read_view,
+        render_page,
+        render_text,
+        starting_model_options,
+    )
     from ..launch.preparation import load_recipe, prepare_view
 
     rows = parse_range(args.rows)
     recipe = load_recipe(args.config, args.recipe_flags)
-    settings = page_settings(recipe)  # before `prepare_view` turns packing off
+    # Before `prepare_view` turns packing off, and drops how the model is loaded
+    settings, options = page_settings(recipe), starting_model_options(recipe)
     view = read_view(prepare_view(recipe), rows)
+    if args.probabilities:
+        add_probabilities(view, recipe.model_args.model_name_or_path, options)
     if args.format == "html":
         _write(args.output or "inspect.html", render_page(view, recipe, settings), view.title())
     elif args.output:

@@ -13,6 +13,7 @@ from trl import SFTConfig
 from ..launch.preparation import Recipe
 from ..pages import render
 from .histogram import group_class, histogram
+from .probabilities import reading
 from .rows import Column, Row, View
 from .text import row_counts
 from .token_text import visible_pieces
@@ -48,6 +49,7 @@ def render_page(view: View, recipe: Recipe, settings: dict[str, object]) -> str:
         group_class=group_class,
         ranges=ranges,
         histograms=[histogram(view, column, groups[0] if groups else None) for column in scores],
+        reading=reading(view),
         rows=view.rows,
         counts=lambda row: " · ".join(row_counts(row, view.columns)),
         tokens=lambda row: _tokens(row, view, groups, ranges),

@@ -1,5 +1,6 @@
 """Rows as text, for a terminal or a file."""
 
+from .probabilities import reading
 from .rows import Column, Row, View
 from .token_text import visible_text
 
@@ -16,6 +17,9 @@ def render_text(view: View, styled: bool) -> str:
     """
     groups = next((column for column in view.columns if column.is_group), None)
     lines = [view.title() + ". " + _key(groups, styled)]
+    words = reading(view)
+    if words:
+        lines += ["", words]
     for row in view.rows:
         lines += [
             "",

@@ -26,7 +26,7 @@ def load_model_and_tokenizer(
     `from_pretrained`; for `revision` see [`~hf_sft_variants.scoring.loading.find_files`]. Raises an `InputError` if
     the tokenizer has no chat template.
     """
-    target = _usable_device(device)
+    target = usable_device(device)
     tokenizer = load_tokenizer(model, options, adapter)
     if tokenizer.chat_template is None:
         raise InputError(f"`model` is {model!r}, whose tokenizer has no chat template: pass a chat model.")
@@ -51,7 +51,8 @@ def load_split(dataset: str, split: str = "test", config: str | None = None) -> 
     return rows
 
 
-def _usable_device(device: str | None) -> torch.device:
+def usable_device(device: str | None) -> torch.device:
+    """The device of that name; by default the accelerator if there is one, else the CPU."""
     if device is None:
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:

@@ -1,10 +1,11 @@
 import json
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 from datasets import load_dataset
-from helpers import SMALL
+from helpers import SMALL, padded_document_log_probs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -256,6 +257,26 @@ class TestText:
         assert "\x1b[2m<|im_start|>\x1b[0m" in styled and "\x1b[1;4m" in styled and "(<|im_start|>)" not in styled
         unstyled = re.sub(r"\x1b\[[\d;]*m", "", styled).splitlines()[3:]
         assert unstyled == re.sub(r"[(\[](.*?)[)\]](?=[(\[]|$)", r"\1", plain, flags=re.M).splitlines()[3:]
+
+    def test_probabilities(self, folder, capsys, tiny_model, trained_rows):
+        tiny_model.save_pretrained("model")
+        page = inspect_page("--config", "sft.yaml", "--probabilities")
+        expected = [
+            [0.0, *(math.exp(log_prob) for log_prob in padded_document_log_probs(tiny_model, *of_row))]
+            for of_row in ((row["input_ids"], row["input_ids"]) for row in trained_rows())
+        ]
+        data, mean = Page(page).data, []
+        (number,) = [i for i, column in enumerate(data["columns"]) if column["name"] == "probability"]
+        for row, probabilities in zip(data["rows"].values(), expected, strict=True):
+            in_loss = [position > 0 and label != -100 for position, label in enumerate(row["labels"])]
+            found = [float(value) for value in row["values"][number]]
+            for value, probability, is_in_loss in zip(found, probabilities, in_loss, strict=True):
+                assert value == pytest.approx(probability if is_in_loss else 0.0, rel=1e-3)
+            mean += [probability for probability, is_in_loss in zip(probabilities, in_loss, strict=True) if is_in_loss]
+        sentence = f"Mean probability of {len(mean):,} tokens in the loss under the starting model: "
+        assert f"{sentence}{sum(mean) / len(mean):.2f}" in page and "2510.00526" in page
+        assert sentence in inspect_text(capsys, "--config", "sft.yaml", "--probabilities")
+        assert sentence not in inspect_text(capsys, "--config", "sft.yaml")
 
     def test_into_a_file(self, folder, capsys):
         assert main(["inspect", "--config", "sft.yaml", "--format", "text", "--output", "tokens.txt"]) == 0
