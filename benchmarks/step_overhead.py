@@ -45,6 +45,8 @@ from hf_sft_variants import (
     SFTKeyTrainer,
     SFTMixConfig,
     SFTMixTrainer,
+    WeightedSFTConfig,
+    WeightedSFTTrainer,
 )
 from hf_sft_variants.comparison.machine import describe_machine, peak_memory
 from hf_sft_variants.files import write_text
@@ -56,6 +58,7 @@ METHODS = {
     "sftkey_full": (SFTKeyTrainer, SFTKeyConfig, {"stages": ["full"]}),
     "sftkey_key": (SFTKeyTrainer, SFTKeyConfig, {"stages": ["key"]}),
     "poft": (PoFTTrainer, PoFTConfig, {}),
+    "weighted": (WeightedSFTTrainer, WeightedSFTConfig, {"token_weight_column": "weights"}),
     "sftmix": (SFTMixTrainer, SFTMixConfig, {"confidence_split": "random"}),
 }
 
@@ -120,8 +123,10 @@ def random_rows(vocab_size: int, packing: bool, options: argparse.Namespace) -> 
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, vocab_size, (num_rows, length), generator=generator).tolist()
     key_mask = [[int(position > 0.8 * length) for position in range(length)]] * num_rows
+    weights = [[1.0 + position % 2 for position in range(length)]] * num_rows
+    references = [[-2.0, -2.5, -3.0]] * num_rows
     return Dataset.from_dict(
-        {"input_ids": input_ids, "key_mask": key_mask, "ref_logps": [[-2.0, -2.5, -3.0]] * num_rows}
+        {"input_ids": input_ids, "key_mask": key_mask, "ref_logps": references, "weights": weights}
     )
 
 
@@ -139,6 +144,7 @@ def quickstart_rows(tokenizer, options: argparse.Namespace) -> Dataset:
                 "labels": [-100] * len(prompt) + ids[len(prompt) :],
                 "key_mask": [int(position >= start_of_key) for position in range(len(ids))],
                 "ref_logps": [-2.0, -2.5, -3.0],
+                "weights": [1.0 + position % 2 for position in range(len(ids))],
             }
         )
     return Dataset.from_list(rows)

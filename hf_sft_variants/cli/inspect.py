@@ -16,7 +16,7 @@ def add_parser(subparsers) -> None:
         "inspect",
         help="show a recipe's tokens, groups and scores",
         description="Show a recipe's training data as its trainer prepares it: each token, whether it is in the loss, "
-        "its group and its score. The weights of the trained model are not loaded (without `--probabilities`); scoring "
+        "its group and its score. Without `--probabilities`, the model's weights are not loaded; scoring "
         "models are, unless their scores are cached. Other flags override the recipe, e.g. --max_length 256.",
         epilog=EXAMPLE,
         allow_abbrev=False,  # `--output_dir` is a key of the recipe, not an abbreviation

@@ -15,7 +15,13 @@ from hf_sft_variants.base.prepared_sets import MADE_WITH
 from hf_sft_variants.errors import InputError
 
 
-DEFAULTS = {"sft_go": {}, "sftkey": {"key_delimiter": "####"}, "poft": {}, "sftmix": {"confidence_split": "random"}}
+DEFAULTS = {
+    "sft_go": {},
+    "sftkey": {"key_delimiter": "####"},
+    "poft": {},
+    "sftmix": {"confidence_split": "random"},
+    "weighted": {"key_delimiter": "####", "answer_weight": 2.0},
+}
 CLASSES = {name: (*METHODS[name].classes, options) for name, options in DEFAULTS.items() if name in METHODS}
 PACKED = {"packing": True, "max_length": 64}
 SKIP = {"dataset_kwargs": {"skip_prepare_dataset": True}}

@@ -46,7 +46,7 @@ SMALL = {
     "python benchmarks/lm_head.py": "--rows 16 --vocab_sizes 512 --rounds 2 --warm_up 0",
     "python benchmarks/step_overhead.py": "--methods sft_go --length 32 --pairs 2",
 }
-TAGS = {"sft_go": "sft-go", "sftkey": "sftkey", "poft": "poft", "sftmix": "sftmix"}
+TAGS = {"sft_go": "sft-go", "sftkey": "sftkey", "poft": "poft", "sftmix": "sftmix", "weighted": "weighted"}
 
 
 def commands_of(code: str) -> list[str]:
