@@ -53,18 +53,3 @@ def test_filling_leaves_the_rest_of_a_page():
     assert page.startswith(f"before\n\n{study}| ") and page.endswith(f" |\n{end}after\n")
     assert f" |\n{end}\nbetween\n\n{scoring}| " in page
     assert TABLES["filled"](page) == page
-
-
-@pytest.mark.parametrize(
-    "method, time, memory, verdict",
-    [
-        ("sft_go", 1.02, 1.0, "met"),
-        ("sft_go", 1.0304, 1.0, "met"),
-        ("sft_go", 1.031, 1.0, "**missed in time**"),
-        ("sftmix", 1.09, 1.06, "**missed in time and memory**"),
-        ("sftkey_key", 2.0, 2.0, ""),
-    ],
-)
-def test_goals_that_are_missed_are_named(method, time, memory, verdict):
-    run = {"method": method, "time_ratio": time, "memory_ratio": memory}
-    assert TABLES["verdict_on_step"](run)[1] == verdict
