@@ -20,12 +20,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(?<=<!-- table: )(\w+)((?: \w+)*) -->\n.*?(?=<!-- end of table -->)", re.DOTALL)
 
-# What steps were measured on, by the file of the results
-SETTINGS = {
-    "step_overhead_lora_quickstart_cpu": "LoRA, the quickstart's rows",
-    "step_overhead_lora_cpu": "LoRA, 8 × 256 labels",
-    "step_overhead_full_cpu": "full fine-tuning, 8 × 256 labels",
-}
 # The least throughput of scoring, relative to a bare forward pass and to the naive way
 SCORING_GOALS = {"bare": 0.9, "naive": 3.0}
 METHODS = {
@@ -38,17 +32,14 @@ METHODS = {
 
 
 def step_time_table(*methods: str) -> str:
-    """Medians of the ratios to `SFTTrainer` with quartiles, and the ratio of the peak memory."""
-    settings = [{run["method"]: run for run in read(name)["runs"]} for name in SETTINGS]
-    rows = [[METHODS[method], *(step_cell(runs.get(method)) for runs in settings)] for method in methods or METHODS]
-    return table(["a training step of", *SETTINGS.values()], rows)
-
-
-def step_cell(run: dict | None) -> str:
-    if run is None:
-        return "not measured"
-    first, third = run["time_ratio_quartiles"]
-    return f"{run['time_ratio']:.2f} × ({first:.2f} to {third:.2f}), memory {run['memory_ratio']:.2f} ×"
+    """Medians of the ratios to `SFTTrainer`, in time with quartiles."""
+    rows = []
+    for run in read("step_overhead_cpu")["runs"]:
+        method, (first, third) = run["method"], run["time_ratio_quartiles"]
+        if method in (methods or METHODS):
+            time = f"{run['time_ratio']:.2f} × ({first:.2f} to {third:.2f})"
+            rows.append([METHODS[method], time, f"{run['memory_ratio']:.2f} ×"])
+    return table(["a training step of", "time", "memory"], rows)
 
 
 def scoring_table() -> str:

@@ -67,7 +67,7 @@ def refuse_unsupported(trainer_name: str, arguments: dict[str, Any]) -> None:
 
 
 def _refuse_other_losses(trainer_name: str, args: SFTConfig, compute_loss_func: Callable | None) -> None:
-    if args.loss_type not in ("nll", "chunked_nll"):  # the same loss, and the default of older versions of TRL
+    if args.loss_type not in ("nll", "chunked_nll"):  # a deprecated alias
         raise InputError(
             f"`loss_type={args.loss_type!r}` is not supported: {trainer_name} has its own loss. Leave `loss_type` at "
             "'nll', or use `SFTTrainer`."

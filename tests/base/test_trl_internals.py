@@ -10,6 +10,7 @@ from pkgutil import resolve_name
 
 import pytest
 from helpers import make_trainer
+from methods import needs
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
@@ -100,7 +101,10 @@ def test_a_method_that_is_gone_or_changed_is_in_the_message(trl_internals, monke
 
 @pytest.mark.parametrize(
     "trainer",
-    [*(f"hf_sft_variants:{name}" for name in TRAINERS), "hf_sft_variants.sftmix.reference_phase:ReferenceTrainer"],
+    [
+        *(f"hf_sft_variants:{name}" for name in TRAINERS),
+        pytest.param("hf_sft_variants.sftmix.reference_phase:ReferenceTrainer", marks=needs("sftmix")),
+    ],
 )
 def test_what_we_override_is_listed(trainer, trl_internals):
     """An override of a method that is gone would never be called."""

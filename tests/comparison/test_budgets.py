@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from methods import METHODS
 
 from hf_sft_variants.comparison import plan_runs, read_study, run
 from hf_sft_variants.comparison.files import read_json, write_json
@@ -12,7 +13,7 @@ from hf_sft_variants.comparison.run import resolve_budget
 from hf_sft_variants.launch.loading import load_model_and_tokenizer, load_split
 
 
-METHODS = {
+OPTIONS = {
     "sft": {},
     "sft_go": {},
     "sftkey": {"key_delimiter": "####"},
@@ -45,7 +46,7 @@ def tokens_of_rows():
     ]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in OPTIONS if name in {"sft", *METHODS}])
 def test_tokens_become_whole_steps(make_run, folder, method):
     recipe = yaml.safe_load((folder / "sft.yaml").read_text())
     module = {} if method == "sft" else {"module": f"hf_sft_variants.{method}"}
@@ -56,7 +57,7 @@ def test_tokens_become_whole_steps(make_run, folder, method):
         )
     )
     per_epoch = sum(tokens_of_rows())  # two steps of four rows
-    run_folder = make_run({"tokens": 2.2 * per_epoch}, "method.yaml", **METHODS[method])
+    run_folder = make_run({"tokens": 2.2 * per_epoch}, "method.yaml", **OPTIONS[method])
     run.do_run(run_folder)
     training = read_json(run_folder / "training.json")
     steps = 2 if method == "sftmix" else 4

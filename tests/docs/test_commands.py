@@ -44,7 +44,7 @@ SMALL = {
     "python benchmarks/poft_reference_memory.py": "--references quickstart/model",
     "python benchmarks/scoring_throughput.py": "--examples 16 --repeats 1",
     "python benchmarks/lm_head.py": "--rows 16 --vocab_sizes 512 --rounds 2 --warm_up 0",
-    "python benchmarks/step_overhead.py": "--methods sft_go --length 32 --pairs 2",
+    "python benchmarks/step_overhead.py": "--methods sft_go --pairs 2 --warm_up 1 --batch_size 1",
 }
 TAGS = {"sft_go": "sft-go", "sftkey": "sftkey", "poft": "poft", "sftmix": "sftmix", "weighted": "weighted"}
 

@@ -29,7 +29,7 @@ def test_tables_are_up_to_date():
 
 
 def test_every_method_and_every_arm_is_in_the_docs():
-    overhead = json.loads((ROOT / "benchmarks/results/step_overhead_lora_quickstart_cpu.json").read_text())
+    overhead = json.loads((ROOT / "benchmarks/results/step_overhead_cpu.json").read_text())
     assert {run["method"] for run in overhead["runs"]} == set(TABLES["METHODS"])
     page = (ROOT / "docs/reproducibility.md").read_text()
     assert all(f"| `{arm}` |" in page for arm in read_study(str(ROOT / "studies/small.yaml")).arms)

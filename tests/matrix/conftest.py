@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from fixtures.small_models import make_model
 from helpers import SMALL
 from methods import METHODS, with_references
-from models import make_model
 from trl import SFTTrainer
 
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from fixtures.small_models import FAMILIES, make_model
 from losses import assert_as_used_is_the_slow_loss, assert_control_is_sft_trainer
 from methods import cells, every_method
-from models import FAMILIES, make_model
 from torch._dynamo import OptimizedModule
 from trl.trainer import sft_trainer
 

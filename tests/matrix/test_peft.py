@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from fixtures.small_models import make_model
 from helpers import make_trainer
 from losses import assert_as_used_is_the_slow_loss, assert_control_is_sft_trainer
 from methods import METHODS, cells, every_method
-from models import make_model
 from peft import (
     LoraConfig,
     PeftModel,

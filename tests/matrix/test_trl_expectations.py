@@ -154,7 +154,9 @@ def nothing(model):
     return {}
 
 
-def assert_same_step(method, model, tokenizer, rows, folder, arguments=nothing, tolerance=TOLERANCE, **options):
+def assert_same_step(
+    method, model, tokenizer, rows, folder, arguments=nothing, gradient_tolerance=TOLERANCE, **options
+):
     """One step of the control is that of `SFTTrainer` with the same arguments, which are made for each trainer."""
     found = []
     for used, own in ((PLAIN, {}), (METHODS[method], METHODS[method].control)):
@@ -167,8 +169,8 @@ def assert_same_step(method, model, tokenizer, rows, folder, arguments=nothing, 
         trainer.train()
         found.append((trainer, trainer.state.log_history[0]["loss"], recorder.gradients))
     (plain, loss, gradients), (ours, our_loss, our_gradients) = found
-    assert our_loss == pytest.approx(loss, rel=tolerance, abs=0)
-    assert_same_gradients(our_gradients, gradients, tolerance)
+    assert our_loss == pytest.approx(loss, rel=TOLERANCE, abs=0)
+    assert_same_gradients(our_gradients, gradients, gradient_tolerance)
     return ours, plain
 
 
@@ -237,7 +239,7 @@ class TestArguments:
         tokenizer.save_pretrained(tmp_path / "model")
         options = {"model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"}}
         arguments = (method, str(tmp_path / "model"), None, equal_rows, tmp_path / "run")
-        ours, _ = assert_same_step(*arguments, tolerance=1e-2, **options)  # gradients are in bfloat16
+        ours, _ = assert_same_step(*arguments, gradient_tolerance=1e-2, **options)  # gradients are in bfloat16
         assert ours.model.dtype == torch.bfloat16 and ours.model.config._attn_implementation == "eager"
         assert ours.processing_class.chat_template == tokenizer.chat_template
 
@@ -248,9 +250,9 @@ class TestArguments:
         type(tiny_model)(tiny_model.config).save_pretrained(tmp_path / "model")
         common = (method, str(tmp_path / "model"), tokenizer, equal_rows, tmp_path)
         # The adapter's gradients are in bfloat16
-        by_argument, _ = assert_same_step(*common, quantized_adapter, tolerance=1e-2)
+        by_argument, _ = assert_same_step(*common, quantized_adapter, gradient_tolerance=1e-2)
         by_kwargs, _ = assert_same_step(
-            *common, adapter, tolerance=1e-2, model_init_kwargs={"quantization_config": four_bits()}
+            *common, adapter, gradient_tolerance=1e-2, model_init_kwargs={"quantization_config": four_bits()}
         )
         assert by_argument.model.is_loaded_in_4bit and by_kwargs.model.is_loaded_in_4bit
         assert by_argument.state.log_history[0]["loss"] == by_kwargs.state.log_history[0]["loss"]
