@@ -1,7 +1,9 @@
 """Multiplies the weights of a row into one for each token."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -134,13 +136,10 @@ def _messages_of(example: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _numbers(values: list[Any], where: str) -> np.ndarray:
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} has {values[0]!r}: give a number of 0 or more") from error
-    for i in np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0)))[:1]:
-        raise InputError(f"{where} has {values[i]!r}: give a number of 0 or more")
-    return numbers
+    for value in values:
+        if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+            raise InputError(f"{where} has {value!r}: give a number of 0 or more")
+    return np.asarray(values, dtype=np.float64)
 
 
 def _tokens_of(document: RenderedExample, turn: Turn) -> list[int]:

@@ -64,8 +64,8 @@ def test_messages(template, ends, prepare, tokenizer):
 def test_messages_of_a_prompt_and_a_completion(prepare, tokenizer):
     (row,) = prepare([{"prompt": TALK[:3], "completion": TALK[3:]}], CHATML, message_weight_key="weight")
     texts = text_by_weight(row, tokenizer)
-    assert set(texts) == {0.0, 2.0}  # the prompt has no labels, whatever its messages weigh
-    assert texts[2.0].startswith("Then five<|im_end|>")
+    assert set(texts) == {0.0, 1.0, 2.0}  # the prompt has no labels, whatever its messages weigh
+    assert texts[2.0] == "Then five<|im_end|>" and texts[1.0] == "\n"  # what the template puts after the turn
 
 
 def test_messages_around_tool_calls(prepare, tokenizer):
@@ -88,8 +88,8 @@ def test_parts_of_a_response(prepare, tokenizer):
     options = {"key_pattern": r"</think>(?P<key>(?s:.*))", "thinking_weight": 0.8, "answer_weight": 1.5}
     (row,) = prepare(rows, CHATML, **options)
     texts = text_by_weight(row, tokenizer)
-    assert set(texts) == {0.0, 0.8, 1.5}
-    assert texts[1.5].startswith("It is four<|im_end|>") and texts[0.8].startswith("<think>two and two")
+    assert set(texts) == {0.0, 0.8, 1.0, 1.5}
+    assert texts[1.5] == "It is four<|im_end|>" and texts[0.8] == "<think>two and two</think>" and texts[1.0] == "\n"
     # As tokens, too
     tokens = [{"input_ids": row["input_ids"], "labels": row["labels"]}]
     (again,) = prepare(tokens, CHATML, **options)
@@ -185,7 +185,7 @@ def test_what_can_not_be_a_weight(row, options, message, prepare):
 )
 def test_settings_that_can_not_be(options, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        WeightedSFTConfig(str(tmp_path), **options)
+        WeightedSFTConfig(str(tmp_path), **helpers.SMALL, **options)
 
 
 def test_every_row_of_weight_zero(prepare):
