@@ -36,7 +36,8 @@ _VARIANTS = {
     # Equal to SFTTrainer on rows with the same number of labels each
     "poft": ("PoFT", {"beta": 2.0}, {"preference_weighting": "uniform"}),
     "sftmix": ("SFTMix", _RANDOM, {**_RANDOM, "mixup_weight": 0.0, "pair_sampling": False}),
-    "weighted": ("WeightedSFT", {"answer_weight": 3.0, **_KEY}, {}),
+    # The answer is whatever a row's last word ends with
+    "weighted": ("WeightedSFT", {"answer_weight": 30.0, "key_pattern": r"(?s)\A.*(?P<key>\S)\s*\Z"}, {}),
 }
 METHODS = {"base": Method(hf_sft_variants.AnnotatedSFTTrainer, SFTConfig)} | {
     name: Method(

@@ -127,6 +127,7 @@ OTHER_SETTINGS = {
     "sftkey": {"stages": ["full"], "full_loss_weight": 0.5, "key_tags_in_loss": False, "key_delimiter": "####"},
     "poft": {"beta": 1.0, "gamma": 0.5, "preference_weighting": "constant", "reference_models": ["a", "b"]},
     "sftmix": {"mixup_weight": 0.5, "mixup_alpha": 1.0, "ntp_weight": 0.0, "confidence_split": "confidence"},
+    "weighted": {"answer_weight": 2.0, "weight_normalization": "tokens", "prompt_weight": 0.5},
 }  # fmt: skip
 
 
