@@ -130,7 +130,7 @@ def count_step_items(
         return {}
     totals = torch.stack([sum(torch.as_tensor(count[name], device=device) for count in counts) for name in names])
     if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
-        # Not `//` as for tokens: a sum of weights is no integer
+        # Divided without rounding, because weights may be summed here, too
         totals = trainer.accelerator.gather(totals[None]).sum(0) / trainer.get_tp_size()
     return dict(zip(names, totals.unbind(), strict=True))
 
