@@ -28,6 +28,7 @@ METHODS = {
     "sftkey_key": "SFTKey, second stage",
     "poft": "PoFT, scores present",
     "sftmix": "SFTMix",
+    "weighted": "Weighted SFT",
 }
 
 

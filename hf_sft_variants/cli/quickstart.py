@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
         choices=("chain_sum", "gsm_symbolic"),
         help="sums, learned in minutes on a CPU, or word problems (%(default)s)",
     )
-    parser.add_argument("--train-size", type=int, default=600, metavar="N", help="training rows (%(default)s)")
+    parser.add_argument("--train-size", type=int, default=240, metavar="N", help="training rows (%(default)s)")
     parser.add_argument("--test-size", type=int, default=84, metavar="N", help="test rows (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the problems (%(default)s)")
     parser.add_argument(

@@ -44,7 +44,7 @@ TASKS: dict[str, tuple[dict, Callable[[dict], str]]] = {
 
 
 def build_splits(
-    task: str = "chain_sum", train_size: int = 600, test_size: int = 84, seed: int = 0
+    task: str = "chain_sum", train_size: int = 240, test_size: int = 84, seed: int = 0
 ) -> dict[str, list[dict]]:
     """
     Generate a train and a test split of distinct problems: `"chain_sum"`, sums of two or three numbers with a running
