@@ -53,6 +53,8 @@ RANDOM_PAIRS = {"confidence_split": "random"}
 AS_USED = {name: dict(method.options) for name, method in METHODS.items()}
 if "sftkey" in AS_USED:
     AS_USED["sftkey"] |= {"stages": ["full", "key"]}  # with a fresh optimizer in between
+if "weighted" in AS_USED:
+    AS_USED["weighted"] |= {"example_weight_column": "quality"}
 # Each strategy is launched with the recipe of another method
 RECIPE_METHODS = dict(
     zip(STRATEGIES, [name for name in ("sft_go", "sftmix", "sftkey", "poft", "base") if name in METHODS], strict=False)
@@ -192,7 +194,12 @@ def write_rows(folder: Path, token_rows: Dataset) -> None:
 
 def text_row(row: int) -> dict[str, str]:
     completion = f"{' one more' * (row * 5 % 7 + 1)} is {row * 8}"
-    return {"prompt": f"What is {row} plus {row * 7}?", "completion": completion, "answer": str(row * 8)}
+    return {
+        "prompt": f"What is {row} plus {row * 7}?",
+        "completion": completion,
+        "answer": str(row * 8),
+        "quality": 0.3 + row * 3 % 7,
+    }
 
 
 def long_row(row: int) -> dict[str, list[int]]:
@@ -202,6 +209,7 @@ def long_row(row: int) -> dict[str, list[int]]:
         "input_ids": input_ids,
         "labels": [-100] * 4 + input_ids[4:],
         "key_mask": [int(position > 20 * row + 20) for position in range(length)],
+        "quality": 0.3 + row,
     }
 
 

@@ -1,11 +1,13 @@
 """The weight of each token, against weights written by hand, and weights that can't be used."""
 
 import math
+from itertools import groupby
+from operator import itemgetter
 
 import helpers
 import pytest
 from datasets import Dataset
-from fixtures.chat_templates import CHATML, GEMMA, GENERATION, LLAMA_3, TOOLS, ZEPHYR
+from fixtures.chat_templates import CHATML, GEMMA, GENERATION, LLAMA_3, QWEN_3, TOOLS, ZEPHYR
 
 from hf_sft_variants import WeightedSFTConfig, WeightedSFTTrainer
 from hf_sft_variants.errors import InputError
@@ -35,37 +37,93 @@ def prepare(tiny_model, tokenizer, tmp_path):
     return prepare
 
 
-def text_by_weight(row, tokenizer):
-    """Text of the tokens of each weight, joined; tokens without a label have weight 0."""
-    texts = {}
-    for token, weight in zip(row["input_ids"], row["token_weights"], strict=True):
-        texts.setdefault(weight, []).append(token)
-    return {weight: tokenizer.decode(tokens) for weight, tokens in texts.items()}
+def pieces(row, tokenizer):
+    """The row's text, cut wherever the weight changes, each piece with the weight of its tokens."""
+    tokens = zip(row["token_weights"], row["input_ids"], strict=True)
+    return [
+        (tokenizer.decode([token for _, token in of_weight]), weight)
+        for weight, of_weight in groupby(tokens, key=itemgetter(0))
+    ]
 
 
-@pytest.mark.parametrize(
-    "template, ends",
-    [
-        (CHATML, ("<|im_end|>", "<|im_end|>")),
-        (LLAMA_3, ("<|end|>", "<|end|>")),
-        (ZEPHYR, ("</s>", "</s>")),
-        (GEMMA, ("<end_of_turn>", "<end_of_turn>")),
-    ],
-)
-def test_messages(template, ends, prepare, tokenizer):
+MESSAGES = {
+    "ChatML": (
+        CHATML,
+        [
+            ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
+            ("It is four<|im_end|>", 0.3),
+            ("\n<|im_start|>user\nAnd one more?<|im_end|>\n<|im_start|>assistant\n", 1.0),
+            ("Then five<|im_end|>", 2.0),
+            ("\n", 1.0),
+        ],
+    ),
+    "Llama 3": (
+        LLAMA_3,
+        [
+            ("<s><|start|>user<|header|>\n\nWhat is two plus two?<|end|><|start|>assistant<|header|>\n\n", 1.0),
+            ("It is four<|end|>", 0.3),
+            ("<|start|>user<|header|>\n\nAnd one more?<|end|><|start|>assistant<|header|>\n\n", 1.0),
+            ("Then five<|end|>", 2.0),
+        ],
+    ),
+    "Zephyr": (
+        ZEPHYR,
+        [
+            ("<|user|>\nWhat is two plus two?</s>\n<|assistant|>\n", 1.0),
+            ("It is four</s>", 0.3),
+            ("\n<|user|>\nAnd one more?</s>\n<|assistant|>\n", 1.0),
+            ("Then five</s>", 2.0),
+            ("\n", 1.0),
+        ],
+    ),
+    "Gemma": (
+        GEMMA,
+        [
+            ("<bos><start_of_turn>user\nWhat is two plus two?<end_of_turn>\n<start_of_turn>model\n", 1.0),
+            ("It is four<end_of_turn>", 0.3),
+            ("\n<start_of_turn>user\nAnd one more?<end_of_turn>\n<start_of_turn>model\n", 1.0),
+            ("Then five<end_of_turn>", 2.0),
+            ("\n", 1.0),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("template, expected", MESSAGES.values(), ids=MESSAGES)
+def test_messages(template, expected, prepare, tokenizer):
     (row,) = prepare([{"messages": TALK}], template, message_weight_key="weight")
-    texts = text_by_weight(row, tokenizer)
-    assert set(texts) == {0.3, 2.0, 1.0}
-    assert texts[0.3].startswith("It is four") and texts[2.0].startswith("Then five")
-    assert texts[0.3].endswith(ends[0]) and "Then" not in texts[0.3]
-    assert "What is two" in texts[1.0] and "And one more?" in texts[1.0]
+    assert pieces(row, tokenizer) == expected
 
 
 def test_messages_of_a_prompt_and_a_completion(prepare, tokenizer):
     (row,) = prepare([{"prompt": TALK[:3], "completion": TALK[3:]}], CHATML, message_weight_key="weight")
-    texts = text_by_weight(row, tokenizer)
-    assert set(texts) == {0.0, 1.0, 2.0}  # the prompt has no labels, whatever its messages weigh
-    assert texts[2.0] == "Then five<|im_end|>" and texts[1.0] == "\n"  # what the template puts after the turn
+    # The prompt has no labels, whatever its messages weigh; what the template puts after the turn counts 1
+    assert [weight for _, weight in pieces(row, tokenizer)] == [0.0, 2.0, 1.0]
+    assert pieces(row, tokenizer)[1:] == [("Then five<|im_end|>", 2.0), ("\n", 1.0)]
+
+
+def test_messages_after_a_prompt_that_opens_the_reasoning(prepare, tokenizer):
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    answer = {"role": "assistant", "content": "<think>\ntwo and two</think>It is four", "weight": 0.5}
+    (row,) = prepare([{"prompt": TALK[:1], "completion": [answer]}], template, message_weight_key="weight")
+    question = "<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    response = "two and two</think>It is four<|im_end|>"
+    assert pieces(row, tokenizer) == [(question, 0.0), (response, 0.5), ("\n", 1.0)]
+
+
+def test_messages_whose_reasoning_is_left_out(prepare, tokenizer):
+    thought = {"role": "assistant", "content": "<think>one</think>It is four", "weight": 0.3}
+    (row,) = prepare([{"messages": [TALK[0], thought, *TALK[2:]]}], QWEN_3, message_weight_key="weight")
+    assert pieces(row, tokenizer) == [
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
+        ("It is four<|im_end|>", 0.3),
+        (
+            "\n<|im_start|>user\nAnd one more?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+            1.0,
+        ),
+        ("Then five<|im_end|>", 2.0),
+        ("\n", 1.0),
+    ]
 
 
 def test_messages_around_tool_calls(prepare, tokenizer):
@@ -77,8 +135,13 @@ def test_messages_around_tool_calls(prepare, tokenizer):
         {"role": "assistant", "content": "It is four", "weight": 0.0},
     ]
     (row,) = prepare([{"messages": messages}], TOOLS, message_weight_key="weight")
-    texts = text_by_weight(row, tokenizer)
-    assert texts[0.5].startswith("Let me see<tool_call>add") and texts[0.0].startswith("It is four")
+    assert pieces(row, tokenizer) == [
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
+        ("Let me see<tool_call>add</tool_call><|im_end|>", 0.5),
+        ("\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n", 1.0),
+        ("It is four<|im_end|>", 0.0),
+        ("\n", 1.0),
+    ]
     assert all(label == -100 for label, weight in zip(row["labels"], row["token_weights"], strict=True) if not weight)
 
 
@@ -87,9 +150,11 @@ def test_parts_of_a_response(prepare, tokenizer):
     rows = [{"prompt": TALK[:1], "completion": [{"role": "assistant", "content": response}]}]
     options = {"key_pattern": r"</think>(?P<key>(?s:.*))", "thinking_weight": 0.8, "answer_weight": 1.5}
     (row,) = prepare(rows, CHATML, **options)
-    texts = text_by_weight(row, tokenizer)
-    assert set(texts) == {0.0, 0.8, 1.0, 1.5}
-    assert texts[1.5] == "It is four<|im_end|>" and texts[0.8] == "<think>two and two</think>" and texts[1.0] == "\n"
+    assert pieces(row, tokenizer)[1:] == [
+        ("<think>two and two</think>", 0.8),
+        ("It is four<|im_end|>", 1.5),
+        ("\n", 1.0),
+    ]
     # As tokens, too
     tokens = [{"input_ids": row["input_ids"], "labels": row["labels"]}]
     (again,) = prepare(tokens, CHATML, **options)
@@ -104,8 +169,12 @@ def test_prompts_with_a_weight_have_labels(prepare, tokenizer):
     assert prepare(rows, prompt_weight=0.0)["labels"][:] == [plain["labels"]]
     rows = [{"messages": [{"role": m["role"], "content": m["content"]} for m in TALK]}]
     (row,) = prepare(rows, GENERATION, assistant_only_loss=True, prompt_weight=0.5)
-    texts = text_by_weight(row, tokenizer)
-    assert set(texts) == {0.5, 1.0} and texts[1.0].startswith("It is four") and "And one more" in texts[0.5]
+    assert pieces(row, tokenizer) == [
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 0.5),
+        ("It is four<|im_end|>\n", 1.0),
+        ("<|im_start|>user\nAnd one more?<|im_end|>\n<|im_start|>assistant\n", 0.5),
+        ("Then five<|im_end|>\n", 1.0),
+    ]
 
 
 def test_weights_multiply(prepare):
