@@ -13,10 +13,11 @@ _GROUP_COLOURS = (36, 35, 32, 33, 34)
 def render_text(view: View, styled: bool) -> str:
     """
     Render the rows, each with its counts and tokens. Tokens are styled with ANSI escapes, for a terminal, or put in
-    brackets: `[token]` in the loss, `[token/1]` in group 1, `(token)` not in the loss.
+    brackets: `[token]` in the loss, `[token/1]` in group 1, `[token=0.5]` with its score, `(token)` not in the loss.
     """
     groups = next((column for column in view.columns if column.is_group), None)
-    lines = [view.title() + ". " + _key(groups, styled)]
+    scores = [column for column in view.columns if column.is_score]
+    lines = [view.title() + ". " + _key(groups, scores, styled)]
     words = reading(view)
     if words:
         lines += ["", words]
@@ -24,7 +25,7 @@ def render_text(view: View, styled: bool) -> str:
         lines += [
             "",
             f"row {row.number}: {', '.join(row_counts(row, view.columns))}",
-            _tokens(row, view, groups, styled),
+            _tokens(row, view, groups, scores, styled),
         ]
     return "\n".join(lines) + "\n"
 
@@ -42,35 +43,40 @@ def row_counts(row: Row, columns: list[Column]) -> list[str]:
     return counts
 
 
-def _key(groups: Column | None, styled: bool) -> str:
-    if not styled:
-        group = f", [token/1] with its {groups.name}" if groups else ""
-        return f"(token) is not in the loss, [token] is{group}."
-    names = [_styled(name, value) for value, name in groups.names.items()] if groups else []
-    return f"{_DIM}not in the loss{_RESET}, {', '.join(['in the loss', *names])}"
+def _key(groups: Column | None, scores: list[Column], styled: bool) -> str:
+    if styled:
+        names = [_styled(name, value, "") for value, name in groups.names.items()] if groups else []
+        key = f"{_DIM}not in the loss{_RESET}, {', '.join(['in the loss', *names])}"
+    else:
+        key = "(token) is not in the loss, [token] is" + (f", [token/1] with its {groups.name}" if groups else "")
+    if scores:
+        key += f", token=number with its {' and '.join(column.name for column in scores)}"
+    return key + ("" if styled else ".")
 
 
-def _tokens(row: Row, view: View, groups: Column | None, styled: bool) -> str:
-    values = row.values[groups.name] if groups else [-1] * len(row.input_ids)
+def _tokens(row: Row, view: View, groups: Column | None, scores: list[Column], styled: bool) -> str:
     pieces = []
-    for token_id, in_loss, value in zip(row.input_ids, row.in_loss(), values, strict=True):
-        text, group = view.texts[token_id], groups.group_of(value) if groups else -1
-        pieces.append((_styled if styled else _bracketed)(visible_text(text), group, in_loss))
+    for position, (token_id, in_loss) in enumerate(zip(row.input_ids, row.in_loss(), strict=True)):
+        text = view.texts[token_id]
+        if in_loss:
+            group = groups.group_of(row.values[groups.name][position]) if groups else -1
+            numbers = ",".join(f"{row.values[column.name][position]:.2g}" for column in scores)
+            mark = _styled if styled else _bracketed
+            pieces.append(mark(visible_text(text), group, f"={numbers}" if scores else ""))
+        else:
+            pieces.append(f"{_DIM}{visible_text(text)}{_RESET}" if styled else f"({visible_text(text)})")
         if "\n" in text:
             pieces.append("\n")
     return "".join(pieces).rstrip("\n")
 
 
-def _bracketed(text: str, group: int, in_loss: bool) -> str:
-    if not in_loss:
-        return f"({text})"
-    return f"[{text}]" if group < 0 else f"[{text}/{group}]"
+def _bracketed(text: str, group: int, score: str) -> str:
+    return f"[{text}{score}]" if group < 0 else f"[{text}/{group}{score}]"
 
 
-def _styled(text: str, group: int, in_loss: bool = True) -> str:
-    if not in_loss:
-        return f"{_DIM}{text}{_RESET}"
+def _styled(text: str, group: int, score: str) -> str:
+    dim_score = f"{_DIM}{score}{_RESET}" if score else ""
     if group < 0:
-        return text
+        return text + dim_score
     weight = _BOLD_UNDERLINED if group == 1 else ""
-    return f"{weight}\x1b[{_GROUP_COLOURS[group % len(_GROUP_COLOURS)]}m{text}{_RESET}"
+    return f"{weight}\x1b[{_GROUP_COLOURS[group % len(_GROUP_COLOURS)]}m{text}{_RESET}{dim_score}"

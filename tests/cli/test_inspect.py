@@ -238,6 +238,12 @@ class TestRecipes:
         text = inspect_text(capsys, "--config", "mine.yaml", "--rows", "1")
         assert "late: " in text and "group 1: " in text and "/2]" in text
 
+    def test_weights(self, folder, capsys):
+        recipe = "module: hf_sft_variants.weighted\nkey_pattern: (?P<key>\\S+)\\s*$\nanswer_weight: 2.5\n"
+        (folder / "weighted.yaml").write_text(recipe + SFT)
+        text = inspect_text(capsys, "--config", "weighted.yaml", "--rows", "1")
+        assert "token=number with its token_weights" in text and "=2.5]" in text and "=1]" in text
+
 
 class TestText:
     def test_brackets_without_a_terminal(self, folder, capsys, trained_rows, tokenizer):
@@ -245,9 +251,10 @@ class TestText:
         assert "\x1b" not in text and text.startswith("rows 3 to 4 of 12.")
         example = trained_rows()[3]
         marks = []
-        for token_id, label, group in zip(*(example[c] for c in ("input_ids", "labels", "group_ids")), strict=True):
+        columns = ("input_ids", "labels", "group_ids", "importance_scores")
+        for token_id, label, group, score in zip(*(example[column] for column in columns), strict=True):
             token = visible_text(token_text(tokenizer, token_id))
-            marks.append(f"({token})" if label == -100 else f"[{token}/{group}]")
+            marks.append(f"({token})" if label == -100 else f"[{token}/{group}={score:.2g}]")
         assert "".join(marks) in text.replace("\n", "")
 
     def test_styles_on_a_terminal(self, folder, capsys, monkeypatch):
@@ -255,7 +262,7 @@ class TestText:
         monkeypatch.setattr("sys.stdout.isatty", lambda: True)
         styled = inspect_text(capsys, "--config", "sft_go.yaml", "--rows", "3")
         assert "\x1b[2m<|im_start|>\x1b[0m" in styled and "\x1b[1;4m" in styled and "(<|im_start|>)" not in styled
-        unstyled = re.sub(r"\x1b\[[\d;]*m", "", styled).splitlines()[3:]
+        unstyled = re.sub(r"\x1b\[2m=[^\x1b]*\x1b\[0m|\x1b\[[\d;]*m", "", styled).splitlines()[3:]
         assert unstyled == re.sub(r"[(\[](.*?)[)\]](?=[(\[]|$)", r"\1", plain, flags=re.M).splitlines()[3:]
 
     def test_probabilities(self, folder, capsys, tiny_model, trained_rows):
