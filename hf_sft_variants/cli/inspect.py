@@ -56,7 +56,6 @@ def _write(name: str, content: str, title: str) -> None:
     verb = "replaced" if path.exists() else "wrote"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise InputError(f"`--output` is {name!r}, which can't be written: {error.strerror}.") from error
