@@ -12,7 +12,7 @@ ROW_IDS = "row_ids"
 
 
 class NumItems(dict):
-    """Counts of an optimizer step; what was not counted is an error in words."""
+    """Counts of an optimizer step, with an error that explains why a count is missing."""
 
     def __missing__(self, name: str):
         raise KeyError(
@@ -24,9 +24,9 @@ class NumItems(dict):
 @dataclass
 class AnnotatedBatch:
     """
-    What a loss is made of: one micro-batch, every tensor aligned with the token that is predicted (the label).
+    One micro-batch as the loss receives it: every tensor is aligned with the predicted token (the label).
 
-    `L` is the number of predictions of a row: `sequence length - 1`, more where prompt learning prepends virtual
+    `L` is the number of predictions in a row: `sequence length - 1`, or more where prompt learning prepends virtual
     tokens.
 
     Attributes:
@@ -45,7 +45,7 @@ class AnnotatedBatch:
         num_items (`dict[str, torch.Tensor]`):
             Number of `"tokens"`, `"samples"` and of whatever else
             [`AnnotatedSFTTrainer.count_items`] counts, over the whole optimizer step (all micro-batches, all
-            processes); 1 for zero. Divide sums by them.
+            processes). Sums are divided by them, so 1 takes the place of 0.
         outputs ([`~hf_sft_variants.lm_head.forward.LabelledOutput`]):
             What the model returned.
         metrics (`dict[str, tuple]`):
@@ -68,7 +68,7 @@ def align_with_labels(values: torch.Tensor, num_predictions: int, padding_value:
     """
     Align per-token values with predictions, from the right: the last prediction is about the last token.
 
-    The first token of a row is predicted by nothing, so it falls away; prompt learning prepends virtual tokens, which
+    The first token of a row is predicted by nothing, so it is dropped; prompt learning prepends virtual tokens, which
     get `padding_value`.
 
     Args:
@@ -130,13 +130,13 @@ def count_step_items(
         return {}
     totals = torch.stack([sum(torch.as_tensor(count[name], device=device) for count in counts) for name in names])
     if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
-        # Divided without rounding, because weights may be summed here, too
+        # Not rounded, because a count may be a sum of weights
         totals = trainer.accelerator.gather(totals[None]).sum(0) / trainer.get_tp_size()
     return dict(zip(names, totals.unbind(), strict=True))
 
 
 def _one_if_zero(count: torch.Tensor | float) -> torch.Tensor:
-    """So that a batch with nothing to learn gives a finite zero rather than 0 / 0."""
+    """Replace 0, so that the loss of a batch with nothing to learn is 0 rather than 0 / 0."""
     count = torch.as_tensor(count)
     return count.masked_fill(count == 0, 1)
 
@@ -149,7 +149,7 @@ def make_annotated_batch(
     num_items: dict[str, torch.Tensor],
 ) -> AnnotatedBatch:
     """
-    Align everything with the predictions.
+    Align all tensors of a micro-batch with the predictions.
 
     Args:
         inputs (`dict[str, Any]`):
@@ -183,11 +183,11 @@ def without_rows_from(
     batch: AnnotatedBatch, first: int | torch.Tensor, row_ids: torch.Tensor, padding_values: dict[str, int | float]
 ) -> AnnotatedBatch:
     """
-    A copy of a micro-batch in which the last rows are padding: no labels, annotations at their padding values.
+    Copy a micro-batch with its last rows turned into padding: no labels, annotations at their padding values.
 
     Args:
         batch ([`AnnotatedBatch`]):
-            Stays as it is.
+            Micro-batch to copy.
         first (`int` or scalar `torch.Tensor`):
             Number of the first row to leave out.
         row_ids (`torch.Tensor` of shape `(B, L)` or `(B, 1)`):

@@ -93,12 +93,12 @@ class ResumeCheckMixin:
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        if _internal_call and output_dir is not None:  # of a checkpoint, wherever a trial of a search has it
+        if _internal_call and output_dir is not None:  # a checkpoint, also that of a hyperparameter search
             self.add_to_checkpoint(Path(output_dir))
         super().save_model(output_dir, _internal_call)
 
     def add_to_checkpoint(self, folder: Path) -> None:
-        """Write what a checkpoint has beside TRL's files. Called by all processes, before anything is pushed."""
+        """Add our files to those of TRL. Called by all processes, before anything is pushed."""
         if self.args.should_save:
             write_run(folder, self._run)
 

@@ -128,7 +128,7 @@ class MetricSumsMixin:
         return batch
 
     def log_as_sft_trainer(self, inputs: dict[str, Any], outputs: LabelledOutput) -> None:
-        """Log what `SFTTrainer` logs of a micro-batch, under its names: it means them over micro-batches."""
+        """Log `SFTTrainer`'s own metrics of a micro-batch, averaged over micro-batches as it does."""
         mode = "train" if self.model.training else "eval"
         if "attention_mask" in inputs:
             num_tokens = inputs["attention_mask"].sum()

@@ -1,6 +1,6 @@
 """
-What we use of TRL, and of the `Trainer` under it, beyond their documented names. Read off trl 1.16.0 and transformers
-5.23.0; any release may move it, so `tests/base/test_trl_internals.py` checks each name and says which is gone.
+Undocumented parts of TRL, and of the `Trainer` under it, that this package uses, as of trl 1.16.0 and transformers
+5.23.0. Any release may change them, so `tests/base/test_trl_internals.py` checks each name and says which is gone.
 
 No other module imports names that TRL does not export.
 """
@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 
-# Undocumented methods of `SFTTrainer`, its own or inherited, that trainers here override or call, and their parameters
+# Undocumented methods of `SFTTrainer`, its own or inherited, that we override or call, with the parameters we rely on
 METHODS = {
     "_build_accelerator_args": ["kwargs"],
     "_get_train_sampler": ["train_dataset"],
@@ -58,7 +58,7 @@ __all__ = [
 @contextmanager
 def leave_out_of_push(patterns: list[str]) -> Iterator[None]:
     """
-    Let `Trainer` push its `output_dir` without some files: it leaves out its checkpoints, and has no option for more.
+    Keep files out of what `Trainer` pushes of `output_dir`. It leaves out its checkpoints, and has no option for more.
 
     Args:
         patterns (`list[str]`):
@@ -73,7 +73,7 @@ def leave_out_of_push(patterns: list[str]) -> Iterator[None]:
 
 
 class _SelectiveApi:
-    """The Hub's API, with more that is left out of a folder."""
+    """The Hub's API, with further patterns to leave out of an uploaded folder."""
 
     def __init__(self, api: HfApi, patterns: list[str]):
         self._api, self._patterns = api, patterns

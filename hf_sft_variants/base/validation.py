@@ -49,8 +49,8 @@ def resolve_args(
 
 def refuse_unsupported(trainer_name: str, arguments: dict[str, Any]) -> None:
     """
-    Refuse the arguments of a trainer that need a loss other than its own, that it can't annotate, or that can't be
-    right. Called before data sets are prepared, which may take hours.
+    Refuse arguments that need a loss other than the trainer's own, data that it can't annotate, and invalid values.
+    Called before data sets are prepared, which may take hours.
     """
     args, model, peft_config = arguments["args"], arguments["model"], arguments.get("peft_config")
     train_dataset, eval_dataset = arguments.get("train_dataset"), arguments.get("eval_dataset")
@@ -142,7 +142,7 @@ def _check_train_dataset(trainer_name: str, train_dataset: Dataset | IterableDat
 def refuse_what_was_loaded(trainer: SFTTrainer) -> None:
     """
     Refuse what is known only once the model is loaded and the data is prepared: context and sequence parallelism,
-    models that are not causal language models, and tokens that the model does not have.
+    models that are not causal language models, and token ids without an embedding.
     """
     refuse_sequence_sharding(type(trainer).__name__, trainer.accelerator)
     require_causal_lm(trainer.model)

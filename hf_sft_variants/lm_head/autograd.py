@@ -3,7 +3,7 @@ The autograd function behind [`label_log_probs`].
 
 The gradient of a label's log-probability on its hidden state is attention over the vocabulary, with the weight's rows
 as keys and values: `W[y] - sum_v softmax(h W^T)[v] W[v]`. Its direction does not depend on the loss. So where the head
-is frozen, the forward pass makes it, chunk by chunk with a running maximum, and the backward pass scales it: two
+is frozen, the forward pass computes it, chunk by chunk with a running maximum, and the backward pass scales it: two
 products with the weight instead of three.
 """
 
@@ -16,7 +16,7 @@ from .softmax import Queries, Softmax
 from .tiles import TilePlan, add_product_, project, size
 
 
-# Logits of a trained head up to this size are kept for the backward pass, which is then spared a product
+# Logits of a trained head up to this size are kept, which saves the backward pass a product
 KEPT_BYTES = 2**27
 
 
@@ -58,7 +58,7 @@ class LogProbFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_log_probs, _entropy, _is_top1, grad_mixed):
-        saved = ctx.saved_tensors  # once: with activation offloading, reading it brings the tensors back
+        saved = ctx.saved_tensors  # read once: with activation offloading, each access loads them again
         queries, saved = Queries(*saved[:5]), saved[5:]
         grad = queries.gather(grad_log_probs, grad_mixed)
         if ctx.is_frozen:

@@ -16,7 +16,7 @@ from .log_probs import LabelLogProbs, label_log_probs
 from .sharded import gathered, whole
 
 
-# Names of the soft-cap of the logits, and of their factor, in the configurations of model families
+# What model families call the soft-cap and the scale of the logits in their configurations
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
@@ -26,8 +26,8 @@ class LabelledOutput(ModelOutput):
     """
     Output of a model with [`add_lm_head`] called with `score_labels=True`.
 
-    Every field but the last two is a grid of next-token predictions, zero where there is no label. It has a column
-    less than the model has positions.
+    All fields but the last two have a value for each next-token prediction, zero where there is no label. `L` is one
+    less than the number of positions.
 
     Attributes:
         log_probs (`torch.Tensor` of shape `(B, L)`):
@@ -54,10 +54,10 @@ class LabelledOutput(ModelOutput):
 
 def add_lm_head(model: PreTrainedModel) -> None:
     """
-    Let a causal language model return log-probabilities of labels instead of logits, if it does not yet.
+    Add a forward to a causal language model that returns log-probabilities of labels instead of logits.
 
-    `model(..., labels=labels, score_labels=True)` returns a [`LabelledOutput`]. Without `score_labels`, the forward is
-    the one before. Three more arguments mix pairs of positions, as [`label_log_probs`] does:
+    `model(..., labels=labels, score_labels=True)` returns a [`LabelledOutput`]. Without `score_labels`, it
+    returns what it did before. Three more arguments mix pairs of positions as [`label_log_probs`] does:
 
     - **mixup_first**, **mixup_second** (`torch.Tensor` of shape `(P, 2)`, int64): the positions that are mixed, the
       n-th with the n-th, each `(row, column)` of the grid of predictions, with the column counted from the end of the
@@ -106,11 +106,11 @@ def _score_labels(model, labels, mixup, args, kwargs) -> LabelledOutput:
     # Backbone and head are looked up on each call, since FSDP and PEFT replace them
     backbone_outputs = model.base_model(*args, **{**kwargs, "use_cache": False})
     head = model.get_output_embeddings()
-    # Cut across devices, a model may end on another one than its head
+    # A model that is split across devices may have its head on another device than its last layer
     hidden_states = backbone_outputs.last_hidden_state.to(head.weight.device)
     labels = F.pad(labels[:, 1:], (0, 1), value=-100).to(head.weight.device)  # nothing follows the last token
     scores = head_log_probs(head, text_config, hidden_states, labels, *mixup)
-    # Copied, since FSDP2 warns of views
+    # Copied, because FSDP2 warns about views
     *grids, label_mask = (grid.view(labels.shape)[:, :-1].clone() for grid in (*scores[:3], labels != -100))
     aux_loss = None
     if kwargs.get("output_router_logits"):
@@ -165,12 +165,12 @@ def head_settings(text_config: PretrainedConfig) -> dict[str, Any]:
     scale = next((scale for scale in scales if scale is not None), 1.0)
     divisor = getattr(text_config, "logits_scaling", None)
     if divisor is not None:
-        scale = divisor if text_config.model_type == "hyperclovax" else 1 / divisor  # which multiplies
+        scale = divisor if text_config.model_type == "hyperclovax" else 1 / divisor  # HyperCLOVA X multiplies
     return {"softcap": next((softcap for softcap in softcaps if softcap is not None), None), "scale": scale}
 
 
 def _load_balancing_loss(model, text_config, router_logits, attention_mask) -> torch.Tensor:
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every MoE family's
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # all MoE families use it
 
     num_experts = getattr(text_config, "num_experts", None) or model.num_experts  # the model has it in older versions
     return load_balancing_loss_func(router_logits, num_experts, text_config.num_experts_per_tok, attention_mask)

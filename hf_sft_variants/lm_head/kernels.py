@@ -1,7 +1,7 @@
 """
 [`tile_ops`] as Triton kernels, which read a tile once: one program for each row, or for each pair and its mixture.
 
-A program holds its lines in registers, so a tile has at most some thousand columns.
+A program holds its lines in registers, so a tile has at most a few thousand columns.
 """
 
 import torch
@@ -145,7 +145,7 @@ def _line_gradient(
     HAS_SOFTCAP: tl.constexpr,
     IS_MIXED: tl.constexpr,
 ):
-    """The gradient on what the head gives for one line; the pointers are those of the line."""
+    """The gradient on the head's output for one line; the pointers are those of the line."""
     z, slope = _soft_capped(z, softcap, HAS_SOFTCAP)
     grad = tl.load(grad)
     result = -grad * tl.exp(z - tl.load(log_z))

@@ -11,15 +11,15 @@ from .tiles import TilePlan, make_tiles, slices, tile_shape
 
 class LabelLogProbs(NamedTuple):
     """
-    What [`label_log_probs`] returns, in nats. Log-probabilities have a gradient.
+    Result of [`label_log_probs`], in nats. Only the log-probabilities have a gradient.
 
     Attributes:
         log_probs (`torch.Tensor` of shape `(N,)`):
-            Log-probability of each label; zero without a label, as the next two.
+            Log-probability of each label. This field and the next two are zero where there is no label.
         entropy (`torch.Tensor` of shape `(N,)`):
             Entropy of each row's distribution.
         is_top1 (`torch.Tensor` of shape `(N,)`):
-            Whether the label is the most likely token; of equally likely ones the first.
+            Whether the label is the most likely token (the first one, if several are equally likely).
         mixed_log_probs (`torch.Tensor` of shape `(P,)`):
             Of each mixture, `λ log p(first label) + (1 - λ) log p(second label)`.
     """
@@ -68,7 +68,7 @@ def label_log_probs(
         first, second (`torch.Tensor` of shape `(P,)`, *optional*):
             Rows that are mixed, the n-th with the n-th. Each has a label and is in one pair at most.
         mix_weights (`torch.Tensor` of shape `(P,)`, *optional*):
-            Share λ of the first row of each pair, from 0 to 1; a constant of the gradient.
+            Share λ of the first row of each pair, from 0 to 1. It receives no gradient.
         softcap (`float`, *optional*):
             The logits are `softcap * tanh(logits / softcap)`.
         scale (`float`, *optional*, defaults to `1.0`):
@@ -122,7 +122,7 @@ def label_log_probs(
 
 
 def _order_rows(labels, first, second, pairs_per_tile: int) -> torch.Tensor:
-    """The labelled rows in tile order: a tile's firsts, its seconds, those of the next, and at last the unpaired."""
+    """The labelled rows in tile order: for each tile its first rows, then their partners; unpaired rows come last."""
     is_labelled = labels != -100
     is_unpaired = is_labelled.clone()
     is_unpaired[first] = False

@@ -13,9 +13,9 @@ def whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
     """
-    Gathers what ZeRO-3 has partitioned: the head's module is not called, so its hook does not.
+    Gather what ZeRO-3 has partitioned. The module's hook does not do so, because we use its weight without calling it.
 
-    A parameter that is there already, as tied embeddings may be, is left to the module that gathered it.
+    A parameter that is gathered already, as tied embeddings may be, is left to the module that gathered it.
     """
     partitioned = {id(p): p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"}
     if not partitioned:

@@ -1,4 +1,4 @@
-"""Softmaxes whose values arrive in tiles, with one or two labels each that are kept apart."""
+"""Softmaxes computed tile by tile, whose one or two labels are kept apart from the other tokens."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .tiles import Projection, TilePlan, add_product_, size
 
 class Queries(NamedTuple):
     """
-    The softmaxes that are computed: of the rows and of the mixtures, in tile order.
+    The softmaxes to compute, one for each row and each mixture, in tile order.
 
     Attributes:
         labels (`torch.Tensor` of shape `(2, Q)`):
@@ -57,9 +57,9 @@ class Queries(NamedTuple):
 
 class Softmax:
     """
-    What is known of the softmaxes after some chunks of the vocabulary.
+    Running state of the softmaxes, updated with each chunk of the vocabulary.
 
-    The labels are kept apart from the other tokens: where the model is sure of them, `1 - p` would cancel.
+    Labels are kept apart from the other tokens, because `1 - p` would cancel where the model is sure of the label.
 
     Args:
         queries ([`Queries`]):
@@ -85,7 +85,7 @@ class Softmax:
         self.weighted = None if hidden_size is None else self.state.new_zeros(num_queries, hidden_size)
 
     def add(self, projection: Projection) -> None:
-        """Take in a tile, which is used up."""
+        """Add a tile, whose values are overwritten."""
         tile, of_tile = projection.tile, projection.tile.queries
         exp_values = self.ops.fold(
             projection.values,
@@ -112,7 +112,7 @@ class Softmax:
         log_total = torch.log1p(self.rest + torch.expm1(above[0]) + exp_labels[1])
         self.log_z = self.max + log_total
         self.log_probs = (shares * (above - log_total)).sum(0)
-        # On the label's value: its share minus its probability
+        # Gradient on the value of each label: its share minus its probability
         self.label_gradients = (shares * others - (1 - shares) * exp_labels) / self.total
         self.entropy = self.log_z - (self.value_sum + (exp_labels * self.label_values).sum(0)) / self.total
         label_value = self.label_values[0]

@@ -1,5 +1,5 @@
 """
-What is done to a tile of logits, in torch operations for any device; [`kernels`] has the same in Triton.
+Operations on a tile of logits, in torch for any device; [`kernels`] has the same in Triton.
 
 A tile has a line for each query: its rows, then the mixtures of its pairs, which are made here.
 """
@@ -9,7 +9,7 @@ import torch
 from .tiles import view
 
 
-# Lines of the state of softmaxes: what [`fold`] updates
+# Lines of the softmaxes' state, which [`fold`] updates
 STATE = ("max", "rest", "value_sum", "before", "rescale", "label_value", "second_label_value")
 
 
@@ -28,13 +28,13 @@ def fold(
 
     Args:
         tile (`torch.Tensor` of shape `(n, columns)`):
-            What the head gives for the rows, and room for the mixtures; overwritten.
+            Output of the head for the rows, and space for the mixtures; overwritten.
         state (`torch.Tensor` of shape `(7, n)`):
             The lines of `STATE`, updated: the largest value; the sums over the tokens that are not labels of
             `exp(value - max)`, and of that times the value; the largest value before the label; the factor for sums
             relative to the maximum before; the values of the labels.
         labels (`torch.Tensor` of shape `(2, n)`):
-            The labels' columns, outside of the tile if they belong to another chunk.
+            Column of each label, outside the tile if it belongs to another chunk.
         mix_weights (`torch.Tensor` of shape `(p,)`):
             λ of the tile's pairs.
         scale (`float`), softcap (`float`, *optional*):
@@ -82,7 +82,7 @@ def to_gradient(
     softcap: float | None,
 ) -> torch.Tensor:
     """
-    Turn a tile into the gradient on what the head gives for its rows.
+    Turn a tile into the gradient on the head's output for its rows.
 
     Args:
         tile, labels, mix_weights, scale, softcap:
@@ -128,7 +128,7 @@ def _values(tile, dtype, mix_weights, scale) -> torch.Tensor:
     if scale != 1:
         rows.mul_(scale)
     if num_pairs:
-        # The head is linear up to its soft-cap: what it makes of a mixture is the mixture of what it makes of the rows
+        # Before the soft-cap the head is linear, so its output for a mixture is the mixture of its outputs
         torch.lerp(rows[num_pairs:], rows[:num_pairs], mix_weights[:, None], out=values[len(rows) :])
     return values
 

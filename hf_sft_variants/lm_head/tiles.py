@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 
-# Rows and columns of a tile at most. On a CPU the tile and its exponentials share the cache with a chunk of the
-# weight; on an accelerator, a program of the kernels holds the columns of a row in its registers.
+# Largest size of a tile. On a CPU, the tile and its exponentials share the cache with a chunk of the weight; on an
+# accelerator, each program of the kernels holds a row of the tile in registers.
 CPU_ROWS, CPU_COLUMNS = 512, 2048
 ACCELERATOR_ROWS, ACCELERATOR_COLUMNS = 4096, 4096
 
@@ -42,7 +42,7 @@ class TilePlan(NamedTuple):
         softcap (`float`, *optional*):
             The logits are `softcap * tanh(values / softcap)` of the scaled values.
         scale (`float`):
-            Factor of what the head gives.
+            Factor of the head's output.
         product_dtype (`torch.dtype`):
             Of the matrix products. Sums are in float32, or in float64 if the products are.
     """
@@ -100,7 +100,7 @@ def project(
     plan: TilePlan,
     kept: torch.Tensor | None = None,
 ) -> Iterator[Projection]:
-    """Yield each tile's product with each chunk of the weight; from `kept`, those of a call before, if given."""
+    """Yield each tile's product with each chunk of the weight, read from `kept` if an earlier call kept them."""
     memory = plan.new_tile(hidden, plan.product_dtype)
     hidden = hidden.to(plan.product_dtype)
     for chunk in plan.chunks:  # the outer loop, so that a chunk of the weight and its gradient stay in the cache

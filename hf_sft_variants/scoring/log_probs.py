@@ -94,7 +94,7 @@ class LogProbScorer:
         return log_probs
 
     def _of_module(self, head: torch.nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Of a head with an adapter, a quantized or an offloaded one: all of that is in the module's forward."""
+        """Score with the head's own forward, because it has an adapter, is quantized or is offloaded."""
         settings = head_settings(self.text_config)
         logits, softcap = head(hidden_states).float() * settings["scale"], settings["softcap"]
         if softcap is not None:

@@ -133,7 +133,7 @@ class ReferencePhase:
             return {"peft_config": self.peft_config}
         model = copy.deepcopy(trainer.model)
         base_model = model.get_base_model() if is_peft_model(model) else model
-        vars(base_model).pop("forward")  # it would call the forward of the original model
+        vars(base_model).pop("forward")  # [`add_lm_head`]'s, which would call that of the original model
         return {"model": model, "peft_config": None, "quantization_config": None}
 
 

@@ -30,10 +30,10 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     r"""
     Trainer for SFTMix: supervised fine-tuning with mixup between confident and unconfident examples.
 
-    A reference model that is trained on the same data first says which half of the examples it is confident of. Every
+    A reference model is trained on the same data first, and its confidence splits the examples into two halves. Every
     micro-batch holds pairs of a confident and an unconfident example, drawn anew each epoch, whose last hidden states
-    \\( z \\) and labels \\( y \\) are mixed, label by label up to the shorter example's end; the longer one's rest and
-    examples without a partner have next-token loss only:
+    \\( z \\) and labels \\( y \\) are mixed, label by label up to the end of the shorter example. The rest of the
+    longer one, and examples without a partner, have next-token loss only:
 
     $$ L = L_\text{NTP} + \mu \, \text{CE}(\text{head}(\lambda z^c + (1-\lambda) z^u), \; \lambda y^c +
     (1-\lambda) y^u), \quad \lambda \sim \text{Beta}(\alpha, \alpha) $$
@@ -62,7 +62,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     Attributes:
         halves (`torch.Tensor` of shape `(num_examples,)`):
-            Half of each training example: 1 confident, 0 unconfident, -1 neither (as long as none is known, too).
+            Half of each training example: 1 confident, 0 unconfident, -1 neither, or not known yet.
         train_examples ([`~datasets.Dataset`]):
             The prepared training examples, before packing and shuffling: an example's number is its row here.
 
@@ -77,12 +77,12 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         args=SFTMixConfig("Qwen2.5-0.5B-SFTMix", num_train_epochs=3),
         train_dataset=load_dataset("trl-lib/Capybara", split="train"),
     )
-    trainer.train()  # the reference, then mixup; `train(resume_from_checkpoint=True)` goes on in either
+    trainer.train()  # the reference, then mixup; `train(resume_from_checkpoint=True)` resumes either
     ```
 
     Raises:
-        `InputError`: For fewer than two examples; with a confidence split for streams; for a file of other data; for a
-            training set that is packed already.
+        `InputError`: For fewer than two examples, a stream with a confidence split, a confidence file of other data,
+            or a training set that is packed already.
     """
 
     _tag_names = ["trl", "sft", "sftmix", "hf_sft_variants"]
@@ -244,10 +244,10 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     # The run: with a reference it has two phases
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        """As [`AnnotatedSFTTrainer.train`]; `resume_from_checkpoint=True` goes on in the phase that was stopped."""
+        """As [`AnnotatedSFTTrainer.train`]; `resume_from_checkpoint=True` resumes the phase that was stopped."""
         args = self.args
         is_begun = args.needs_reference and on_main_process(reference_folder(args).is_dir)
-        checkpoint = None  # of a run that was stopped in its first phase, or between the two
+        checkpoint = None  # none, if the run was stopped in its first phase or between the two
         if resume_from_checkpoint is not True or not is_begun or last_checkpoint(args.output_dir) is not None:
             checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if args.needs_reference:
@@ -257,7 +257,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             self.halves = on_main_process(
                 partial(halves_from_file, path, self.train_examples, measure, skip_missing=True)
             )
-            set_seed(args.seed)  # as if nothing had been before
+            set_seed(args.seed)  # as if there had been no first phase
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def begin_run(self, checkpoint):

@@ -441,6 +441,19 @@ class TestConfiguration:
         with pytest.raises(ValueError, match="The eval dataset has no supervised token"):
             make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, eval_dataset=masked)
 
+    def test_tokens_without_an_embedding_in_any_set(self, tiny_model, tokenizer, token_rows, tmp_path):
+        tiny_model.resize_token_embeddings(100)
+        known = token_rows.map(lambda row: {"input_ids": [token_id % 100 for token_id in row["input_ids"]]})
+        for rows, eval_dataset, name in (
+            (token_rows, None, "train"),
+            (token_rows, {"train": known}, "train"),  # must not hide the training set
+            (known, token_rows, "eval"),
+            (known, {"new": known, "late": token_rows}, "late"),
+        ):
+            with pytest.raises(InputError, match=rf"The {name} dataset has the token id 29\d, but the model has 100 "):
+                make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, rows, tmp_path, eval_dataset=eval_dataset)
+        make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, known, tmp_path, eval_dataset={"train": known})
+
     def test_packed_data_is_not_packed_again(self, tiny_model, tokenizer, token_rows, tmp_path):
         options = {"packing": True, "max_length": 40, "eval_dataset": token_rows}
         trainer = make_trainer(EchoTrainer, SFTConfig, tiny_model, tokenizer, token_rows, tmp_path, **options)
