@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # Imported on first use: `import hf_sft_variants` and the command line answer before torch is loaded.
 _SUBMODULE_OF = {
