@@ -1,13 +1,13 @@
 """The model card: TRL's, with the method's settings."""
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard
 from trl import SFTConfig
 
-from .. import __version__
 from .checkpoints import local_name, named_settings
 from .trl_internals import get_config_model_id
 
@@ -41,7 +41,9 @@ class ModelCardMixin:
         start = get_config_model_id(self.model.config)
         name = local_name(start or "") or type(self.model).__name__
         text = card.text.replace('model="None"', f'model="{self._output_dir.name}"')
-        text = text.replace(_VERSIONS, f"{_settings(self.args)}{_VERSIONS}- hf_sft_variants: {__version__}\n")
+        text = text.replace(
+            _VERSIONS, f"{_settings(self.args)}{_VERSIONS}- hf_sft_variants: {version('hf_sft_variants')}\n"
+        )
         text = text.replace("[None](https://huggingface.co/None)", f"`{name}`")
         # The Hub refuses a card with a model or a data set that it does not have
         if name != start:

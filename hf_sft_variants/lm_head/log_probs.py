@@ -94,7 +94,7 @@ def label_log_probs(
     Raises:
         `InputError`: If a row of a pair has no label or is in two pairs, or if the pairs' lengths differ.
     """
-    if first is None:
+    if first is None or second is None or mix_weights is None:
         first = second = labels.new_empty(0)
         mix_weights = hidden_states.new_empty(0)
     if not len(first) == len(second) == len(mix_weights):
@@ -117,11 +117,11 @@ def label_log_probs(
         hidden_states.index_select(0, order), weight, bias, labels[order], mix_weights.to(plan.sum_dtype), plan
     )
     # `index_copy` keeps the output connected to the model even when there is no label
-    of_rows = (values.new_zeros(len(labels)).index_copy(0, order, values) for values in of_rows)
-    return LabelLogProbs(*of_rows, mixed_log_probs)
+    log_probs, entropy, is_top1 = (values.new_zeros(len(labels)).index_copy(0, order, values) for values in of_rows)
+    return LabelLogProbs(log_probs, entropy, is_top1, mixed_log_probs)
 
 
-def _order_rows(labels, first, second, pairs_per_tile: int) -> torch.Tensor:
+def _order_rows(labels: torch.Tensor, first: torch.Tensor, second: torch.Tensor, pairs_per_tile: int) -> torch.Tensor:
     """The labelled rows in tile order: a tile's firsts, its seconds, those of the next, and at last the unpaired."""
     is_labelled = labels != -100
     is_unpaired = is_labelled.clone()
