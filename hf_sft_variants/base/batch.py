@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -117,7 +117,7 @@ def count_supervised_samples(inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def count_step_items(
-    counts: Iterable[dict[str, torch.Tensor | int]], trainer: Trainer, device: torch.device
+    counts: Iterable[Mapping[str, torch.Tensor | int]], trainer: Trainer, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """
     Sum the counts of an optimizer step over its micro-batches and over all processes, with one gather for all.

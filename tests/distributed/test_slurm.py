@@ -19,7 +19,7 @@ from hf_sft_variants.quickstart import build_splits, write_data
 
 ROOT = Path(__file__).parents[2]
 SRUN = """#!/bin/bash
-shift
+while [[ $1 == --* ]]; do shift; done
 for machine in 0 1; do SLURM_NODEID=$machine "$@" & processes+=($!); done
 for process in "${processes[@]}"; do wait "$process" || exit 1; done
 """
@@ -46,7 +46,13 @@ def folder(tmp_path, tiny_model_factory, tokenizer, monkeypatch) -> Path:
 @pytest.mark.distributed
 @needs("sft_go")
 def test_equal_to_one_process(folder):
-    job = {"NNODES": "2", "GPUS_ON_NODE": "1", "JOB_NODELIST": "both", "JOB_ID": str(os.getpid())}
+    job = {
+        "NNODES": "2",
+        "GPUS_ON_NODE": "1",
+        "JOB_NODELIST": "both",
+        "CPUS_PER_TASK": "1",
+        "JOB_ID": str(os.getpid()),
+    }
     slurm = {f"SLURM_{name}": value for name, value in job.items()}
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **slurm, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
