@@ -20,6 +20,7 @@ MAIN_MACHINE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN_MACHINE MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a machine need different ports
 
 # If one machine fails, the others stop too, instead of waiting for it
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" \
-    --num_processes "$NUM_PROCESSES" --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_MACHINE" \
-    --main_process_port "$MAIN_PORT" -m "$@"' bash "${@:2}"
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
+    accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$NUM_PROCESSES" \
+        --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_MACHINE" --main_process_port "$MAIN_PORT" -m "$@"
+' bash "${@:2}"
