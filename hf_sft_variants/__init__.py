@@ -1,10 +1,10 @@
 """Drop-in variants of TRL's `SFTTrainer`: other objectives, the same everything else."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # Imported on first use: `import hf_sft_variants` and the command line answer before torch is loaded.
 _SUBMODULE_OF = {
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from .weighted import WeightedSFTConfig, WeightedSFTTrainer
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _SUBMODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_SUBMODULE_OF[name]}", __name__), name)

@@ -15,7 +15,8 @@ importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 SMALL = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1}
 
-# Launches of tests/matrix/test_processes.py, which README and docs name
+# Launches of tests/distributed/test_slurm.py and tests/matrix/test_processes.py, which README and docs name
+SBATCH = "sbatch recipes/accelerate/slurm.sh recipes/accelerate/fsdp2.yaml hf_sft_variants.sft_go --config RECIPE.yaml"
 LAUNCH = "trl sft --config RECIPE.yaml --accelerate_config recipes/accelerate/{}.yaml"
 STRATEGIES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
 

@@ -1,6 +1,6 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ ROW_IDS = "row_ids"
 class NumItems(dict):
     """Counts of an optimizer step, with an error that explains why a count is missing."""
 
-    def __missing__(self, name: str):
+    def __missing__(self, name: str) -> NoReturn:
         raise KeyError(
             f"The number of `{name}` in the optimizer step is not known, only {sorted(self)}: `num_items_in_batch` "
             "was given with a batch that does not come from `get_batch_samples`, or `count_items` does not count them."
@@ -117,7 +117,7 @@ def count_supervised_samples(inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def count_step_items(
-    counts: Iterable[dict[str, torch.Tensor]], trainer: Trainer, device: torch.device
+    counts: Iterable[Mapping[str, torch.Tensor | int]], trainer: Trainer, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """
     Sum the counts of an optimizer step over its micro-batches and over all processes, with one gather for all.
@@ -128,7 +128,10 @@ def count_step_items(
     names = list(counts[0])
     if not names:
         return {}
-    totals = torch.stack([sum(torch.as_tensor(count[name], device=device) for count in counts) for name in names])
+    none = torch.zeros((), dtype=torch.long, device=device)
+    totals = torch.stack(
+        [sum((torch.as_tensor(count[name], device=device) for count in counts), none) for name in names]
+    )
     if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
         # Not rounded, because a count may be a sum of weights
         totals = trainer.accelerator.gather(totals[None]).sum(0) / trainer.get_tp_size()

@@ -24,6 +24,6 @@ class AnnotatedSFTConfig(SFTConfig):
         metadata={"help": "Column whose values get metrics of their own, such as the source of each row."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require_valid_fields(self)

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,30 +19,39 @@ class Ratio(NamedTuple):
 
     numerator: torch.Tensor | float
     denominator: torch.Tensor | float
-    combine = torch.sum
+
+    @property
+    def combine(self) -> Callable[..., torch.Tensor]:
+        return torch.sum
 
     def value(self) -> float | None:
-        return self.numerator / self.denominator if self.denominator != 0 else None
+        return float(self.numerator / self.denominator) if self.denominator != 0 else None
 
 
 class Minimum(NamedTuple):
     """Metric that is the smallest value. Infinity marks a missing value, and is not logged."""
 
     smallest: torch.Tensor | float
-    combine = torch.amin
+
+    @property
+    def combine(self) -> Callable[..., torch.Tensor]:
+        return torch.amin
 
     def value(self) -> float | None:
-        return self.smallest if math.isfinite(self.smallest) else None
+        return float(self.smallest) if math.isfinite(self.smallest) else None
 
 
 class Maximum(NamedTuple):
     """Metric that is the largest value. Minus infinity marks a missing value, and is not logged."""
 
     largest: torch.Tensor | float
-    combine = torch.amax
+
+    @property
+    def combine(self) -> Callable[..., torch.Tensor]:
+        return torch.amax
 
     def value(self) -> float | None:
-        return self.largest if math.isfinite(self.largest) else None
+        return float(self.largest) if math.isfinite(self.largest) else None
 
 
 class MetricSums:
@@ -151,7 +161,7 @@ class MetricSumsMixin:
         self._metric_sums.take(mode)
         self._metrics[mode].clear()
 
-    def begin_run(self, checkpoint):
+    def begin_run(self, checkpoint: str | None) -> None:
         super().begin_run(checkpoint)
         for mode in ("train", "eval"):
             self.forget_metrics(mode)

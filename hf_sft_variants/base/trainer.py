@@ -1,4 +1,5 @@
 import inspect
+from collections.abc import Mapping
 from copy import copy
 from functools import partial, wraps
 from typing import Any
@@ -89,7 +90,7 @@ class AnnotatedSFTTrainer(
     config_class: type[SFTConfig] = AnnotatedSFTConfig
     annotation_columns: dict[str, int | float] = {}
 
-    @wraps(SFTTrainer.__init__)
+    @wraps(SFTTrainer.__init__)  # type: ignore[misc]  # mypy: a decorated constructor
     def __init__(self, *args, **kwargs):
         arguments = self.bind_arguments(*args, **kwargs)
         self.args = arguments["args"]  # `Trainer` sets it only after the data sets are prepared
@@ -139,7 +140,7 @@ class AnnotatedSFTTrainer(
         """
         return dataset
 
-    def count_items(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def count_items(self, inputs: dict[str, Any]) -> Mapping[str, torch.Tensor | int]:
         """
         Number of each kind of item in one collated micro-batch, as scalars; `"tokens"` is added by the trainer. The
         sums over the optimizer step, all processes included, arrive as `num_items` of [`AnnotatedBatch`].

@@ -102,7 +102,7 @@ def _text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) 
 
 
 def _generate(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -126,7 +126,7 @@ def _generate(
     return tokenizer.batch_decode(output[:, input_ids.size(1) :], skip_special_tokens=True)
 
 
-def _end_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that stop generation: a chat model may end its turn with a token other than the tokenizer's EOS token."""
     from_model = model.generation_config.eos_token_id
     from_model = from_model if isinstance(from_model, list) else [from_model]

@@ -100,7 +100,8 @@ def tagged_scores(
             "and one answer for each."
         )
     if None in answers:
-        raise InputError(f"`answers` of row {list(answers).index(None)} is None: fill it in or drop the row.")
+        row = next(row for row, answer in enumerate(answers) if answer is None)
+        raise InputError(f"`answers` of row {row} is None: fill it in or drop the row.")
     right, formatted = tagged_results(generations, answers, thinking_tags, answer_tags)
     accuracy, format_rate = (sum(results) / len(results) for results in (right, formatted))
     score = ACCURACY_WEIGHT * accuracy + FORMAT_WEIGHT * format_rate

@@ -22,7 +22,7 @@ SENTENCE = re.compile(r"\banswer\s*(?:is\b\s*:?|:|=)[\s*]*(\S.*?)\**(?:\.?\s*$|\
 
 
 class _Tag(NamedTuple):
-    kind: str
+    kind: str | None
     start: int
     end: int
 

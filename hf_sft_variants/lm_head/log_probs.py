@@ -1,6 +1,6 @@
 """Log-probabilities of labels, and of the labels of mixed hidden states, without the logits."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -30,7 +30,6 @@ class LabelLogProbs(NamedTuple):
     mixed_log_probs: torch.Tensor
 
 
-@torch.compiler.disable
 def label_log_probs(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
@@ -94,9 +93,9 @@ def label_log_probs(
     Raises:
         `InputError`: If a row of a pair has no label or is in two pairs, or if the pairs' lengths differ.
     """
-    if first is None:
-        first = second = labels.new_empty(0)
-        mix_weights = hidden_states.new_empty(0)
+    first = labels.new_empty(0) if first is None else first
+    second = labels.new_empty(0) if second is None else second
+    mix_weights = hidden_states.new_empty(0) if mix_weights is None else mix_weights
     if not len(first) == len(second) == len(mix_weights):
         raise InputError(
             f"`first`, `second` and `mix_weights` must have one length, got {len(first)}, {len(second)} and "
@@ -117,11 +116,15 @@ def label_log_probs(
         hidden_states.index_select(0, order), weight, bias, labels[order], mix_weights.to(plan.sum_dtype), plan
     )
     # `index_copy` keeps the output connected to the model even when there is no label
-    of_rows = (values.new_zeros(len(labels)).index_copy(0, order, values) for values in of_rows)
-    return LabelLogProbs(*of_rows, mixed_log_probs)
+    log_probs, entropy, is_top1 = (values.new_zeros(len(labels)).index_copy(0, order, values) for values in of_rows)
+    return LabelLogProbs(log_probs, entropy, is_top1, mixed_log_probs)
 
 
-def _order_rows(labels, first, second, pairs_per_tile: int) -> torch.Tensor:
+if not TYPE_CHECKING:  # as a decorator, it would hide the signature
+    label_log_probs = torch.compiler.disable(label_log_probs)
+
+
+def _order_rows(labels: torch.Tensor, first: torch.Tensor, second: torch.Tensor, pairs_per_tile: int) -> torch.Tensor:
     """The labelled rows in tile order: for each tile its first rows, then their partners; unpaired rows come last."""
     is_labelled = labels != -100
     is_unpaired = is_labelled.clone()

@@ -117,7 +117,7 @@ class PoFTConfig(AnnotatedSFTConfig):
         """Whether the loss needs reference log-probabilities, or the examples that have them."""
         return self.preference_weighting != "uniform"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("reference_models", "reference_score_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
@@ -132,7 +132,7 @@ class PoFTConfig(AnnotatedSFTConfig):
             raise InputError(f"`reference_models={self.reference_models}` has a model twice; give each once.")
         self._check_cuts()
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """As [`~trl.SFTConfig.to_dict`], with JSON values for trackers, also of a quantization."""
         kwargs = as_json_values(self.reference_model_init_kwargs)
         return {**super().to_dict(), "reference_model_init_kwargs": kwargs}

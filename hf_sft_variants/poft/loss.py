@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,10 +56,13 @@ class EffectiveSampleSize(NamedTuple):
     tau_sum: torch.Tensor | float
     square_sum: torch.Tensor | float
     number: torch.Tensor | float
-    combine = torch.sum
+
+    @property
+    def combine(self) -> Callable[..., torch.Tensor]:
+        return torch.sum
 
     def value(self) -> float | None:
-        return self.tau_sum**2 / (self.number * self.square_sum) if self.square_sum > 0 else None
+        return float(self.tau_sum**2 / (self.number * self.square_sum)) if self.square_sum > 0 else None
 
 
 def preference_loss(

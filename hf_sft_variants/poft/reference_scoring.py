@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -136,6 +137,7 @@ class ReferenceScoringCallback(TrainerCallback):
         tokenizers = [load_reference_tokenizer(model, self.model_init_kwargs) for model in self.models]
         tables = []
         for model, own_tokenizer in zip(self.models, tokenizers, strict=True):
+            render: Callable[..., dict[str, list[int]]]
             if has_responses:
                 render, template = render_for_reference, own_tokenizer.chat_template
                 fn_kwargs = {

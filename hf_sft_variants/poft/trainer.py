@@ -1,5 +1,6 @@
 import textwrap
 from functools import cached_property, wraps
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -100,7 +101,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
     }
     config_class = PoFTConfig
 
-    @wraps(AnnotatedSFTTrainer.__init__)
+    @wraps(AnnotatedSFTTrainer.__init__)  # type: ignore[misc]  # mypy: a decorated constructor
     def __init__(self, *args, **kwargs):
         arguments = self.bind_arguments(*args, **kwargs)
         self.args = arguments["args"]
@@ -149,7 +150,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
     # Annotation: which tokens are scored, and what the reference models found
 
     @property
-    def annotation_columns(self):
+    def annotation_columns(self) -> dict[str, int | float]:  # type: ignore[override]  # an attribute of the base
         references = {COLUMN.format(j): 0.0 for j in range(len(self._reference_names))}
         return {"scored_mask": ScoredMask.NOT_SCORED, **references}
 
@@ -169,7 +170,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             return args.reference_models or self._scores_of_files["model"].unique().to_pylist()
         return self.reference_scoring.models if self.reference_scoring else []
 
-    def annotation_settings(self, columns, is_packed):
+    def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
         args = self.args
         if not args.needs_references:
             return {"score_end_of_turn": args.score_end_of_turn, "preference_weighting": "uniform"}
@@ -186,7 +187,9 @@ class PoFTTrainer(AnnotatedSFTTrainer):
             settings |= {"reference_models": models, "length_normalizer": args.length_normalizer}
         return settings
 
-    def annotate_untruncated(self, dataset, dataset_name, from_text):
+    def annotate_untruncated(
+        self, dataset: Dataset | IterableDataset, dataset_name: str, from_text: bool
+    ) -> Dataset | IterableDataset:
         args, columns = self.args, get_dataset_column_names(dataset)
         if self._is_to_be_scored(dataset, dataset_name):  # keyed by content, whatever model is trained
             text_options = (args.dataset_text_field, self._tokenizer.eos_token)
@@ -202,7 +205,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
         map_kwargs = map_description(dataset, args, f"Finding responses of {dataset_name} dataset")
         return dataset.map(add_scored_mask, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
-    def annotate(self, dataset, dataset_name):
+    def annotate(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
         args = self.args
         with global_then_local_main_first():
             dataset = drop_unscored(dataset, args, dataset_name)
@@ -260,7 +263,7 @@ class PoFTTrainer(AnnotatedSFTTrainer):
 
     # Loss
 
-    def count_items(self, inputs):
+    def count_items(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         labels = inputs["labels"].masked_fill(inputs["scored_mask"] == ScoredMask.NOT_SCORED, -100)
         return {"samples": count_supervised_samples({**inputs, "labels": labels})}
 

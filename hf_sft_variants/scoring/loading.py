@@ -110,7 +110,7 @@ def load_model(
             raise InputError(f"it lacks the weights {sorted(info['missing_keys'])[:3]}, which would be random")
     if files.adapter is not None:
         with errors_of_loading(what if adapter is None else "`adapter`", files.adapter):
-            loaded = _with_adapter(loaded, files)
+            loaded = _with_adapter(loaded, files.adapter, files)
     return loaded.eval()
 
 
@@ -146,8 +146,8 @@ def errors_of_loading(what: str, name: str) -> Iterator[None]:
         raise InputError(f"{what} {name!r} can't be loaded: {first_line(error).rstrip('.')}. {_FIX}") from error
 
 
-def _with_adapter(model: PreTrainedModel, files: ModelFiles) -> PeftModel:
-    folder = Path(files.adapter, files.adapter_options.get("subfolder", ""))
+def _with_adapter(model: PreTrainedModel, adapter: str, files: ModelFiles) -> PeftModel:
+    folder = Path(adapter, files.adapter_options.get("subfolder", ""))
     # Without weights in the folder, PEFT would look up its name on the Hub
     if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         raise InputError(f"it has no {SAFETENSORS_WEIGHTS_NAME}")
@@ -157,7 +157,7 @@ def _with_adapter(model: PreTrainedModel, files: ModelFiles) -> PeftModel:
     _resize_embeddings(model, files)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # those weights would be random
-        return PeftModel.from_pretrained(model, files.adapter, torch_device="cpu", **files.adapter_options)
+        return PeftModel.from_pretrained(model, adapter, torch_device="cpu", **files.adapter_options)
 
 
 def _resize_embeddings(model: PreTrainedModel, files: ModelFiles) -> None:

@@ -29,7 +29,8 @@ def plan_shards(lengths: Sequence[int], batch_tokens: int) -> list[list[list[int
     Group row numbers into batches of similar length, the longest first, and batches into shards. A batch has at most
     `batch_tokens` tokens, padding included; a longer row is a batch of its own.
     """
-    batches, width = [], 0
+    batches: list[list[int]] = []
+    width = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if not batches or width * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])

@@ -172,7 +172,7 @@ class SFTGOConfig(AnnotatedSFTConfig):
         metadata={"help": "For group_by='column': column with a group id for each token of input_ids."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("important_fraction", "worst_group_weight", "worst_group_weight_end"):
             value = getattr(self, name)
@@ -189,7 +189,7 @@ class SFTGOConfig(AnnotatedSFTConfig):
             raise InputError(f"`score_batch_tokens` must be 1 or more, got {self.score_batch_tokens}.")
         self._check_grouping()
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Like [`~trl.SFTConfig.to_dict`], but with `reference_model_init_kwargs` as JSON values, for trackers."""
         kwargs = as_json_values(self.reference_model_init_kwargs)
         return {**super().to_dict(), "reference_model_init_kwargs": kwargs}

@@ -1,10 +1,11 @@
 import math
 import textwrap
 from functools import wraps
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description, named_sets
@@ -79,7 +80,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
     config_class = SFTGOConfig
     _tfidf: TokenTfidf | None = None
 
-    @wraps(AnnotatedSFTTrainer.__init__)
+    @wraps(AnnotatedSFTTrainer.__init__)  # type: ignore[misc]  # mypy: a decorated constructor
     def __init__(self, *args, **kwargs):
         arguments = self.bind_arguments(*args, **kwargs)
         skips = (arguments["args"].dataset_kwargs or {}).get("skip_prepare_dataset", False)
@@ -93,7 +94,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         self.add_callback(self._worst_group_flips)
 
     @property
-    def annotation_columns(self):
+    def annotation_columns(self) -> dict[str, int | float]:  # type: ignore[override]  # an attribute of the base
         args = self.args
         reference = {"reference_log_probs": 0.0} if args.group_by == "rho1" else {}
         number = {"example_number": -1} if self._tracks_flips else {}
@@ -119,7 +120,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     # Annotation: a group id for each token
 
-    def annotation_settings(self, columns, is_packed):
+    def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
         args = self.args
         reference = self._describe_scoring_model() if args.group_by == "rho1" else {"reference_model": None}
         if not is_packed:  # groups are made anew, but examples that were too long for a reference model are gone
@@ -151,7 +152,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         self._fit_tfidf(dataset, dataset_name)  # of a training set that came packed
         return dataset
 
-    def describe_run(self):
+    def describe_run(self) -> dict[str, Any]:
         run = super().describe_run()
         if self._tfidf is not None and self._is_streaming:  # nothing else identifies a stream
             source = "`tfidf_file`" if self.args.tfidf_file else "the start of the stream"
@@ -163,7 +164,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
         if self.args.group_by == "tfidf" and dataset_name == "train" and self._tfidf is None:
             self._tfidf = shared_tfidf(dataset, self.args.tfidf_file, self._tokenizer)
 
-    def annotate(self, dataset, dataset_name):
+    def annotate(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
         self._fit_tfidf(dataset, dataset_name)
         dataset = self._add_model_scores(dataset, dataset_name)
         with global_then_local_main_first():

@@ -162,7 +162,7 @@ class SFTKeyConfig(AnnotatedSFTConfig):
         """Whether the loss depends on where the key is."""
         return KEY in self.stages or self.key_loss_weight is not None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("stage_fractions", "stage_learning_rates"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, [_number(value) for value in getattr(self, name)])

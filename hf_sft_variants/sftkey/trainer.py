@@ -1,10 +1,11 @@
 import textwrap
 from copy import copy
 from functools import wraps
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
@@ -78,7 +79,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
     annotation_columns = {"key_mask": KeyMask.NO_LABEL}
     _columns_of_the_user = frozenset({"key_mask"})
 
-    @wraps(AnnotatedSFTTrainer.__init__)
+    @wraps(AnnotatedSFTTrainer.__init__)  # type: ignore[misc]  # mypy: a decorated constructor
     def __init__(self, *args, **kwargs):
         arguments = self.bind_arguments(*args, **kwargs)
         config, train_dataset = arguments["args"], arguments.get("train_dataset")
@@ -139,7 +140,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             dataset = tag_responses(dataset, self.args, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def annotation_settings(self, columns, is_packed):
+    def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
         names = (
             "thinking_tags", "answer_tags", "key_delimiter", "key_pattern", "reasoning_column", "answer_column",
             "key_turns", "key_tags_in_loss",
@@ -148,7 +149,9 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         stages = "with keys" if self.args.needs_keys else "without keys"
         return {"stages": stages, **{name: getattr(self.args, name) for name in names}}
 
-    def annotate_untruncated(self, dataset, dataset_name, from_text):
+    def annotate_untruncated(
+        self, dataset: Dataset | IterableDataset, dataset_name: str, from_text: bool
+    ) -> Dataset | IterableDataset:
         args = self.args
         fn_kwargs = {
             "find_key": KeyFinder(
@@ -169,7 +172,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
         map_kwargs = map_description(dataset, args, f"Finding keys of {dataset_name} dataset")
         return dataset.map(add_key_mask, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
-    def annotate(self, dataset, dataset_name):
+    def annotate(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
         if not self.args.needs_keys:
             return dataset
         map_kwargs = map_description(dataset, self.args, f"Dropping keyless examples from {dataset_name} dataset")
@@ -223,7 +226,7 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
 
     # Loss
 
-    def count_items(self, inputs):
+    def count_items(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         supervised = inputs["labels"][:, 1:] != -100
         on_key = supervised & (inputs["key_mask"][:, 1:] == KeyMask.KEY)
         counts = {"key_tokens": on_key.sum()}
@@ -258,6 +261,6 @@ class SFTKeyTrainer(AnnotatedSFTTrainer):
             batch.metrics["sftkey/stage"] = (self.current_stage + 1, 1)
 
 
-def keep_key_labels(inputs):
+def keep_key_labels(inputs: dict[str, Any]) -> dict[str, Any]:
     """Remove the labels of all tokens outside the key from a collated batch."""
     return {**inputs, "labels": inputs["labels"].masked_fill(inputs["key_mask"] != KeyMask.KEY, -100)}

@@ -177,7 +177,8 @@ class ConfidenceTrackingCallback(TrainerCallback):
     def _evaluate(self, step: int) -> np.ndarray:
         """Mean NLL of each example's labels, or NaN without labels; identical on all processes."""
         accelerator, model = self.trainer.accelerator, self.trainer.model_wrapped
-        num_processes, found = accelerator.num_processes, []
+        num_processes = accelerator.num_processes
+        found: list[tuple[int, float]] = []
         # All processes must run a sharded model the same number of times
         rounds = range(math.ceil(len(self._batches) / num_processes))
         hide_progress = not accelerator.is_main_process or self.trainer.args.disable_tqdm
@@ -249,7 +250,7 @@ def trained_examples(trainer: SFTTrainer) -> Dataset:
 
 
 def _cut_into_documents(rows: dict[str, list]) -> dict[str, list]:
-    documents = {"input_ids": [], "labels": []}
+    documents: dict[str, list] = {"input_ids": [], "labels": []}
     for number, lengths in enumerate(rows["seq_lengths"]):
         for name, values in documents.items():
             values += np.split(rows[name][number], np.cumsum(lengths)[:-1])

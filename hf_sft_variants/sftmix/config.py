@@ -129,7 +129,7 @@ class SFTMixConfig(AnnotatedSFTConfig):
     def _skips_preparation(self) -> bool:
         return (self.dataset_kwargs or {}).get("skip_prepare_dataset", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_weights()
         self._check_source()

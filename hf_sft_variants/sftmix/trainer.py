@@ -1,5 +1,6 @@
 import textwrap
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     example_keys: list[str] | None = None
     _online: OnlineConfidence | None = None
 
-    @wraps(AnnotatedSFTTrainer.__init__)
+    @wraps(AnnotatedSFTTrainer.__init__)  # type: ignore[misc]  # mypy: a decorated constructor
     def __init__(self, *args, **kwargs):
         arguments = self.bind_arguments(*args, **kwargs)
         config, train_dataset = arguments["args"], arguments.get("train_dataset")
@@ -114,7 +115,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         self._reference_phase = ReferencePhase(arguments)
         super().__init__(**arguments)
         if self._has_numbers:
-            self.halves = self._halves_at_the_start()
+            self.halves = self._halves_at_the_start(self.train_examples)
         if config.needs_reference:
             self._reference_phase.check(self)
         if config.needs_confidence and config.confidence_source == "online":
@@ -137,10 +138,12 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
     # Data: every example has a number, by which its half is looked up; without one, pairs are drawn in the micro-batch
 
     @property
-    def annotation_columns(self):
+    def annotation_columns(self) -> dict[str, int | float]:  # type: ignore[override]  # an attribute of the base
         return {"example_number": NEITHER} if self._has_numbers else {}
 
-    def annotate_untruncated(self, dataset, dataset_name, from_text):
+    def annotate_untruncated(
+        self, dataset: Dataset | IterableDataset, dataset_name: str, from_text: bool
+    ) -> Dataset | IterableDataset:
         if self.args.needs_confidence and dataset_name == "train" and self.example_keys is None:
             if EXAMPLE_KEY in dataset.column_names:
                 require_unique_keys(dataset)
@@ -151,10 +154,10 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
         return dataset
 
     @property
-    def _text_options(self) -> dict[str, str | None]:
+    def _text_options(self) -> dict[str, Any]:
         return {"text_field": self.args.dataset_text_field, "eos_token": self._tokenizer.eos_token}
 
-    def annotate(self, dataset, dataset_name):
+    def annotate(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
         if not self._has_numbers:
             return dataset
         is_train = dataset_name == "train" and self.train_examples is None
@@ -165,12 +168,12 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             self.train_examples = dataset
         return dataset
 
-    def annotation_settings(self, columns, is_packed):
+    def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
         return {}  # an example's number depends on nothing, and is given anew
 
-    def _halves_at_the_start(self) -> torch.Tensor:
-        args, num_examples = self.args, len(self.train_examples)
-        num_with_labels = sum(number > 0 for number in self.train_examples["num_labels"])
+    def _halves_at_the_start(self, examples: Dataset) -> torch.Tensor:
+        args, num_examples = self.args, len(examples)
+        num_with_labels = sum(number > 0 for number in examples["num_labels"])
         if num_with_labels < 2:
             raise InputError(
                 f"{num_with_labels} example of the train dataset has labels, but a pair takes two. Add examples."
@@ -184,7 +187,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             return random_halves(num_examples, args.seed)
         if args.confidence_source == "file":
             measure = args.confidence_measure
-            return halves_from_file(args.confidence_file, self.train_examples, measure, **self._text_options)
+            return halves_from_file(args.confidence_file, examples, measure, **self._text_options)
         return torch.full((num_examples,), NEITHER, dtype=torch.int8)
 
     # Pairs
@@ -214,7 +217,7 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
 
     # Loss
 
-    def count_items(self, inputs):
+    def count_items(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         return {"mixed_positions": len(inputs.get("mixup_weights", []))}
 
     def compute_annotated_loss(self, batch: AnnotatedBatch) -> torch.Tensor:
@@ -260,17 +263,17 @@ class SFTMixTrainer(AnnotatedSFTTrainer):
             set_seed(args.seed)  # as if there had been no first phase
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
-    def begin_run(self, checkpoint):
+    def begin_run(self, checkpoint: str | None) -> None:
         super().begin_run(checkpoint)
         if self._online is not None and checkpoint is not None:
             self._online.load(checkpoint)
 
-    def add_to_checkpoint(self, folder):
+    def add_to_checkpoint(self, folder: Path) -> None:
         super().add_to_checkpoint(folder)
         if self._online is not None:
             self._online.save(folder)
 
-    def not_pushed(self):
+    def not_pushed(self) -> list[str]:
         return [*super().not_pushed(), *not_pushed(self.args)]  # the reference; see `push_confidence`
 
 

@@ -28,8 +28,8 @@ class KeyFinder:
     `"all"`, the turns of an example that are looked at.
     """
 
-    thinking_tags: tuple[str, str]
-    answer_tags: tuple[str, str]
+    thinking_tags: tuple[str, ...]
+    answer_tags: tuple[str, ...]
     key_delimiter: str | None
     key_pattern: str | None
     key_tags_in_loss: bool = True

@@ -109,7 +109,7 @@ class WeightedSFTConfig(AnnotatedSFTConfig):
         tags = tuple(self.thinking_tags), tuple(self.answer_tags)
         return KeyFinder(*tags, self.key_delimiter, self.key_pattern, key_turns=self.key_turns)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("prompt_weight", "thinking_weight", "answer_weight"):
             value = getattr(self, name)

@@ -1,6 +1,7 @@
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 
 from ..base import AnnotatedBatch, AnnotatedSFTTrainer
 from ..base.preparation import map_description
@@ -72,7 +73,9 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
         settings = super().annotation_settings(columns, is_packed)
         return {name: value for name, value in settings.items() if name != "weight_normalization"}
 
-    def annotate_untruncated(self, dataset, dataset_name, from_text):
+    def annotate_untruncated(
+        self, dataset: Dataset | IterableDataset, dataset_name: str, from_text: bool
+    ) -> Dataset | IterableDataset:
         columns = get_dataset_column_names(dataset)
         if MADE_WITH in columns:  # with the same settings, or it would have been refused
             return dataset
@@ -112,7 +115,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
 
     # Loss
 
-    def count_items(self, inputs):
+    def count_items(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         is_labelled = inputs["labels"][:, 1:] != -100
         return {"weights": (inputs["token_weights"][:, 1:] * is_labelled).sum()}
 

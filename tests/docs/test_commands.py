@@ -2,8 +2,8 @@
 Commands of README and docs run as they are written, and so does each recipe of the quickstart, where a user has the
 quickstart's model and data: here a tiny model and few rows, in this process, where everything is imported.
 
-Some are run by `.ci/run` itself, launches on several processes by `tests/matrix/test_processes.py`, and the studies'
-arms by `tests/comparison/test_committed_studies.py`.
+Some are run by `.ci/run` itself, launches on several processes by `tests/matrix/test_processes.py` and
+`tests/distributed/test_slurm.py`, and the studies' arms by `tests/comparison/test_committed_studies.py`.
 """
 
 import re
@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from helpers import LAUNCH, STRATEGIES
+from helpers import LAUNCH, SBATCH, STRATEGIES
 from huggingface_hub import ModelCard
 from launches import launch_of_trl, start
 from methods import METHODS
@@ -36,7 +36,7 @@ from hf_sft_variants.scoring import cached_scores
 
 CI = (ROOT / ".ci" / "run").read_text()
 RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/quickstart/*.yaml"))
-LAUNCHES = [LAUNCH.format(strategy) for strategy in STRATEGIES]
+LAUNCHES = [SBATCH, *(LAUNCH.format(strategy) for strategy in STRATEGIES)]
 FOR_CI_ONLY = ("make", "pip")  # these change the checkout or the environment
 SMALL = {
     "hf-sft-variants score --config recipes/quickstart/poft.yaml": "--reference_models quickstart/model",
