@@ -60,9 +60,7 @@ def add_parser(subparsers) -> None:
         parser.add_argument(
             f"--{kind}-tags", nargs=2, metavar=("A", "B"), help=f"tags before and after the {kind}, for --tagged"
         )
-    parser.add_argument(
-        "--dataset", metavar="DATA", help=f"folder or Hub id ({DATASET}; {TAGGED_DATASET} with --tagged)"
-    )
+    parser.add_argument("--dataset", metavar="DATA", help=f"folder or Hub id ({DATASET} or tagged_data)")
     parser.add_argument("--split", default="test", help="split to evaluate (%(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=25, metavar="N", help="rows at once (%(default)s)")
     parser.add_argument(
@@ -70,7 +68,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--device", help="e.g. cpu or cuda:1 (the accelerator if there is one)")
     parser.add_argument("--show", type=positive_int, default=0, metavar="N", help="also show the first N answers")
-    parser.add_argument("--json", metavar="FILE", help="write figures and answers to FILE, as a list for a table")
+    parser.add_argument("--json", metavar="FILE", help="also write figures and answers to FILE")
     parser.add_argument("--earlier", metavar="FILE", help="JSON of an earlier evaluation, first in the table")
     flags = ", ".join(f"--{key}" for key in list(MODEL_KEYS)[:6])
     how_to_load = parser.add_argument_group("options for loading models, as in a recipe", f"{flags}, ...")
