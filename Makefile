@@ -10,7 +10,7 @@ RECIPE = recipes/quickstart/sft_go.yaml
 RUN = quickstart/runs/sft_go
 # CI overrides these to keep runs short
 TRAIN_FLAGS =
-EVALUATE_FLAGS = --max-new-tokens 64
+EVALUATE_FLAGS = --max-new-tokens 64 --split 'test[:42]'
 STUDY = studies/small.yaml
 STUDY_SIZES = --train_size 200 --test_size 84
 EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS) --show 1
