@@ -184,9 +184,10 @@ def _print_table(args: argparse.Namespace, dataset, earlier: list[dict]) -> list
 def _print_answers(results: list[dict], dataset, count: int) -> None:
     """Print the first prompts with the models' answers."""
     for i, row in enumerate(dataset.take(min(count, len(dataset)))):
-        texts = {"question": row["prompt"][-1]["content"]}
-        texts |= {_label(result["model"], result["adapter"]): result["answers"][i] for result in results}
-        texts["right answer"] = row["answer"]
+        texts = {"question": row["prompt"][-1]["content"], "right answer": row["answer"]}
+        texts |= {
+            f"answer of {_label(result['model'], result['adapter'])}": result["answers"][i] for result in results
+        }
         print()
         for name, text in texts.items():
             print(f"{name}\n{indent(text, '    ')}")

@@ -107,9 +107,10 @@ def test_an_earlier_evaluation_comes_first_in_the_table_and_its_answers_are_show
     assert main([*command, "--json", "before.json"]) == 0
     before = json.loads(Path("before.json").read_text())
     row = json.loads(Path("quickstart/data/test.jsonl").read_text().splitlines()[0])
-    question, answer = indented(row["prompt"][0]["content"]), indented(before["answers"][0])
-    right = f"right answer\n{indented(row['answer'])}"
-    assert capsys.readouterr().out.endswith(f"\n\nquestion\n{question}\nquickstart/model\n{answer}\n{right}\n")
+    answer = indented(before["answers"][0])
+    shown = f"question\n{indented(row['prompt'][0]['content'])}\nright answer\n{indented(row['answer'])}\n"
+    shown += f"answer of quickstart/model\n{answer}\n"
+    assert capsys.readouterr().out.endswith(f"\n\n{shown}")
 
     before["exact_match"] = 0.25  # nothing is evaluated again
     Path("before.json").write_text(json.dumps(before))
@@ -118,7 +119,7 @@ def test_an_earlier_evaluation_comes_first_in_the_table_and_its_answers_are_show
     printed, _, answers = capsys.readouterr().out.partition("\n\n")
     assert list(table(printed)) == ["quickstart/model", "trained_model"]
     assert [row["exact match"] for row in table(printed).values()] == ["25.0%", "0.0%"]
-    assert answers == f"question\n{question}\nquickstart/model\n{answer}\ntrained_model\n{answer}\n{right}\n"
+    assert answers == f"{shown}answer of trained_model\n{answer}\n"
     assert [result["model"] for result in json.loads(Path("both.json").read_text())] == [*table(printed)]
 
     command[command.index("4")] = "2"
