@@ -19,6 +19,7 @@ EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS) --show 1
 
 # Fine-tunes a small real model on the CPU and evaluates it on unseen questions before and after
 quickstart: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
+quickstart: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 quickstart: plan $(RUNTIME)
 	@printf '\n1. Write the model and the data\n\n'
 	$(BIN)/hf-sft-variants quickstart
