@@ -5,6 +5,7 @@ import sys
 
 from .. import __version__
 from ..errors import InputError
+from ..launch.third_party_warnings import hide_third_party_warnings
 from . import compare, evaluate, inspect, quickstart, score
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     Run the command. Returns the exit status: 0, 1 if runs of a study failed, 2 for input that can't be used, or 130 if
     a study was interrupted.
     """
+    hide_third_party_warnings()
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
     if "recipe_flags" in args:  # the recipe's own parser knows them

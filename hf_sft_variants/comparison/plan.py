@@ -22,7 +22,13 @@ from .study import OTHER_RUN, Arm, Study, texts_in
 # The study sets these itself
 RESERVED_KEYS = ("module", "output_dir", "seed")
 # Options of `accelerate launch` that change nothing where a run is one process
-LAUNCH_OPTIONS = {"num_processes": 1, "num_machines": 1, "num_cpu_threads_per_process": None}
+LAUNCH_OPTIONS = {
+    "num_processes": 1,
+    "num_machines": 1,
+    "mixed_precision": "no",
+    "dynamo_backend": "no",
+    "num_cpu_threads_per_process": None,
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,9 +74,9 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt
 def batches(lengths: list[int], batch_size: int, description: str, show_progress: bool = True) -> Iterator[list[int]]:
     """Yield batches of row numbers, longest first: there is little padding, and running out of memory shows early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    # disable=None hides the bar unless the output is a terminal; leave=None clears it if inside another bar
+    # disable=None hides the bar unless the output is a terminal; leave=False clears it, so that a table stays whole
     disable = None if show_progress else True
-    with tqdm(total=len(order), desc=description, unit="row", disable=disable, leave=None) as progress:
+    with tqdm(total=len(order), desc=description, unit="row", disable=disable, leave=False) as progress:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             yield batch

@@ -11,6 +11,7 @@ from trl import ModelConfig, get_dataset, get_peft_config, get_quantization_conf
 
 from ..errors import InputError, first_line
 from .parsing import make_parser, parse
+from .third_party_warnings import hide_third_party_warnings
 
 
 logger = get_logger(__name__)
@@ -21,6 +22,7 @@ def main(trainer_class: type, config_class: type, argv: list[str] | None = None)
     Train from a recipe, flags or both, with the steps of `trl sft` and its keys, plus the fields that `config_class`
     adds. `argv` defaults to `sys.argv[1:]`. Invalid input ends the program with exit code 2 and a short message.
     """
+    hide_third_party_warnings()
     parser = make_parser(trainer_class, config_class)
     try:
         train(trainer_class, *parse(parser, sys.argv[1:] if argv is None else argv))

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,53 @@ def test_several_models_are_a_table(quickstart_folder, tiny_model, tokenizer, ca
     assert f"held-out NLL       {first['held_out_nll']:.4f} nats" in capsys.readouterr().out
 
 
+def test_an_earlier_evaluation_comes_first_in_the_table_and_its_answers_are_shown(quickstart_folder, capsys):
+    assert main(["quickstart", "--train-size", "8", "--test-size", "4"]) == 0
+    shutil.copytree("quickstart/model", "trained_model")
+    capsys.readouterr()
+    command = ["evaluate", "quickstart/model", "--max-new-tokens", "4", "--device", "cpu", "--show", "1"]
+    assert main([*command, "--json", "before.json"]) == 0
+    before = json.loads(Path("before.json").read_text())
+    row = json.loads(Path("quickstart/data/test.jsonl").read_text().splitlines()[0])
+    answer = indented(before["answers"][0])
+    shown = f"question\n{indented(row['prompt'][0]['content'])}\nright answer\n{indented(row['answer'])}\n"
+    shown += f"answer of quickstart/model\n{answer}\n"
+    assert capsys.readouterr().out.endswith(f"\n\n{shown}")
+
+    before["exact_match"] = 0.25  # nothing is evaluated again
+    Path("before.json").write_text(json.dumps(before))
+    command[1] = "trained_model"
+    assert main([*command, "--earlier", "before.json", "--json", "both.json"]) == 0
+    printed, _, answers = capsys.readouterr().out.partition("\n\n")
+    assert list(table(printed)) == ["quickstart/model", "trained_model"]
+    assert [row["exact match"] for row in table(printed).values()] == ["25.0%", "0.0%"]
+    assert answers == f"{shown}answer of trained_model\n{answer}\n"
+    assert [result["model"] for result in json.loads(Path("both.json").read_text())] == [*table(printed)]
+
+    command[command.index("4")] = "2"
+    assert main([*command, "--earlier", "before.json"]) == 2
+    assert (
+        "`--earlier` must be the --json of an evaluation with the same settings (dataset 'quickstart/data', split "
+        "'test', tagged False, max_new_tokens 2, rows 4), got 'before.json'"
+    ) in capsys.readouterr().err
+
+
+def indented(text):
+    return "\n".join(f"    {line}" if line.strip() else line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_an_earlier_evaluation_that_cannot_be_read_is_an_error(content, tmp_path, capsys):
+    row = {"prompt": [{"role": "user", "content": "?"}], "completion": [], "answer": "5"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    file = tmp_path / "before.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["evaluate", "some/model", "--dataset", str(tmp_path), "--earlier", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "error: `--earlier` " in error and str(file) in error
+
+
 def test_tagged_responses_are_scored(quickstart_folder, capsys, monkeypatch):
     assert main(["quickstart", "--train-size", "32", "--test-size", "8"]) == 0
     rows = [json.loads(line) for line in Path("quickstart/tagged_data/test.jsonl").read_text().splitlines()]
@@ -111,8 +159,10 @@ def test_tagged_responses_are_scored(quickstart_folder, capsys, monkeypatch):
     assert printed.startswith("quickstart/tagged_data, test split, 8 rows\n")
     figures = json.loads(Path("figures.json").read_text())
     assert figures.pop("held_out_nll") > 0
+    assert figures.pop("answers") == texts
     assert figures == {
         "model": "quickstart/model", "adapter": None, "dataset": "quickstart/tagged_data", "split": "test", "rows": 8,
+        "tagged": True, "max_new_tokens": 128,
         "accuracy": 0.75, "format_rate": 0.625, "score": pytest.approx(0.7 * 0.75 + 0.3 * 0.625),
     }  # fmt: skip
     row = table(printed)["quickstart/model"]
