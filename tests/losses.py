@@ -170,8 +170,9 @@ def pairs_of(inputs: dict[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, .
 
 def document_at(inputs: dict[str, Any], row: int, column: int) -> tuple[int, ...]:
     """Tokens of the document at a place of a collated batch."""
-    if "seq_idx" in inputs:
-        is_its = inputs["seq_idx"][0] == inputs["seq_idx"][0, column]
+    if "position_ids" in inputs:
+        documents = (inputs["position_ids"][0] == 0).cumsum(0)
+        is_its = documents == documents[column]
     else:
         is_its = inputs["attention_mask"][row].bool()
     return tuple(inputs["input_ids"][row][is_its].tolist())

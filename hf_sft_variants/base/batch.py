@@ -100,8 +100,9 @@ def sample_ids_of(inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
     Returns:
         `tuple[torch.Tensor, int]`: Sample of each token, shape `(B, T)`, and the number of samples.
     """
-    if "seq_idx" in inputs:  # padding-free: TRL's collator numbers the documents
-        return inputs["seq_idx"].long(), inputs["cu_seq_lens_q"].numel() - 1
+    if "position_ids" in inputs:  # padding-free: they begin again with each document
+        starts = inputs["position_ids"] == 0
+        return starts.flatten().cumsum(0).view_as(starts) - 1, int(starts.sum())
     num_rows, length = inputs["labels"].shape
     rows = torch.arange(num_rows, device=inputs["labels"].device)
     return rows[:, None].expand(num_rows, length), num_rows

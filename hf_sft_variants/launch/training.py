@@ -40,7 +40,7 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.end()  # finishes the trackers and the process group
+    trainer.accelerator.end_training()  # finishes the trackers and the process group
 
 
 def model_options(model_args: ModelConfig, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -68,9 +68,10 @@ def confidence_file(path, rows, mean_nll):
 
 def spans_of(inputs):
     """Row, first and last token of each document."""
-    if "cu_seq_lens_q" in inputs:
-        ends = inputs["cu_seq_lens_q"].tolist()
-        return [(0, start, end) for start, end in pairwise(ends)]
+    if "position_ids" in inputs:
+        position_ids = inputs["position_ids"][0]
+        starts = (position_ids == 0).nonzero().flatten().tolist()
+        return [(0, start, end) for start, end in pairwise([*starts, len(position_ids)])]
     return [(row, 0, int(mask.sum())) for row, mask in enumerate(inputs["attention_mask"])]
 
 
