@@ -33,7 +33,7 @@ def folder(tmp_path, tiny_model_factory, tokenizer, monkeypatch) -> Path:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     keys = yaml.safe_load((ROOT / "recipes" / "quickstart" / "sft_go.yaml").read_text())
     keys |= {"model_name_or_path": "model", "dataset_name": "data", "optim": "sgd"}
-    keys |= {"learning_rate": 0.1, "max_steps": 2}
+    keys |= {"learning_rate": 0.1, "max_steps": 2, "lora_dropout": 0.0}
     (tmp_path / "RECIPE.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     (tmp_path / "bin").mkdir()
     for name, script in {"srun": SRUN, "scontrol": "#!/bin/bash\necho 127.0.0.1\n"}.items():
