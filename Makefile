@@ -51,10 +51,10 @@ define NEXT_STEPS
 
 The trained adapter is in $(RUN). Next, after `source $(VENV)/bin/activate`:
 
-hf-sft-variants inspect --config $(RECIPE)    shows which tokens SFT-GO found important
-trl sft --config recipes/quickstart/sft_baseline.yaml          is the same run with plain SFT
-README.md                                                      has the change to make in a script of your own
-docs/choosing.md                                               says which method is for which data
+hf-sft-variants inspect --config $(RECIPE)  shows which tokens SFT-GO found important
+trl sft --config recipes/quickstart/sft_baseline.yaml            is the same run with plain SFT
+README.md                                                        has the change to make in a script of your own
+docs/choosing.md                                                 says which method is for which data
 endef
 export NEXT_STEPS
 
