@@ -12,7 +12,7 @@ class PoFTConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`PoFTTrainer`].
 
-    Lists only the parameters that [`~trl.SFTConfig`] does not have. Method: [PoFT: preference-oriented supervised
+    Lists only the parameters that [`AnnotatedSFTConfig`] does not have. Method: [PoFT: preference-oriented supervised
     fine-tuning](https://huggingface.co/papers/2412.12865).
 
     Parameters that define the loss:

@@ -21,7 +21,7 @@ class SFTGOConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`SFTGOTrainer`].
 
-    Lists only the parameters that [`~trl.SFTConfig`] does not have. Method: [SFT-GO: supervised fine-tuning with group
+    Lists only the parameters that [`AnnotatedSFTConfig`] does not have. Method: [SFT-GO: supervised fine-tuning with group
     optimization](https://huggingface.co/papers/2506.15021).
 
     Parameters:

@@ -16,7 +16,7 @@ class SFTKeyConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`SFTKeyTrainer`].
 
-    Lists only the parameters that [`~trl.SFTConfig`] does not have. Method: [SFTKey: emphasizing key answer
+    Lists only the parameters that [`AnnotatedSFTConfig`] does not have. Method: [SFTKey: emphasizing key answer
     tokens](https://huggingface.co/papers/2512.21017).
 
     Parameters that define the stages:

@@ -10,7 +10,7 @@ class SFTMixConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`SFTMixTrainer`].
 
-    Lists only the parameters that [`~trl.SFTConfig`] does not have. Method: [SFTMix: mixup between confident and
+    Lists only the parameters that [`AnnotatedSFTConfig`] does not have. Method: [SFTMix: mixup between confident and
     unconfident examples](https://huggingface.co/papers/2410.05248).
 
     Parameters of the loss, ntp_weight · L_NTP + μ · L_Mixup:

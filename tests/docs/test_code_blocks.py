@@ -1,5 +1,6 @@
 """Code blocks in README, docs and public docstrings run, with a small model and small data in place of the Hub's."""
 
+import json
 import re
 import textwrap
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def test_python(code, tiny_model, tokenizer, chat_rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_yaml(code, tmp_path):
-    """Keys of a recipe that every method accepts, or of a study."""
+    """Keys of a recipe that its `module` accepts, or without one every method; or keys of a study."""
     mapping = yaml.safe_load(code)
     assert mapping
     if set(mapping) <= set(STUDY_KEYS):
@@ -77,16 +78,21 @@ def test_yaml(code, tmp_path):
         return
     recipe = {"model_name_or_path": "a/model", "dataset_name": "a/data", "output_dir": "out", **mapping}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    for name in METHODS.keys() - {"base"}:
+    module = mapping.get("module", "").removeprefix("hf_sft_variants.")
+    for name in {module} & METHODS.keys() or METHODS.keys() - {"base"}:
         flags = ["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true", "--bf16", "false"]
         parse(make_parser(*METHODS[name].classes), flags)
 
 
 @pytest.mark.parametrize("code", blocks("diff"))
 def test_diff(code):
-    """Both the old and the new import work."""
+    """Both the old and the new version work: they are imports, or a row of data."""
     for sign in "-+":
-        exec("\n".join(line[1:].strip() for line in code.splitlines() if line.startswith(sign)))
+        version = "\n".join(line[1:].strip() for line in code.splitlines() if line.startswith((sign, " ")))
+        if version.startswith("{"):
+            assert json.loads(version)["messages"]
+        else:
+            exec(version)
 
 
 def test_no_block_is_left_out():

@@ -3,19 +3,21 @@
 import ast
 import html
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from methods import METHODS
-from trl import SFTConfig
 
 import hf_sft_variants
 
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-VARIANTS = [method for method in METHODS if method != "base"]
+# Each page with the configuration that it describes
+CONFIGS = {
+    "your_own_variant": hf_sft_variants.AnnotatedSFTConfig,
+    **{f"methods/{method}": METHODS[method].config_class for method in METHODS if method != "base"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -41,24 +43,24 @@ def test_public_names(site):
     assert ids >= set(hf_sft_variants.__all__) - {"__version__"}
 
 
-@pytest.mark.parametrize("method", VARIANTS)
-def test_fields(method, site):
-    config_class = METHODS[method].config_class
-    own = {field.name for field in fields(config_class)} - set(SFTConfig.__dataclass_fields__)
-    described = set(re.findall(r"<strong>(\w+)</strong>", (site / "methods" / f"{method}.html").read_text()))
-    assert own <= described, own - described
+def own_fields(config_class):
+    """The fields that its parent, another configuration, does not have."""
+    return config_class.__dataclass_fields__.keys() - config_class.__mro__[1].__dataclass_fields__.keys()
 
 
-@pytest.mark.parametrize("method", VARIANTS)
-def test_defaults(method):
+@pytest.mark.parametrize("page", CONFIGS)
+def test_fields(page, site):
+    described = set(re.findall(r"<strong>(\w+)</strong>", (site / f"{page}.html").read_text()))
+    assert own_fields(CONFIGS[page]) <= described
+
+
+@pytest.mark.parametrize("page", CONFIGS)
+def test_defaults(page):
     """The docstring, from which the page is generated, has the defaults of the config's own fields."""
-    config_class = METHODS[method].config_class
-    for name, value in vars(config_class("out", use_cpu=True, bf16=False)).items():
-        if name in config_class.__dataclass_fields__ and name not in SFTConfig.__dataclass_fields__:
-            found = re.search(
-                rf"^ +{name} \(`.+?`, \*optional\*(?:, defaults to `(.+?)`)?\):", config_class.__doc__, re.M
-            )
-            assert found and ast.literal_eval(found[1] or "None") == value, name
+    config = CONFIGS[page]("out", use_cpu=True, bf16=False)
+    for name in own_fields(CONFIGS[page]):
+        found = re.search(rf"^ +{name} \(`.+?`, \*optional\*(?:, defaults to `(.+?)`)?\):", config.__doc__, re.M)
+        assert found and ast.literal_eval(found[1] or "None") == getattr(config, name), name
 
 
 def test_every_page_is_reached(site):
