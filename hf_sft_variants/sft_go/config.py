@@ -21,8 +21,8 @@ class SFTGOConfig(AnnotatedSFTConfig):
     r"""
     Configuration class for the [`SFTGOTrainer`].
 
-    Lists only the parameters that [`AnnotatedSFTConfig`] does not have. Method: [SFT-GO: supervised fine-tuning with group
-    optimization](https://huggingface.co/papers/2506.15021).
+    Lists only the parameters that [`AnnotatedSFTConfig`] does not have. Method: [SFT-GO: supervised fine-tuning with
+    group optimization](https://huggingface.co/papers/2506.15021).
 
     Parameters:
         group_by (`str`, *optional*, defaults to `"tfidf"`):
