@@ -31,6 +31,7 @@ EVALUATION_KEYS = {
     "tagged": bool,
     "max_new_tokens": int | None,
     "batch_size": int,
+    "parts": dict[str, str] | None,
     "lm_eval": dict | None,
 }
 LM_EVAL_KEYS = {
@@ -157,6 +158,13 @@ def read_evaluations(given: dict[str, Any]) -> dict[str, Any]:
     for key in ("max_new_tokens", "batch_size"):
         if evaluations[key] is not None and evaluations[key] < 1:
             raise InputError(f"{where}: `{key}` must be a positive integer, got {evaluations[key]!r}.")
+    for name, pattern in (evaluations["parts"] or {}).items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(
+                f"{where}: `parts` has {pattern!r} for `{name}`, which is not a regular expression: {error}."
+            ) from error
     if evaluations["lm_eval"] is not None:
         evaluations["lm_eval"] = read_lm_eval(evaluations["lm_eval"])
     return evaluations
