@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..evaluation import generate_answers, numeric_answers
 from ..evaluation.answers import extract_answer
+from ..evaluation.calibration import expected_calibration_error
 from ..evaluation.held_out import score_rows
 from ..evaluation.parts import nll_of_part
 from ..evaluation.scores import tagged_results
@@ -41,7 +42,9 @@ def evaluate_model(
     """
     dataset = load_evaluation_data(settings)
     tags = (thinking_tags, answer_tags)
-    rows = score_rows(model, tokenizer, dataset, settings["batch_size"], settings["tagged"], *tags)
+    rows = score_rows(
+        model, tokenizer, dataset, settings["batch_size"], settings["tagged"], *tags, top=settings["calibration"]
+    )
     for i, row in enumerate(rows):
         if not math.isfinite(row.nll):
             raise InputError(
@@ -51,6 +54,9 @@ def evaluate_model(
     metrics = {"nll": nll_metric((row.nll, row.num_tokens) for row in rows)}
     for name, pattern in (settings["parts"] or {}).items():
         metrics[f"NLL of {name}"] = nll_metric(nll_of_part(rows, tokenizer, pattern))
+    if settings["calibration"]:
+        error = expected_calibration_error(rows)
+        metrics["ECE"] = {"mean": error, "rows": None, "counts": None, "higher_is_better": False}
     generations = []
     if settings["max_new_tokens"] is not None:
         has_answers = "answer" in dataset.column_names

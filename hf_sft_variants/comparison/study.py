@@ -32,6 +32,7 @@ EVALUATION_KEYS = {
     "max_new_tokens": int | None,
     "batch_size": int,
     "parts": dict[str, str] | None,
+    "calibration": bool,
     "lm_eval": dict | None,
 }
 LM_EVAL_KEYS = {
@@ -46,6 +47,7 @@ EVALUATION_DEFAULTS = {
     "tagged": False,
     "max_new_tokens": 128,
     "batch_size": 25,
+    "calibration": False,
 }
 # An amount, or for an arm as much as another arm's run
 BUDGET_KEYS = {"steps": int, "tokens": int | float}

@@ -21,13 +21,15 @@ TAGGED_COLUMNS = ("reasoning", "answer")
 class ScoredRow(NamedTuple):
     """
     A row's conversations and tokens. `log_probs` has the log-probability of each token of the completion and 0 for
-    others; `nll` is the negative sum of the `num_tokens` of the completion.
+    others, `top_log_probs` that of the most likely token in its place; `nll` is the negative sum over the `num_tokens`
+    of the completion.
     """
 
     prompt: list[dict]
     completion: list[dict]
     input_ids: list[int]
     log_probs: np.ndarray
+    top_log_probs: np.ndarray | None
     nll: float
     num_tokens: int
 
@@ -95,9 +97,10 @@ def score_rows(
     tagged: bool = False,
     thinking_tags: Sequence[str] = THINKING_TAGS,
     answer_tags: Sequence[str] = ANSWER_TAGS,
+    top: bool = False,
 ) -> list[ScoredRow]:
     """
-    Compute the log-probability of each token of each row's completion.
+    Compute the log-probability of each token of each row's completion and, with `top`, of the most likely tokens.
 
     Takes the arguments and raises the errors of [`held_out_nll`].
     """
@@ -112,13 +115,18 @@ def score_rows(
         raise InputError("`dataset` has only empty completions: pass at least one that has tokens.")
     scores = [{}] * len(examples)
     with evaluation_mode(model):
-        scorer = LogProbScorer(model, per_token=True)
+        scorer = LogProbScorer(model, per_token=True, top=top)
         for batch in batches([len(example["input_ids"]) for example in examples], batch_size, "Held-out NLL"):
             for i, score in zip(batch, scorer([examples[i] for i in batch]), strict=True):
                 scores[i] = score
     return [
         ScoredRow(
-            *conversation, example["input_ids"], score["token_log_probs"], -score["sum_log_prob"], score["num_tokens"]
+            *conversation,
+            example["input_ids"],
+            score["token_log_probs"],
+            score.get("top_log_probs"),
+            -score["sum_log_prob"],
+            score["num_tokens"],
         )
         for conversation, example, score in zip(conversations, examples, scores, strict=True)
     ]

@@ -82,6 +82,7 @@ def test_pilots_have_seeds_of_their_own(name, checkout, monkeypatch):
     assert plan_runs(pilot) and not {*pilot.seeds} & {*study.seeds}
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", [name for name in STUDIES if not name.endswith("_pilot")])
 def test_every_arm_can_be_trained_on_the_rows_of_sft(name, checkout, monkeypatch, tmp_path):
     shutil.copytree(checkout, tmp_path / "checkout", symlinks=True)

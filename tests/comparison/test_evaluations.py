@@ -85,6 +85,19 @@ def test_nll_of_parts(folder):
     assert 0 in metrics["NLL of sevens"]["counts"] and sum(metrics["NLL of sevens"]["counts"]) > 0
 
 
+def test_calibration(folder):
+    """A random model is sure of nothing and right about as often; one that is sure of one token is wrong."""
+    model, tokenizer = load_model_and_tokenizer("model", device="cpu")
+    settings = {**EVALUATION_DEFAULTS, "dataset_name": "data", "max_new_tokens": None, "calibration": True}
+    before = evaluate_model(model, tokenizer, settings)["evaluations"]
+    assert before["ECE"]["rows"] is None and before["ECE"]["higher_is_better"] is False
+    nll = evaluate_model(model, tokenizer, {**settings, "calibration": False})["evaluations"]["nll"]
+    assert before["nll"]["rows"] == pytest.approx(nll["rows"], rel=1e-5)
+    model.lm_head.weight.data *= 100
+    after = evaluate_model(model, tokenizer, settings)["evaluations"]
+    assert before["ECE"]["mean"] < 0.5 < 0.9 < after["ECE"]["mean"] <= 1
+
+
 def test_a_model_that_has_diverged_says_so(folder):
     model, tokenizer = load_model_and_tokenizer("model", device="cpu")
     model.lm_head.weight.data.fill_(float("nan"))
