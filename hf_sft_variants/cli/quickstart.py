@@ -20,8 +20,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--task",
         default="chain_sum",
-        choices=("chain_sum", "gsm_symbolic"),
-        help="sums, learned in minutes on a CPU, or word problems (%(default)s)",
+        choices=("chain_sum", "gsm_symbolic", "leg_counting"),
+        help="sums, learned in minutes on a CPU, word problems, or legs of animals (%(default)s)",
     )
     parser.add_argument("--train-size", type=int, default=240, metavar="N", help="training rows (%(default)s)")
     parser.add_argument("--test-size", type=int, default=84, metavar="N", help="test rows (%(default)s)")

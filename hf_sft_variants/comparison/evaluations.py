@@ -1,7 +1,7 @@
 """Metrics of a trained model, with the value of every test row."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -9,8 +9,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..evaluation import generate_answers, held_out_nll_of_rows, numeric_answers
+from ..evaluation import generate_answers, numeric_answers
 from ..evaluation.answers import extract_answer
+from ..evaluation.calibration import expected_calibration_error
+from ..evaluation.held_out import score_rows
+from ..evaluation.parts import nll_of_part
 from ..evaluation.scores import tagged_results
 from ..evaluation.tagged_answers import ANSWER_TAGS, THINKING_TAGS
 from ..launch.loading import load_split
@@ -39,14 +42,21 @@ def evaluate_model(
     """
     dataset = load_evaluation_data(settings)
     tags = (thinking_tags, answer_tags)
-    rows = held_out_nll_of_rows(model, tokenizer, dataset, settings["batch_size"], settings["tagged"], *tags)
-    for i, (nll, _) in enumerate(rows):
-        if not math.isfinite(nll):
+    rows = score_rows(
+        model, tokenizer, dataset, settings["batch_size"], settings["tagged"], *tags, top=settings["calibration"]
+    )
+    for i, row in enumerate(rows):
+        if not math.isfinite(row.nll):
             raise InputError(
-                f"the model's NLL of test row {i} is {nll}: its training has diverged. Lower its learning rate, and "
-                "remove the run's folder."
+                f"the model's NLL of test row {i} is {row.nll}: its training has diverged. Lower its learning rate, "
+                "and remove the run's folder."
             )
-    metrics = {"nll": metric([nll for nll, _ in rows], [count for _, count in rows], higher_is_better=False)}
+    metrics = {"nll": nll_metric((row.nll, row.num_tokens) for row in rows)}
+    for name, pattern in (settings["parts"] or {}).items():
+        metrics[f"NLL of {name}"] = nll_metric(nll_of_part(rows, tokenizer, pattern))
+    if settings["calibration"]:
+        error = expected_calibration_error(rows)
+        metrics["ECE"] = {"mean": error, "rows": None, "counts": None, "higher_is_better": False}
     generations = []
     if settings["max_new_tokens"] is not None:
         has_answers = "answer" in dataset.column_names
@@ -83,6 +93,12 @@ def metric(
     """A metric that is `sum(rows) / sum(counts)` over the test rows; without `counts`, every row counts once."""
     mean = sum(rows) / (len(rows) if counts is None else sum(counts))
     return {"mean": mean, "rows": rows, "counts": counts, "higher_is_better": higher_is_better}
+
+
+def nll_metric(rows: Iterable[tuple[float, int]]) -> dict[str, Any]:
+    """The negative log-likelihood per token, from that of each row and its number of tokens."""
+    nll, counts = map(list, zip(*rows, strict=True))
+    return metric(nll, counts, higher_is_better=False)
 
 
 def samples(dataset: Dataset, texts: list[str]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,13 @@ def check_evaluations(evaluations: dict[str, Any]) -> str | None:
         check_dataset(dataset, ("prompt", "completion"))
         if "answer" in dataset.column_names and evaluations["max_new_tokens"] is not None:
             numeric_answers(dataset)
+    for name, pattern in (evaluations["parts"] or {}).items():
+        responses = [] if evaluations["tagged"] else dataset["completion"]
+        if not any(re.search(pattern, response[-1]["content"]) for response in responses):
+            raise InputError(
+                f"`evaluations`: `parts` has {pattern!r} for `{name}`, which matches no `completion` of the data: "
+                "correct it. Tagged responses can't be divided into parts."
+            )
     if evaluations["lm_eval"] is not None:
         check_tasks(evaluations["lm_eval"]["tasks"], evaluations["lm_eval"]["include_path"])
     return hash_of_rows(dataset)

@@ -31,6 +31,8 @@ EVALUATION_KEYS = {
     "tagged": bool,
     "max_new_tokens": int | None,
     "batch_size": int,
+    "parts": dict[str, str] | None,
+    "calibration": bool,
     "lm_eval": dict | None,
 }
 LM_EVAL_KEYS = {
@@ -45,6 +47,7 @@ EVALUATION_DEFAULTS = {
     "tagged": False,
     "max_new_tokens": 128,
     "batch_size": 25,
+    "calibration": False,
 }
 # An amount, or for an arm as much as another arm's run
 BUDGET_KEYS = {"steps": int, "tokens": int | float}
@@ -157,6 +160,13 @@ def read_evaluations(given: dict[str, Any]) -> dict[str, Any]:
     for key in ("max_new_tokens", "batch_size"):
         if evaluations[key] is not None and evaluations[key] < 1:
             raise InputError(f"{where}: `{key}` must be a positive integer, got {evaluations[key]!r}.")
+    for name, pattern in (evaluations["parts"] or {}).items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(
+                f"{where}: `parts` has {pattern!r} for `{name}`, which is not a regular expression: {error}."
+            ) from error
     if evaluations["lm_eval"] is not None:
         evaluations["lm_eval"] = read_lm_eval(evaluations["lm_eval"])
     return evaluations

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
+import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +16,22 @@ from .tagged_answers import ANSWER_TAGS, THINKING_TAGS, tagged_response
 
 
 TAGGED_COLUMNS = ("reasoning", "answer")
+
+
+class ScoredRow(NamedTuple):
+    """
+    A row's conversations and tokens. `log_probs` has the log-probability of each token of the completion and 0 for
+    others, `top_log_probs` that of the most likely token in its place; `nll` is the negative sum over the `num_tokens`
+    of the completion.
+    """
+
+    prompt: list[dict]
+    completion: list[dict]
+    input_ids: list[int]
+    log_probs: np.ndarray
+    top_log_probs: np.ndarray | None
+    nll: float
+    num_tokens: int
 
 
 def held_out_nll(
@@ -67,21 +85,51 @@ def held_out_nll_of_rows(
 
     Takes the arguments and raises the errors of [`held_out_nll`], which is the ratio of the two sums.
     """
+    rows = score_rows(model, tokenizer, dataset, batch_size, tagged, thinking_tags, answer_tags)
+    return [(row.nll, row.num_tokens) for row in rows]
+
+
+def score_rows(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    batch_size: int = 25,
+    tagged: bool = False,
+    thinking_tags: Sequence[str] = THINKING_TAGS,
+    answer_tags: Sequence[str] = ANSWER_TAGS,
+    top: bool = False,
+) -> list[ScoredRow]:
+    """
+    Compute the log-probability of each token of each row's completion and, with `top`, of the most likely tokens.
+
+    Takes the arguments and raises the errors of [`held_out_nll`].
+    """
     if tagged:
         check_tagged_dataset(dataset)
     else:
         check_dataset(dataset, ("prompt", "completion"))
     tags = (thinking_tags, answer_tags) if tagged else None
-    rows = [_tokenize(tokenizer, row["prompt"], _completion(row, i, tags)) for i, row in enumerate(dataset)]
-    if not any(label != -100 for row in rows for label in row["labels"][1:]):
+    conversations = [(row["prompt"], _completion(row, i, tags)) for i, row in enumerate(dataset)]
+    examples = [_tokenize(tokenizer, *conversation) for conversation in conversations]
+    if not any(label != -100 for example in examples for label in example["labels"][1:]):
         raise InputError("`dataset` has only empty completions: pass at least one that has tokens.")
-    results = [(0.0, 0)] * len(rows)
+    scores = [{}] * len(examples)
     with evaluation_mode(model):
-        scorer = LogProbScorer(model)
-        for batch in batches([len(row["input_ids"]) for row in rows], batch_size, "Held-out NLL"):
-            for i, result in zip(batch, scorer([rows[i] for i in batch]), strict=True):
-                results[i] = (-result["sum_log_prob"], result["num_tokens"])
-    return results
+        scorer = LogProbScorer(model, per_token=True, top=top)
+        for batch in batches([len(example["input_ids"]) for example in examples], batch_size, "Held-out NLL"):
+            for i, score in zip(batch, scorer([examples[i] for i in batch]), strict=True):
+                scores[i] = score
+    return [
+        ScoredRow(
+            *conversation,
+            example["input_ids"],
+            score["token_log_probs"],
+            score.get("top_log_probs"),
+            -score["sum_log_prob"],
+            score["num_tokens"],
+        )
+        for conversation, example, score in zip(conversations, examples, scores, strict=True)
+    ]
 
 
 def check_dataset(dataset: Dataset, columns: Sequence[str]) -> None:

@@ -36,10 +36,22 @@ def _gsm_symbolic_steps(problem: dict) -> str:
     return problem["metadata"]["answer_cot"].rpartition(ANSWER_MARK)[0].strip()
 
 
+def _leg_counting_steps(problem: dict) -> str:
+    """The legs of each kind of animal, but not their sum, which must be computed from the steps."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    steps = []
+    for animal, count in problem["metadata"]["animals"].items():
+        name = animal if count == 1 else f"{animal}s"  # as in the question
+        steps.append(f"{count} {name}: {count} * {ANIMALS[animal]} = {count * ANIMALS[animal]}")
+    return "\n".join(steps)
+
+
 # Task -> (settings of the reasoning-gym data set, function that writes the steps of a problem)
 TASKS: dict[str, tuple[dict, Callable[[dict], str]]] = {
     "chain_sum": ({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, _chain_sum_steps),
     "gsm_symbolic": ({}, _gsm_symbolic_steps),
+    "leg_counting": ({"min_animals": 2, "max_animals": 3, "max_instances": 9}, _leg_counting_steps),
 }
 
 
@@ -48,7 +60,8 @@ def build_splits(
 ) -> dict[str, list[dict]]:
     """
     Generate a train and a test split of distinct problems: `"chain_sum"`, sums of two or three numbers with a running
-    total, or `"gsm_symbolic"`, word problems.
+    total, `"gsm_symbolic"`, word problems, or `"leg_counting"`, animals whose legs are to be added up, with a step for
+    each kind of animal and the sum only in the answer.
 
     A row has the conversations `prompt` and `completion`, and the strings `reasoning` and `answer`. The completion is
     the reasoning, then a line `#### answer`. The test split does not depend on `train_size`, and a smaller train split

@@ -24,17 +24,22 @@ class LogProbScorer:
             Causal language model, with or without an adapter, quantized or not, on one device or several.
         per_token (`bool`, *optional*, defaults to `False`):
             Whether to return the log-probability of each label in addition to their sum.
+        top (`bool`, *optional*, defaults to `False`):
+            With `per_token`, whether to return the log-probability of the most likely token in place of each label.
         padding_free (`bool`, *optional*):
             Whether to concatenate a batch into one row instead of padding it. Defaults to `True` with flash attention,
             which skips the other documents; otherwise a padded batch of similar lengths is faster. Must be `False` for
             prompt learning, whose virtual tokens belong in front of every example.
     """
 
-    def __init__(self, model: PreTrainedModel, per_token: bool = False, padding_free: bool | None = None):
+    def __init__(
+        self, model: PreTrainedModel, per_token: bool = False, padding_free: bool | None = None, top: bool = False
+    ):
         self.base_model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.text_config = self.base_model.config.get_text_config()
         self.model = model.eval()
         self.per_token = per_token
+        self.top = top
         if padding_free is None:
             uses_flash = "flash" in (self.base_model.config._attn_implementation or "")
             padding_free = uses_flash and not has_virtual_tokens(model)
@@ -52,20 +57,21 @@ class LogProbScorer:
         Returns:
             `list[dict]`: For each example `sum_log_prob` (in nats, summed in double precision), `num_tokens` (number
             of scored labels; nothing predicts the first token of an example) and, if `per_token`, `token_log_probs`
-            (one for each token of `input_ids`, 0 where nothing is scored).
+            (one for each token of `input_ids`, 0 where nothing is scored) and, if `top`, `top_log_probs`.
         """
         batch = self.collator([{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples])
         device = input_device(self.model)
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         labels = batch.pop("labels")
-        log_probs = self._log_probs(self._hidden_states(batch), labels).cpu()
+        log_probs = self._log_probs(self._hidden_states(batch), labels)
         lengths = [len(example["input_ids"]) for example in examples]
-        rows = log_probs[0, : sum(lengths)].split(lengths) if self.collator.padding_free else log_probs
+        rows = log_probs[:, 0, : sum(lengths)].split(lengths, 1) if self.collator.padding_free else log_probs.unbind(1)
         results = []
         for row, length, example in zip(rows, lengths, examples, strict=True):
             num_tokens = sum(label != -100 for label in example["labels"][1:])
-            result = {"sum_log_prob": row[:length].double().sum().item(), "num_tokens": num_tokens}
-            results.append({**result, "token_log_probs": row[:length].numpy()} if self.per_token else result)
+            result = {"sum_log_prob": row[0, :length].double().sum().item(), "num_tokens": num_tokens}
+            names = ("token_log_probs", "top_log_probs") if self.per_token else ()
+            results.append(result | {name: of_row[:length].numpy() for name, of_row in zip(names, row, strict=False)})
         return results
 
     def _hidden_states(self, batch: dict) -> torch.Tensor:
@@ -76,21 +82,24 @@ class LogProbScorer:
             return self.model(**batch).last_hidden_state
 
     def _log_probs(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Log-probability of each label, 0 where there is none; nothing predicts the first token of a row."""
-        log_probs = torch.zeros(labels.shape)
+        """
+        Log-probability of each label and, with `top`, of the most likely token in its place; 0 where there is none, as
+        on the first token of a row.
+        """
         mask, targets = labels[:, 1:] != -100, labels[:, 1:]
         # Counted from the right: prompt learning prepends virtual tokens
         hidden_states = hidden_states[:, -labels.size(1) : -1]
         hidden_states, targets = hidden_states[mask.to(hidden_states.device)], targets[mask]
         head = self.base_model.get_output_embeddings()
-        if type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook"):
+        if type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook") and not self.top:
             targets = targets[None].to(hidden_states.device)
             of_labels = head_log_probs(head, self.text_config, hidden_states[None], targets).log_probs
         else:
             size = max(_TILE // self.text_config.vocab_size, 1)
             tiles = zip(hidden_states.split(size), targets.split(size), strict=True)
-            of_labels = torch.cat([self._of_module(head, *tile) for tile in tiles])
-        log_probs[:, 1:][mask.cpu()] = of_labels.cpu().float()
+            of_labels = torch.cat([self._of_module(head, *tile) for tile in tiles], 1)
+        log_probs = torch.zeros(len(of_labels), *labels.shape)
+        log_probs[:, :, 1:][:, mask.cpu()] = of_labels.cpu().float()
         return log_probs
 
     def _of_module(self, head: torch.nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -100,7 +109,8 @@ class LogProbScorer:
         if softcap is not None:
             logits = logits.div_(softcap).tanh_().mul_(softcap)
         targets = targets.to(logits.device)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+        of_labels = [logits.gather(1, targets[:, None])[:, 0], logits.amax(1)][: 1 + self.top]
+        return torch.stack(of_labels) - logits.logsumexp(1)
 
 
 def has_virtual_tokens(model: PreTrainedModel) -> bool:

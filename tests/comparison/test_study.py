@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,11 @@ def test_values_and_defaults(write_study):
         ({"evaluations": {"batch_size": 0}}, "`batch_size` must be a positive integer, got 0"),
         ({"evaluations": {"max_new_tokens": "many"}}, "`max_new_tokens` must be int | None, got 'many'"),
         ({"evaluations": {"tagged": "yes"}}, "`tagged` must be bool, got 'yes'"),
+        (
+            {"evaluations": {"parts": {"answer": "(####"}}},
+            "`evaluations`: `parts` has '(####' for `answer`, which is not a regular expression: missing ), ",
+        ),
+        ({"evaluations": {"parts": {"answer": 4}}}, "`parts` must be dict[str, str] | None, got {'answer': 4}"),
         ({"evaluations": {"lm_eval": {"limit": 3}}}, "`tasks` must be a list of names, such as [arc_easy], got None"),
         (
             {"evaluations": {"lm_eval": {"tasks": ["a"], "limit": "ten"}}},
@@ -249,6 +255,16 @@ def test_other_test_rows_are_evaluated_again(write_study):
     Path("data/test.jsonl").write_text("".join(Path("data/test.jsonl").read_text().splitlines(True)[::-1]))
     (other, *_) = plan_runs(read_study(write_study()))
     assert run.evaluations != other.evaluations and run.training_rows == other.training_rows
+
+
+def test_parts_that_no_response_has(write_study):
+    parts = {"steps": "Add the ones", "answer": "Answer: .*"}
+    message = "`parts` has 'Answer: .*' for `answer`, which matches no `completion` of the data: correct it"
+    with pytest.raises(InputError, match=re.escape(message)):
+        plan_runs(read_study(write_study(evaluations={"parts": parts})))
+    assert plan_runs(read_study(write_study(evaluations={"parts": {"steps": "Add the ones"}})))
+    with pytest.raises(InputError, match="Tagged responses can't be divided into parts"):
+        plan_runs(read_study(write_study(evaluations={"parts": {"steps": "Add the ones"}, "tagged": True})))
 
 
 def test_a_study_that_is_not_there():

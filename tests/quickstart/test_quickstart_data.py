@@ -79,6 +79,22 @@ def test_the_steps_of_chain_sum_are_right():
         assert totals[-1] == row["answer"]
 
 
+def test_leg_counting_writes_a_line_for_each_animal_and_no_total():
+    for row in build_splits("leg_counting", train_size=200, test_size=1)["train"]:
+        question = row["prompt"][0]["content"]
+        products = []
+        for step in row["reasoning"].splitlines():
+            animals, product = step.split(": ")
+            assert animals in question
+            factors, product = product.split(" = ")
+            count, legs = factors.split(" * ")
+            assert int(product) == int(count) * int(legs) and animals.startswith(f"{count} ")
+            products.append(int(product))
+        assert len(products) in (2, 3) and sum(products) == int(row["answer"])
+        # A total that equals one of the products means that the other animals have no legs
+        assert products.count(0) >= len(products) - 1 or int(row["answer"]) not in products
+
+
 def write_splits(task, path):
     Path(path).write_text(json.dumps(build_splits(task, 20, 5, seed=3)))
 
@@ -102,7 +118,7 @@ def test_the_test_split_does_not_depend_on_the_train_size(task):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "codeio"}, "`task` must be one of chain_sum, gsm_symbolic, got 'codeio'"),
+        ({"task": "codeio"}, "`task` must be one of chain_sum, gsm_symbolic, leg_counting, got 'codeio'"),
         ({"train_size": 0}, "`train_size` must be an integer of at least 1, got 0"),
         ({"test_size": -1}, "`test_size` must be an integer of at least 1, got -1"),
         ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),

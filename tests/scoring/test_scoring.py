@@ -84,6 +84,19 @@ class TestLogProbs:
             assert result["sum_log_prob"] == pytest.approx(sum(expected), abs=1e-4)
             assert result["num_tokens"] == sum(label != -100 for label in row["labels"][1:])
 
+    @pytest.mark.parametrize("padding_free", [False, True])
+    def test_most_likely_tokens(self, padding_free, tiny_model, token_rows):
+        scorer = LogProbScorer(copy.deepcopy(tiny_model), per_token=True, padding_free=padding_free, top=True)
+        plain = LogProbScorer(copy.deepcopy(tiny_model), per_token=True)(list(token_rows))
+        for row, result, without in zip(token_rows, scorer(list(token_rows)), plain, strict=True):
+            assert result["token_log_probs"] == pytest.approx(without["token_log_probs"], abs=1e-5)
+            with torch.no_grad():
+                logits = tiny_model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+            expected = [0.0, *logits.log_softmax(-1).amax(-1).tolist()]
+            expected = [x if label != -100 else 0.0 for x, label in zip(expected, row["labels"], strict=True)]
+            assert result["top_log_probs"] == pytest.approx(expected, abs=1e-5)
+            assert "top_log_probs" not in without
+
     def test_batch_size_and_order_do_not_matter(self, tiny_model, token_rows, tmp_path):
         expected = score(token_rows, tmp_path / "a", 30, scorer=LogProbScorer(tiny_model, per_token=True)).to_pylist()
         assert [len(row["token_log_probs"]) for row in expected] == [len(ids) for ids in token_rows["input_ids"]]
