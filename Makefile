@@ -49,13 +49,13 @@ plan:
 define PLAN
 This quickstart fine-tunes a small language model, SmolLM2-135M-Instruct, on 240 sums worked out step by step, with
 SFT-GO and LoRA on the CPU. It shows what the model answers to sums that it has not seen, before and after. It takes
-about 5 minutes on two cores:
+about 7 minutes on two cores:
 
 0. Install the packages into $(VENV), the first time: 1.5 GB, 2 minutes
 1. Write the model and the data: half a minute
-2. Evaluate the model before training: half a minute
-3. Train for one epoch of 30 steps: 3 minutes
-4. Evaluate the trained model on the same questions: half a minute
+2. Evaluate the model before training: one minute
+3. Train for one epoch of 30 steps: 4 minutes
+4. Evaluate the trained model on the same questions: one minute
 endef
 export PLAN
 
