@@ -8,7 +8,7 @@ from .field_checks import require_valid_fields
 @dataclass
 class AnnotatedSFTConfig(SFTConfig):
     """
-    Configuration class for the [`AnnotatedSFTTrainer`], and what the methods' configurations have in common.
+    What the methods' configurations have in common; [`AnnotatedSFTTrainer`] takes it, too.
 
     Lists only the parameters that [`~trl.SFTConfig`] does not have.
 

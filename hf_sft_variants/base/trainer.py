@@ -15,7 +15,6 @@ from . import batch as batches
 from .batch import ROW_IDS, AnnotatedBatch, NumItems, make_annotated_batch
 from .checkpoints import ResumeCheckMixin
 from .collator import AnnotationCollator
-from .config import AnnotatedSFTConfig
 from .metrics import MetricSumsMixin
 from .model_card import ModelCardMixin
 from .preparation import pack, require_supervised_token, truncate
@@ -87,7 +86,7 @@ class AnnotatedSFTTrainer(
             sequence parallelism, and packed rows with prompt learning.
     """
 
-    config_class: type[SFTConfig] = AnnotatedSFTConfig
+    config_class: type[SFTConfig] = SFTConfig
     annotation_columns: dict[str, int | float] = {}
 
     @wraps(SFTTrainer.__init__)  # type: ignore[misc]  # mypy: a decorated constructor

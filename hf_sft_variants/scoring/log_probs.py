@@ -25,7 +25,7 @@ class LogProbScorer:
         per_token (`bool`, *optional*, defaults to `False`):
             Whether to return the log-probability of each label in addition to their sum.
         top (`bool`, *optional*, defaults to `False`):
-            With `per_token`, whether to return the log-probability of the most likely token in place of each label.
+            Whether to also return the log-probability of the most likely token in place of each label.
         padding_free (`bool`, *optional*):
             Whether to concatenate a batch into one row instead of padding it. Defaults to `True` with flash attention,
             which skips the other documents; otherwise a padded batch of similar lengths is faster. Must be `False` for
@@ -57,7 +57,7 @@ class LogProbScorer:
         Returns:
             `list[dict]`: For each example `sum_log_prob` (in nats, summed in double precision), `num_tokens` (number
             of scored labels; nothing predicts the first token of an example) and, if `per_token`, `token_log_probs`
-            (one for each token of `input_ids`, 0 where nothing is scored) and, if `top`, `top_log_probs`.
+            (one for each token of `input_ids`, 0 where nothing is scored) and, if `top`, `top_log_probs` likewise.
         """
         batch = self.collator([{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples])
         device = input_device(self.model)
@@ -70,8 +70,11 @@ class LogProbScorer:
         for row, length, example in zip(rows, lengths, examples, strict=True):
             num_tokens = sum(label != -100 for label in example["labels"][1:])
             result = {"sum_log_prob": row[0, :length].double().sum().item(), "num_tokens": num_tokens}
-            names = ("token_log_probs", "top_log_probs") if self.per_token else ()
-            results.append(result | {name: of_row[:length].numpy() for name, of_row in zip(names, row, strict=False)})
+            if self.per_token:
+                result["token_log_probs"] = row[0, :length].numpy()
+            if self.top:
+                result["top_log_probs"] = row[1, :length].numpy()
+            results.append(result)
         return results
 
     def _hidden_states(self, batch: dict) -> torch.Tensor:
@@ -93,7 +96,7 @@ class LogProbScorer:
         head = self.base_model.get_output_embeddings()
         if type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook") and not self.top:
             targets = targets[None].to(hidden_states.device)
-            of_labels = head_log_probs(head, self.text_config, hidden_states[None], targets).log_probs
+            of_labels = head_log_probs(head, self.text_config, hidden_states[None], targets).log_probs[None]
         else:
             size = max(_TILE // self.text_config.vocab_size, 1)
             tiles = zip(hidden_states.split(size), targets.split(size), strict=True)

@@ -125,6 +125,11 @@ class WeightedSFTConfig(AnnotatedSFTConfig):
                 f"`token_weight_column` and `example_weight_column` are both {columns[0]!r}: a weight for each token, "
                 "or for the row? Set one of them."
             )
+        if "token_weights" in columns:
+            raise InputError(
+                "`token_weights` is the column that the trainer makes of all weights: rename that of the data set, "
+                "and set `token_weight_column` or `example_weight_column` to its new name."
+            )
         check_tags(self.thinking_tags, self.answer_tags)
         if self.key_delimiter is not None and self.key_pattern is not None:
             raise InputError("`key_delimiter` and `key_pattern` both say where the answer is: set only one of them.")

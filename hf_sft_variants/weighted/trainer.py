@@ -63,10 +63,6 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
     config_class = WeightedSFTConfig
     annotation_columns = {"token_weights": 0.0}
 
-    @property
-    def _columns_of_the_user(self):
-        return frozenset({self.args.token_weight_column} - {None})
-
     # Annotation: a weight for each token
 
     def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """`metrics_by`: exact metrics of each source, however the batch is laid out."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import make_trainer, one_step_log, padded_document_log_probs
+from trl import SFTConfig
 
 from hf_sft_variants import AnnotatedSFTConfig, AnnotatedSFTTrainer
 from hf_sft_variants.errors import InputError
@@ -114,3 +116,13 @@ def test_too_many_sources_and_streams(tiny_model, tokenizer, tmp_path):
         make_trainer(
             *CLASSES, tiny_model, tokenizer, rows.to_iterable_dataset(), tmp_path, metrics_by="source", max_steps=1
         )
+
+
+def test_a_configuration_of_ones_own_needs_no_metrics_by(tiny_model, tokenizer, tmp_path):
+    @dataclass
+    class OwnConfig(SFTConfig):
+        alpha: float = 0.5
+
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7]}])
+    trainer = make_trainer(AnnotatedSFTTrainer, OwnConfig, tiny_model, tokenizer, rows, tmp_path)
+    assert type(trainer.args) is OwnConfig

@@ -245,6 +245,7 @@ def test_what_can_not_be_a_weight(row, options, message, prepare):
         ({"token_weight_column": " "}, "`token_weight_column=' '` is blank"),
         ({"message_weight_key": ""}, "`message_weight_key=''` is blank"),
         ({**W, "example_weight_column": "w"}, "are both 'w': a weight for each token, or for the row"),
+        ({"token_weight_column": "token_weights"}, "`token_weights` is the column that the trainer makes"),
         ({"key_delimiter": "#", "key_pattern": "(?P<key>.)"}, "`key_delimiter` and `key_pattern` both say"),
         ({"key_delimiter": " "}, "`key_delimiter=' '` is blank"),
         ({"key_pattern": "a"}, "`key_pattern='a'` has no group named `key`"),
