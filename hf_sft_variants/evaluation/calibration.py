@@ -22,5 +22,7 @@ def expected_calibration_error(rows: list[ScoredRow]) -> float:
 
 
 def _columns(row: ScoredRow) -> tuple[np.ndarray, np.ndarray]:
+    if row.top_log_probs is None:
+        raise ValueError("The rows must have been scored with `top`.")
     start = len(row.input_ids) - row.num_tokens
     return row.log_probs[start:], row.top_log_probs[start:]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -113,7 +113,7 @@ def score_rows(
     examples = [_tokenize(tokenizer, *conversation) for conversation in conversations]
     if not any(label != -100 for example in examples for label in example["labels"][1:]):
         raise InputError("`dataset` has only empty completions: pass at least one that has tokens.")
-    scores = [{}] * len(examples)
+    scores: list[dict[str, Any]] = [{}] * len(examples)
     with evaluation_mode(model):
         scorer = LogProbScorer(model, per_token=True, top=top)
         for batch in batches([len(example["input_ids"]) for example in examples], batch_size, "Held-out NLL"):
