@@ -63,7 +63,8 @@ class PreparedSetsMixin:
         # Settings that this trainer does not have, such as unnamed reference models, must match across data sets
         unknown = made_with["settings"].keys() - wanted["settings"].keys()
         self._settings_of_first_set |= {name: made_with["settings"][name] for name in unknown}
-        self.adopt_sources(made_with["sources"], dataset_name)
+        if is_packed(made_with):  # others still have the column
+            self.adopt_sources(made_with["sources"], dataset_name)
         return made_with
 
     def describe_annotations(

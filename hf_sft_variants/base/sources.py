@@ -31,10 +31,10 @@ class MetricsBySourceMixin:
         return {**self.annotation_columns, **({} if self._metrics_by is None else {SOURCE_IDS: -1})}
 
     @cached_property
-    def _sources(self) -> dict[str | int, int]:
+    def _sources(self) -> dict[str, int]:
         return {}
 
-    def adopt_sources(self, values: list[str | int], dataset_name: str) -> None:
+    def adopt_sources(self, values: list[str], dataset_name: str) -> None:
         """Take over the numbers in a data set that is prepared already."""
         for number, value in enumerate(values if self._metrics_by else []):
             if self._sources.setdefault(value, len(self._sources)) != number:
@@ -76,7 +76,7 @@ class MetricsBySourceMixin:
         return metrics
 
 
-def _values(dataset: Dataset | IterableDataset, column: str, dataset_name: str) -> list[str | int]:
+def _values(dataset: Dataset | IterableDataset, column: str, dataset_name: str) -> list[str]:
     if isinstance(dataset, IterableDataset):
         raise InputError(
             f"The {dataset_name} dataset is a stream, but `metrics_by={column!r}` needs all values of the column "
@@ -99,8 +99,8 @@ def _values(dataset: Dataset | IterableDataset, column: str, dataset_name: str) 
         raise InputError(
             f"Row {row} of the {dataset_name} dataset has no value in `{column}`, which `metrics_by` names."
         )
-    return sorted(values)
+    return sorted(set(map(str, values)))
 
 
-def _add_source_ids(example: dict[str, Any], column: str, numbers: dict[str | int, int]) -> dict[str, list[int]]:
-    return {SOURCE_IDS: [numbers[example[column]]] * len(example["input_ids"])}
+def _add_source_ids(example: dict[str, Any], column: str, numbers: dict[str, int]) -> dict[str, list[int]]:
+    return {SOURCE_IDS: [numbers[str(example[column])]] * len(example["input_ids"])}

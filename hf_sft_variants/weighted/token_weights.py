@@ -15,6 +15,9 @@ from ..text.key_finder import KeyFinder
 from ..text.turn_reader import TurnReader
 
 
+# What sums in float32 can hold
+SMALLEST, LARGEST = 1e-30, 1e30
+
 ReadTurns = Callable[[dict[str, Any]], list[RenderedExample]]
 
 
@@ -46,13 +49,19 @@ class TokenWeigher:
             self._weigh_answers(weights, read_turns(example))
         if self.prompt_weight is not None:
             is_prompt = labels == -100
-            if not is_prompt.any():
+            if not is_prompt.any() and "prompt" not in example:
                 raise InputError(
                     f"every token has a label, so there is no prompt for `prompt_weight={self.prompt_weight}`. Give "
                     "`prompt` and `completion`, set `assistant_only_loss=True`, or label prompts with -100"
                 )
             weights[is_prompt] *= self.prompt_weight
             labels = np.where(is_prompt, input_ids, labels)
+        outside = (weights != 0) & ~((weights >= SMALLEST) & (weights <= LARGEST))
+        if outside.any():
+            raise InputError(
+                f"its weights multiply to {weights[outside][0]}; give weights whose product is 0, or from {SMALLEST} to "
+                f"{LARGEST}"
+            )
         labels = np.where(weights > 0, labels, -100)
         return np.where(labels != -100, weights, 0.0).tolist(), labels.tolist()
 

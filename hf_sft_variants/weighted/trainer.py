@@ -76,6 +76,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
         if MADE_WITH in columns:  # with the same settings, or it would have been refused
             return dataset
         self._require_columns(columns, dataset_name, from_text)
+        self._require_message_key(dataset, dataset_name)
         args = self.args
         fn_kwargs = {
             "weigh": TokenWeigher(
@@ -107,6 +108,30 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
             raise InputError(
                 f"`token_weight_column` has weights of tokens, but the {dataset_name} dataset has text. Give "
                 "`input_ids`, or weigh messages or parts of the response."
+            )
+        if not from_text and self.args.message_weight_key is not None:
+            raise InputError(
+                f"`message_weight_key={self.args.message_weight_key!r}` needs messages, but the {dataset_name} dataset "
+                "has `input_ids`. Give messages, or `token_weight_column`."
+            )
+        if self.args.prompt_weight is not None and self.args.completion_only_loss is False and "prompt" in columns:
+            raise InputError(
+                f"`prompt_weight={self.args.prompt_weight}` weighs prompts that are not in the loss, but with "
+                "`completion_only_loss=False` they are. Leave `completion_only_loss` out."
+            )
+
+    def _require_message_key(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
+        """Refuse a key that no message has, such as a misspelled one."""
+        key = self.args.message_weight_key
+        if key is None or isinstance(dataset, IterableDataset):
+            return
+        features = [dataset.features.get(name) for name in ("messages", "prompt", "completion")]
+        of_messages = [feature.feature for feature in features if isinstance(getattr(feature, "feature", None), dict)]
+        keys = {name for feature in of_messages for name in feature}
+        if keys and key not in keys:
+            raise InputError(
+                f"No message of the {dataset_name} dataset has the key `{key}`, which `message_weight_key` names; they "
+                f"have {sorted(keys)}."
             )
 
     # Loss

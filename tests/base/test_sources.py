@@ -126,3 +126,12 @@ def test_a_configuration_of_ones_own_needs_no_metrics_by(tiny_model, tokenizer, 
     rows = Dataset.from_list([{"input_ids": [5, 6, 7]}])
     trainer = make_trainer(AnnotatedSFTTrainer, OwnConfig, tiny_model, tokenizer, rows, tmp_path)
     assert type(trainer.args) is OwnConfig
+
+
+def test_a_number_and_its_text_are_one_source(tiny_model, tokenizer, tmp_path):
+    numbers, texts = (
+        Dataset.from_list([{"input_ids": [5, 6, 7], "source": value}] * 2) for value in (1, "1")
+    )
+    arguments = (*CLASSES, tiny_model, tokenizer, numbers, tmp_path)
+    trainer = make_trainer(*arguments, eval_dataset=texts, metrics_by="source")
+    assert trainer.evaluate()["eval_token_share/1"] == 1

@@ -177,6 +177,11 @@ def test_prompts_with_a_weight_have_labels(prepare, tokenizer):
     ]
 
 
+def test_a_row_without_a_prompt_has_only_its_response(prepare):
+    rows = [{"prompt": "one two ", "completion": "three"}, {"prompt": "", "completion": "three four"}]
+    assert set(prepare(rows, prompt_weight=0.1)["token_weights"][1]) == {1.0}
+
+
 def test_weights_multiply(prepare):
     rows = [{"input_ids": IDS, "labels": [-100, -100, *IDS[2:]], "w": [0.5] * 6 + [2.0] * 6, "q": 3}]
     options = {"token_weight_column": "w", "example_weight_column": "q", "prompt_weight": 0.1}
@@ -224,6 +229,14 @@ def talk(number, **changes):
         (talk(3, weight=math.inf), KEY, "`weight` of message 3 has inf: give"),
         (talk(0, weight=0.5), KEY, "message 0 has the role 'user' and `weight` 0.5"),
         (talk(1, content=""), KEY, "the words of message 1, whose `weight` is 0.3, are not in the rendered text"),
+        (talk(0), {"message_weight_key": "wieght"}, "No message of the train dataset has the key `wieght`"),
+        ({**TOKENS, "w": [1e20] * 12, "q": 1e20}, {**W, **Q}, "its weights multiply to 1e\\+40"),
+        ({**TOKENS, "q": 1e-40}, Q, "its weights multiply to 1e-40"),
+        (
+            {"prompt": "a ", "completion": "b"},
+            {"prompt_weight": 0.5, "completion_only_loss": False},
+            "with `completion_only_loss=False` they are",
+        ),
         (TOKENS, {"prompt_weight": 0.5}, "every token has a label, so there is no prompt for `prompt_weight=0.5`"),
         (talk(0), {"thinking_weight": 0.5}, "the tag '<Thinking>' is not there"),
         (talk(0), {"answer_weight": 0.5, "key_delimiter": "####"}, "`key_delimiter='####'` is not there"),
