@@ -59,8 +59,7 @@ class TokenWeigher:
         outside = (weights != 0) & ~((weights >= SMALLEST) & (weights <= LARGEST))
         if outside.any():
             raise InputError(
-                f"its weights multiply to {weights[outside][0]}; give weights whose product is 0, or from {SMALLEST} to "
-                f"{LARGEST}"
+                f"its weights multiply to {weights[outside][0]}; give weights whose product is 0, or {SMALLEST} to {LARGEST}"
             )
         labels = np.where(weights > 0, labels, -100)
         return np.where(labels != -100, weights, 0.0).tolist(), labels.tolist()

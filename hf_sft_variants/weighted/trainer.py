@@ -104,31 +104,28 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
                 raise InputError(
                     f"The {dataset_name} dataset has no column `{column}`, which `{name}` names; it has {columns}."
                 )
+        key, prompt_weight = self.args.message_weight_key, self.args.prompt_weight
         if from_text and self.args.token_weight_column is not None:
             raise InputError(
                 f"`token_weight_column` has weights of tokens, but the {dataset_name} dataset has text. Give "
                 "`input_ids`, or weigh messages or parts of the response."
             )
-        if not from_text and self.args.message_weight_key is not None:
+        if not from_text and key is not None:
             raise InputError(
-                f"`message_weight_key={self.args.message_weight_key!r}` needs messages, but the {dataset_name} dataset "
-                "has `input_ids`. Give messages, or `token_weight_column`."
+                f"`message_weight_key={key!r}` needs messages, but the {dataset_name} dataset has `input_ids`."
             )
-        if self.args.prompt_weight is not None and self.args.completion_only_loss is False and "prompt" in columns:
+        if prompt_weight is not None and self.args.completion_only_loss is False and "prompt" in columns:
             raise InputError(
-                f"`prompt_weight={self.args.prompt_weight}` weighs prompts that are not in the loss, but with "
-                "`completion_only_loss=False` they are. Leave `completion_only_loss` out."
+                f"`prompt_weight={prompt_weight}` is for prompts that `SFTTrainer` leaves out of the loss, but "
+                "`completion_only_loss=False` leaves them in. Set only one of them."
             )
 
     def _require_message_key(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
-        """Refuse a key that no message has, such as a misspelled one."""
-        key = self.args.message_weight_key
-        if key is None or isinstance(dataset, IterableDataset):
-            return
-        features = [dataset.features.get(name) for name in ("messages", "prompt", "completion")]
-        of_messages = [feature.feature for feature in features if isinstance(getattr(feature, "feature", None), dict)]
-        keys = {name for feature in of_messages for name in feature}
-        if keys and key not in keys:
+        """Refuse a key that no message has, such as a misspelled one. Streams may not know their keys."""
+        key, features = self.args.message_weight_key, dataset.features or {}
+        of_messages = [getattr(features.get(name), "feature", None) for name in ("messages", "prompt", "completion")]
+        keys = {name for feature in of_messages if isinstance(feature, dict) for name in feature}
+        if key is not None and keys and key not in keys:
             raise InputError(
                 f"No message of the {dataset_name} dataset has the key `{key}`, which `message_weight_key` names; they "
                 f"have {sorted(keys)}."

@@ -235,7 +235,7 @@ def talk(number, **changes):
         (
             {"prompt": "a ", "completion": "b"},
             {"prompt_weight": 0.5, "completion_only_loss": False},
-            "with `completion_only_loss=False` they are",
+            "but `completion_only_loss=False` leaves them in",
         ),
         (TOKENS, {"prompt_weight": 0.5}, "every token has a label, so there is no prompt for `prompt_weight=0.5`"),
         (talk(0), {"thinking_weight": 0.5}, "the tag '<Thinking>' is not there"),
