@@ -59,7 +59,8 @@ class TokenWeigher:
         outside = (weights != 0) & ~((weights >= SMALLEST) & (weights <= LARGEST))
         if outside.any():
             raise InputError(
-                f"its weights multiply to {weights[outside][0]}; give weights whose product is 0, or {SMALLEST} to {LARGEST}"
+                f"its weights multiply to {weights[outside][0]}; give weights with a product of 0, or {SMALLEST} to "
+                f"{LARGEST}"
             )
         labels = np.where(weights > 0, labels, -100)
         return np.where(labels != -100, weights, 0.0).tolist(), labels.tolist()

@@ -123,8 +123,8 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
     def _require_message_key(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
         """Refuse a key that no message has, such as a misspelled one. Streams may not know their keys."""
         key, features = self.args.message_weight_key, dataset.features or {}
-        of_messages = [getattr(features.get(name), "feature", None) for name in ("messages", "prompt", "completion")]
-        keys = {name for feature in of_messages if isinstance(feature, dict) for name in feature}
+        columns = (getattr(features.get(name), "feature", None) for name in ("messages", "prompt", "completion"))
+        keys = {name for of_messages in columns if isinstance(of_messages, dict) for name in of_messages}
         if key is not None and keys and key not in keys:
             raise InputError(
                 f"No message of the {dataset_name} dataset has the key `{key}`, which `message_weight_key` names; they "
