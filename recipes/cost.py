@@ -152,7 +152,7 @@ def flops(recipe: dict) -> float:
     examples, length = DATA[recipe["datasets"][0]["path"] if "datasets" in recipe else recipe["dataset_name"]]
     epochs = recipe["num_train_epochs"]  # for SFTKey, of all stages together
     passes = epochs * (4 if recipe.get("use_peft", False) else 6)
-    passes += epochs * 2 * recipe.get("activation_checkpointing", True)
+    passes += epochs * 2 * recipe.get("gradient_checkpointing", True)
     passes += epochs * 2 * is_dpo(recipe)
     if recipe.get("confidence_source") == "reference":  # SFTMix trains twice, and reads the data at each checkpoint
         passes = 2 * passes + 2 * max(epochs, 3)

@@ -6,8 +6,8 @@ import warnings
 
 # Category, regular expressions of the message's beginning and of the module
 HIDDEN = [
-    # TRL and PEFT call transformers by its old names
-    (FutureWarning, r"`(is_gradient_checkpointing|gradient_checkpointing_\w+)` is deprecated", r"transformers\."),
+    # TRL and PEFT call transformers by its old names, and so do recipes, for its older versions
+    (FutureWarning, r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated", r"transformers\."),
     # The quickstart's data: reasoning-gym imports cellpylib, which Python compiles the first time
     (SyntaxWarning, r'"is" with', r".*\bcellpylib\b"),
 ]

@@ -36,13 +36,11 @@ def test_syntax_of_the_package_that_makes_the_data_is_hidden(shown):
     assert [warning.category for warning in shown] == [SyntaxWarning]
 
 
-def test_what_a_recipe_can_change_is_shown(shown, tmp_path):
-    from trl import SFTConfig
-
-    SFTConfig(tmp_path, gradient_checkpointing=False, use_cpu=True, bf16=False)
-    assert [str(warning.message) for warning in shown if warning.category is FutureWarning] == [
-        "`gradient_checkpointing` is deprecated and will be removed in v6. Use `activation_checkpointing` instead."
-    ]
+def test_other_deprecations_are_shown(shown):
+    for name in ("gradient_checkpointing", "tokenizer"):
+        text = f"`{name}` is deprecated and will be removed in v6."
+        warnings.warn_explicit(text, FutureWarning, "training_args.py", 1, module="transformers.training_args")
+    assert [str(warning.message) for warning in shown] == ["`tokenizer` is deprecated and will be removed in v6."]
 
 
 def test_the_command_hides_only_that_deepspeed_found_no_gpu():
