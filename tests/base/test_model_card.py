@@ -24,6 +24,7 @@ def assert_complete(card: ModelCard, trainer, **front_matter):
     assert "None" not in card.content and 'model=""' not in card.content
     assert f"# Model Card for {data['model_name']}\n" in card.content
     assert f"This model was trained with {trainer._name}" in card.text
+    assert bool(paper) == (trainer._name != "Weighted SFT")  # the one that no paper proposed
     if paper:
         assert f"{trainer._name}, a method introduced in [{paper['title']}]" in card.text
         assert f"(https://huggingface.co/papers/{paper['id']})" in card.text and paper["citation"] in card.text

@@ -99,7 +99,7 @@ def test_values_and_defaults(write_study):
         ({"evaluations": {"tagged": "yes"}}, "`tagged` must be bool, got 'yes'"),
         (
             {"evaluations": {"parts": {"answer": "(####"}}},
-            "`evaluations`: `parts` has '(####' for `answer`, which is not a regular expression: missing ), ",
+            "`evaluations`: the pattern of `answer` in `parts`, '(####', is no valid regular expression: missing ), ",
         ),
         ({"evaluations": {"parts": {"answer": 4}}}, "`parts` must be dict[str, str] | None, got {'answer': 4}"),
         ({"evaluations": {"lm_eval": {"limit": 3}}}, "`tasks` must be a list of names, such as [arc_easy], got None"),
