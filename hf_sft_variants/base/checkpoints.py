@@ -39,6 +39,8 @@ _NEW_RUN = "or start a new run from its weights: pass the folder as `model`, wit
 class ResumeCheckMixin:
     """Refuses to resume from an incomplete checkpoint or from another run's."""
 
+    # Columns of the training set that a checkpoint must share
+    _columns_to_resume = ["input_ids", "labels"]
     _examples: dict[str, Any] | None = None
     _run: dict[str, Any] | None = None
 
@@ -72,7 +74,7 @@ class ResumeCheckMixin:
         can't be described. Called by all processes.
         """
         if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
-            self._examples = describe_examples(dataset)
+            self._examples = describe_examples(dataset, self._columns_to_resume)
 
     def describe_run(self) -> dict[str, Any]:
         """Describe what a checkpoint must share with this run, as JSON values: the loss, its settings and the data."""
@@ -143,10 +145,10 @@ def local_name(name: str) -> str:
     return os.path.basename(os.path.abspath(name)) if is_path else name
 
 
-def describe_examples(dataset: Dataset) -> dict[str, Any]:
-    """Number of prepared examples in a data set, with a hash of the tokens and labels of some of them."""
+def describe_examples(dataset: Dataset, columns: list[str]) -> dict[str, Any]:
+    """Number of prepared examples in a data set, with a hash of some of them."""
     rows = np.unique(np.linspace(0, len(dataset) - 1, _NUM_COMPARED, dtype=int))
-    some = dataset.select_columns(["input_ids", "labels"])[rows]
+    some = dataset.select_columns(columns)[rows]
     return {"number": len(dataset), "hash": hashlib.sha256(json.dumps(some).encode()).hexdigest()[:16]}
 
 

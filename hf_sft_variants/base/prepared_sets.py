@@ -52,18 +52,22 @@ class PreparedSetsMixin:
         """
         columns = get_dataset_column_names(dataset)
         if not {MADE_WITH, "input_ids"} <= set(columns):
-            if not self._skip_prepare_dataset:
+            if self._skip_prepare_dataset:
+                self.adopt_sources([], dataset_name)
+            else:
                 unknown = {*self.token_columns} & {*columns} - self._columns_of_the_user
                 refuse_unknown_annotations(unknown, dataset_name)
             return None
         made_with = read_made_with(dataset, dataset_name)
         wanted = self.describe_annotations(columns, packing, is_packed(made_with))
+        if self._metrics_by is None:  # then the numbers of sources are not read
+            wanted["settings"].pop("metrics_by", None)
         all_wanted = {**wanted, "settings": {**wanted["settings"], **self._settings_of_first_set}}
         require_same_settings(made_with, all_wanted, dataset_name)
         # Settings that this trainer does not have, such as unnamed reference models, must match across data sets
         unknown = made_with["settings"].keys() - wanted["settings"].keys()
         self._settings_of_first_set |= {name: made_with["settings"][name] for name in unknown}
-        if is_packed(made_with):  # others still have the column
+        if is_packed(made_with) or self._skip_prepare_dataset:  # others are numbered again
             self.adopt_sources(made_with["sources"], dataset_name)
         return made_with
 

@@ -36,18 +36,25 @@ class MetricsBySourceMixin:
 
     def adopt_sources(self, values: list[str], dataset_name: str) -> None:
         """Take over the numbers in a data set that is prepared already."""
-        for number, value in enumerate(values if self._metrics_by else []):
+        if self._metrics_by is None:
+            return
+        if not values:
+            raise InputError(
+                f"The {dataset_name} dataset was not prepared with `metrics_by={self._metrics_by!r}`, so nothing says "
+                "where its tokens come from. Remove `metrics_by` or `skip_prepare_dataset`."
+            )
+        for number, value in enumerate(values):
             if self._sources.setdefault(value, len(self._sources)) != number:
                 raise InputError(
                     f"The {dataset_name} dataset was prepared with other numbers of the values of "
                     f"`metrics_by={self._metrics_by!r}`: pass the raw, unprepared rows."
                 )
 
-    def add_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-        """Add the column of the sources' numbers: on each token, the number of its row's value."""
+    def number_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
+        """Number the values of a data set that has them all, before rows are dropped."""
         column = self._metrics_by
         if column is None:
-            return dataset
+            return
         for value in _values(dataset, column, dataset_name):
             self._sources.setdefault(value, len(self._sources))
         if len(self._sources) > MAX_SOURCES:
@@ -56,7 +63,12 @@ class MetricsBySourceMixin:
                 f"{next(iter(self._sources))!r}, but at most {MAX_SOURCES} can have metrics of their own. Name a "
                 "column with fewer."
             )
-        fn_kwargs = {"column": column, "numbers": dict(self._sources)}
+
+    def add_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
+        """Add the column of the sources' numbers: on each token, the number of its row's value."""
+        if self._metrics_by is None:
+            return dataset
+        fn_kwargs = {"column": self._metrics_by, "numbers": dict(self._sources)}
         map_kwargs = map_description(dataset, self.args, f"Numbering sources of {dataset_name} dataset")
         return dataset.map(_add_source_ids, fn_kwargs=fn_kwargs, **map_kwargs)
 

@@ -181,6 +181,7 @@ class AnnotatedSFTTrainer(
             return dataset
         if from_text:
             refuse_token_columns(dataset, dataset_name)
+        self.number_sources(dataset, dataset_name)
         if from_text and formatting_func is not None:
             formatting_func = partial(checked_text, formatting_func=formatting_func)
         else:

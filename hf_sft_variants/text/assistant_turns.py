@@ -54,19 +54,44 @@ def render_example(
     the assistant's text can't be found in the rendered text.
     """
     if is_conversational(example):
-        tools = example.get("tools")
-        options = {
-            "chat_template": chat_template,
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(example.get("chat_template_kwargs") or {}),
-        }
-        if "prompt" not in example:
-            return render_conversation(tokenizer, example["messages"], **options)
-        messages = example["prompt"] + example["completion"]
-        return render_conversation(tokenizer, messages, len(example["prompt"]), **options)
+        options = _template_options(example, chat_template)
+        return render_conversation(tokenizer, messages_of(example), len(example.get("prompt", [])), **options)
     if "prompt" in example:
         return render_text(tokenizer, example["prompt"], example["completion"])
     return render_text(tokenizer, "", example[text_field])
+
+
+def messages_of(example: dict[str, Any]) -> list[dict[str, Any]]:
+    """All messages of a conversation."""
+    return example["prompt"] + example["completion"] if "prompt" in example else example["messages"]
+
+
+def tokens_by_message(
+    example: dict[str, Any], rendered: RenderedExample, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+) -> list[list[int] | None]:
+    """
+    Indices of the tokens of each message of a conversation, with everything that the chat template adds to it, its
+    header included. `None` for a message that the template renders so that it can't be told from its neighbours.
+    """
+    finder = _content_finder(tokenizer, _template_options(example, chat_template))
+    contents = {turn.message: turn.content for turn in rendered.turns}
+    spans = finder.find_messages(messages_of(example), contents, rendered.text)
+    starts = [start for start, _ in rendered.offsets]
+    return [span and [i for i, start in enumerate(starts) if span[0] <= start < span[1]] for span in spans]
+
+
+def _template_options(example: dict[str, Any], chat_template: str | None) -> dict[str, Any]:
+    tools = example.get("tools")
+    return {
+        "chat_template": chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
+
+
+def _content_finder(tokenizer: PreTrainedTokenizerBase, template_options: dict[str, Any]) -> ContentFinder:
+    render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options)
+    return ContentFinder(render, tuple(tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer)))))
 
 
 def require_same_tokens(rendered: RenderedExample, input_ids: list[int]) -> None:
@@ -85,11 +110,10 @@ def render_conversation(
     Render a conversation with the chat template and find the assistant turns, starting with message number `first`.
     Raises an `InputError` if the content of the last assistant turn can't be found in the rendered text.
     """
-    render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options)
-    text = render(messages)
+    finder = _content_finder(tokenizer, template_options)
+    text = finder.render(messages)
     token_ids, offsets = tokenize_with_offsets(tokenizer, text, add_special_tokens=False)
     special = special_token_ids(tokenizer)
-    finder = ContentFinder(render, tuple(tokenizer.convert_ids_to_tokens(sorted(special))))
     numbers = [i for i in range(first, len(messages)) if _has_words(messages[i])]
     contents = finder.find_contents(messages, numbers, text)
     if numbers and contents[-1] is None:
@@ -100,7 +124,7 @@ def render_conversation(
     turns = []
     for i, content in zip(numbers, contents, strict=True):
         if content is not None:
-            turn_end = finder.find_turn_end(messages, i, text, content[1])
+            turn_end = finder.find_turn_end(messages, i, text, content)
             turns.append(Turn(content, _end_token(text, token_ids, offsets, special, content[1], turn_end), i))
     return RenderedExample(text, token_ids, offsets, turns)
 

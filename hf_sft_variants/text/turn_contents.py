@@ -81,18 +81,35 @@ class ContentFinder:
             return None
         return start, start + len(words) - len(turn_end) if turn_end else len(through)
 
-    def find_turn_end(self, messages: Messages, number: int, text: str, content_end: int) -> int:
-        """Find the end of a turn, including what the template adds after its content."""
+    def find_turn_end(self, messages: Messages, number: int, text: str, content: Span | None) -> int | None:
+        """
+        Find the end of a turn, including what the template adds after its content. `None` if the template renders it
+        differently once others follow, and its content is not known.
+        """
         if number == len(messages) - 1:
             return len(text)
         through = self._render_part(messages[: number + 1])
-        if not through:
-            return content_end
-        if text.startswith(through):
+        if through and text.startswith(through):
             return len(through)
+        if content is None or not through:
+            return content and content[1]
         # The template renders the last turn of a conversation differently, but ends it like the others
-        (content,) = self.find_contents(messages[: number + 1], [number], through)
-        return content_end + common_length(through[content[1] :] if content else "", text[content_end:])
+        (in_part,) = self.find_contents(messages[: number + 1], [number], through)
+        return content[1] + common_length(through[in_part[1] :] if in_part else "", text[content[1] :])
+
+    def find_messages(self, messages: Messages, contents: dict[int, Span], text: str) -> list[Span | None]:
+        """
+        Find each message in `text` with everything that the template adds to it, its header included. `contents` has
+        the content of those where it is known. `None` for a message that can't be told from its neighbours.
+        """
+        spans, start = [], 0
+        for i in range(len(messages)):
+            content = contents.get(i)
+            end = self.find_turn_end(messages, i, text, content)
+            start = start if start is not None or content is None else content[0]
+            spans.append(None if start is None or end is None else (start, end))
+            start = end
+        return spans
 
     def _render_part(self, messages: Messages, **options: Any) -> str:
         """Render the first messages of a conversation; empty if the template rejects them, e.g. without a question."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .assistant_turns import RenderedExample, render_example, require_same_tokens
+from .assistant_turns import RenderedExample, render_example, require_same_tokens, tokens_by_message
 from .decoded_turns import assistant_header, decode_example
 from .key_finder import KeyFinder
 from .special_tokens import special_token_ids
@@ -47,3 +47,9 @@ class TurnReader:
             documents.append(decode_example(*arguments))
             start += length
         return documents
+
+    def tokens_by_message(self, example: dict[str, Any]) -> list[list[int] | None]:
+        """Indices of the tokens of each message of a row with messages; see [`tokens_by_message`]."""
+        (rendered,) = self(example)
+        tokenizer, chat_template, _ = self.render_arguments
+        return tokens_by_message(example, rendered, tokenizer, chat_template)

@@ -19,8 +19,8 @@ class WeightedSFTConfig(AnnotatedSFTConfig):
         token_weight_column (`str`, *optional*):
             Column with a weight for each token of `input_ids`, in rows that come as tokens.
         message_weight_key (`str`, *optional*):
-            Key of assistant messages, such as `"weight"`, with the weight of the message's words and of the end of its
-            turn. Messages without it count 1.
+            Key of messages, such as `"weight"`, with the weight of the message: of everything that the chat template
+            writes for it, from its header to the end of its turn. Messages without it count 1.
         example_weight_column (`str`, *optional*):
             Column with a weight for each row.
         prompt_weight (`float`, *optional*):
@@ -58,7 +58,7 @@ class WeightedSFTConfig(AnnotatedSFTConfig):
     )
     message_weight_key: str | None = field(
         default=None,
-        metadata={"help": "Key of assistant messages with the weight of the message."},
+        metadata={"help": "Key of messages with the weight of the message."},
     )
     example_weight_column: str | None = field(
         default=None,

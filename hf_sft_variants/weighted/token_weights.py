@@ -1,24 +1,22 @@
 """Multiplies the weights of a row into one for each token."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
 
 from ..errors import InputError
-from ..text.assistant_turns import RenderedExample, Turn
+from ..text.assistant_turns import RenderedExample, Turn, messages_of
 from ..text.key_finder import KeyFinder
 from ..text.turn_reader import TurnReader
 
 
 # What sums in float32 can hold
 SMALLEST, LARGEST = 1e-30, 1e30
-
-ReadTurns = Callable[[dict[str, Any]], list[RenderedExample]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class TokenWeigher:
     answer_weight: float
     find_key: KeyFinder
 
-    def __call__(self, example: dict[str, Any], read_turns: ReadTurns) -> tuple[list[float], list[int]]:
+    def __call__(self, example: dict[str, Any], read_turns: TurnReader) -> tuple[list[float], list[int]]:
         input_ids, labels = np.asarray(example["input_ids"]), np.asarray(example["labels"])
         weights = np.ones(len(input_ids))
         if self.example_weight_column is not None:
@@ -72,31 +70,21 @@ class TokenWeigher:
             raise InputError(f"{where} has {found}, but `input_ids` has {num_tokens} tokens; give one for each")
         return _numbers(values, where)
 
-    def _weigh_messages(self, weights: np.ndarray, example: dict[str, Any], read_turns: ReadTurns) -> None:
-        key, messages = self.message_weight_key, _messages_of(example)
-        if messages is None:
+    def _weigh_messages(self, weights: np.ndarray, example: dict[str, Any], read_turns: TurnReader) -> None:
+        key = self.message_weight_key
+        if not is_conversational(example):
             raise InputError(f"`message_weight_key={key!r}` needs messages, but the row has none")
-        weighed = {i: message[key] for i, message in enumerate(messages) if message.get(key) is not None}
+        weighed = {i: message[key] for i, message in enumerate(messages_of(example)) if message.get(key) is not None}
         for i, weight in weighed.items():
             _numbers([weight], f"`{key}` of message {i}")
-            if messages[i]["role"] != "assistant":
-                raise InputError(
-                    f"message {i} has the role {messages[i]['role']!r} and `{key}` {weight!r}, but only the "
-                    "assistant's messages are weighed: remove it, and set `assistant_only_loss=True` to leave the "
-                    "others out"
-                )
-        if not weighed:
-            return
-        others = {name: value for name, value in example.items() if name not in ("prompt", "completion")}
-        (document,) = read_turns({**others, "messages": messages})
-        turns = {turn.message: turn for turn in document.turns}
+        tokens = read_turns.tokens_by_message(example) if weighed else []
         for i, weight in weighed.items():
-            if i in turns:
-                weights[_tokens_of(document, turns[i])] *= weight
+            if tokens[i] is not None:
+                weights[tokens[i]] *= weight
             elif weight != 1:
                 raise InputError(
-                    f"the words of message {i}, whose `{key}` is {weight!r}, are not in the rendered text: it has "
-                    "none, or the chat template leaves them out or changes them"
+                    f"message {i}, whose `{key}` is {weight!r}, can't be told from its neighbours in the rendered "
+                    "text, because the chat template changes it once others follow"
                 )
 
     def _weigh_answers(self, weights: np.ndarray, documents: list[RenderedExample]) -> None:
@@ -135,13 +123,6 @@ def add_token_weights(
         all_weights.append(weights)
         all_labels.append(labels)
     return {"token_weights": all_weights, "labels": all_labels}
-
-
-def _messages_of(example: dict[str, Any]) -> list[dict[str, Any]] | None:
-    if isinstance(example.get("messages"), list):
-        return example["messages"]
-    is_conversation = isinstance(example.get("prompt"), list)
-    return example["prompt"] + example["completion"] if is_conversation else None
 
 
 def _numbers(values: list[Any], where: str) -> np.ndarray:

@@ -62,6 +62,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
     _name = "Weighted SFT"
     config_class = WeightedSFTConfig
     annotation_columns = {"token_weights": 0.0}
+    _columns_to_resume = ["input_ids", "labels", "token_weights"]
 
     # Annotation: a weight for each token
 
@@ -127,8 +128,8 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
         keys = {name for of_messages in columns if isinstance(of_messages, dict) for name in of_messages}
         if key is not None and keys and key not in keys:
             raise InputError(
-                f"No message of the {dataset_name} dataset has the key `{key}`, which `message_weight_key` names; they "
-                f"have {sorted(keys)}."
+                f"No message of the {dataset_name} dataset has the key `{key}`, which `message_weight_key` names; "
+                f"they have {sorted(keys)}."
             )
 
     # Loss

@@ -90,6 +90,30 @@ def test_a_prepared_set_knows_its_sources(tiny_model, tokenizer, sourced_rows, t
         make_trainer(*arguments, other, tmp_path, **options, eval_dataset=prepared)
     with pytest.raises(InputError, match="`metrics_by` was 'source', is now 'origin'"):
         make_trainer(*arguments, prepared, tmp_path, **{**options, "metrics_by": "origin"})
+    log, _ = one_step_log(*arguments, prepared, tmp_path, **LAYOUTS["packed"])
+    assert of_sources(log) == {}
+
+
+def test_unpacked_rows_are_numbered_again(tiny_model, tokenizer, sourced_rows, tmp_path):
+    arguments = (*CLASSES, tiny_model, tokenizer)
+    prepared = make_trainer(*arguments, sourced_rows, tmp_path, metrics_by="source").train_dataset
+    other = sourced_rows.filter(lambda row: row["source"] != "books")
+    trainer = make_trainer(*arguments, other, tmp_path, metrics_by="source", eval_dataset=prepared)
+    found = {key: value for key, value in of_sources(trainer.evaluate(), "eval_").items() if value}
+    assert found == pytest.approx(expected_metrics(tiny_model, sourced_rows), rel=1e-5)
+
+
+def test_rows_that_are_not_prepared_again(tiny_model, tokenizer, sourced_rows, tmp_path):
+    arguments, as_they_are = (*CLASSES, tiny_model, tokenizer), {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    prepared = make_trainer(*arguments, sourced_rows, tmp_path, metrics_by="source").train_dataset
+    log, _ = one_step_log(*arguments, prepared, tmp_path, metrics_by="source", **LAYOUTS["padded"], **as_they_are)
+    assert of_sources(log) == pytest.approx(expected_metrics(tiny_model, sourced_rows), rel=1e-5)
+    for rows in (
+        make_trainer(*arguments, sourced_rows, tmp_path).train_dataset,
+        prepared.remove_columns("annotated_with"),
+    ):
+        with pytest.raises(InputError, match="The train dataset was not prepared with `metrics_by='source'`"):
+            make_trainer(*arguments, rows, tmp_path, metrics_by="source", **as_they_are)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +128,8 @@ def test_a_prepared_set_knows_its_sources(tiny_model, tokenizer, sourced_rows, t
 def test_what_can_not_be_a_source(values, message, tiny_model, tokenizer, sourced_rows, tmp_path):
     rows = sourced_rows.remove_columns("source")
     rows = rows if values is None else rows.add_column("source", values)
+    labels = [ids if row else [-100] * len(ids) for row, ids in enumerate(rows["input_ids"])]
+    rows = rows.add_column("labels", labels)  # the first row is dropped, but counts
     with pytest.raises(InputError, match=message):
         make_trainer(*CLASSES, tiny_model, tokenizer, rows, tmp_path, metrics_by="source")
 
@@ -129,9 +155,7 @@ def test_a_configuration_of_ones_own_needs_no_metrics_by(tiny_model, tokenizer, 
 
 
 def test_a_number_and_its_text_are_one_source(tiny_model, tokenizer, tmp_path):
-    numbers, texts = (
-        Dataset.from_list([{"input_ids": [5, 6, 7], "source": value}] * 2) for value in (1, "1")
-    )
+    numbers, texts = (Dataset.from_list([{"input_ids": [5, 6, 7], "source": value}] * 2) for value in (1, "1"))
     arguments = (*CLASSES, tiny_model, tokenizer, numbers, tmp_path)
     trainer = make_trainer(*arguments, eval_dataset=texts, metrics_by="source")
     assert trainer.evaluate()["eval_token_share/1"] == 1

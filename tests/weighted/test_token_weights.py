@@ -7,7 +7,7 @@ from operator import itemgetter
 import helpers
 import pytest
 from datasets import Dataset
-from fixtures.chat_templates import CHATML, GEMMA, GENERATION, LLAMA_3, QWEN_3, TOOLS, ZEPHYR
+from fixtures.chat_templates import CHATML, GEMMA, GENERATION, GLM, LLAMA_3, MISTRAL, QWEN_3, TOOLS, ZEPHYR
 
 from hf_sft_variants import WeightedSFTConfig, WeightedSFTTrainer
 from hf_sft_variants.errors import InputError
@@ -50,40 +50,65 @@ MESSAGES = {
     "ChatML": (
         CHATML,
         [
-            ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
-            ("It is four<|im_end|>", 0.3),
-            ("\n<|im_start|>user\nAnd one more?<|im_end|>\n<|im_start|>assistant\n", 1.0),
-            ("Then five<|im_end|>", 2.0),
-            ("\n", 1.0),
+            ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n", 1.0),
+            ("<|im_start|>assistant\nIt is four<|im_end|>\n", 0.3),
+            ("<|im_start|>user\nAnd one more?<|im_end|>\n", 1.0),
+            ("<|im_start|>assistant\nThen five<|im_end|>\n", 2.0),
         ],
     ),
     "Llama 3": (
         LLAMA_3,
         [
-            ("<s><|start|>user<|header|>\n\nWhat is two plus two?<|end|><|start|>assistant<|header|>\n\n", 1.0),
-            ("It is four<|end|>", 0.3),
-            ("<|start|>user<|header|>\n\nAnd one more?<|end|><|start|>assistant<|header|>\n\n", 1.0),
-            ("Then five<|end|>", 2.0),
+            ("<s><|start|>user<|header|>\n\nWhat is two plus two?<|end|>", 1.0),
+            ("<|start|>assistant<|header|>\n\nIt is four<|end|>", 0.3),
+            ("<|start|>user<|header|>\n\nAnd one more?<|end|>", 1.0),
+            ("<|start|>assistant<|header|>\n\nThen five<|end|>", 2.0),
         ],
     ),
     "Zephyr": (
         ZEPHYR,
         [
-            ("<|user|>\nWhat is two plus two?</s>\n<|assistant|>\n", 1.0),
-            ("It is four</s>", 0.3),
-            ("\n<|user|>\nAnd one more?</s>\n<|assistant|>\n", 1.0),
-            ("Then five</s>", 2.0),
-            ("\n", 1.0),
+            ("<|user|>\nWhat is two plus two?</s>\n", 1.0),
+            ("<|assistant|>\nIt is four</s>\n", 0.3),
+            ("<|user|>\nAnd one more?</s>\n", 1.0),
+            ("<|assistant|>\nThen five</s>\n", 2.0),
         ],
     ),
     "Gemma": (
         GEMMA,
         [
-            ("<bos><start_of_turn>user\nWhat is two plus two?<end_of_turn>\n<start_of_turn>model\n", 1.0),
-            ("It is four<end_of_turn>", 0.3),
-            ("\n<start_of_turn>user\nAnd one more?<end_of_turn>\n<start_of_turn>model\n", 1.0),
-            ("Then five<end_of_turn>", 2.0),
-            ("\n", 1.0),
+            ("<bos><start_of_turn>user\nWhat is two plus two?<end_of_turn>\n", 1.0),
+            ("<start_of_turn>model\nIt is four<end_of_turn>\n", 0.3),
+            ("<start_of_turn>user\nAnd one more?<end_of_turn>\n", 1.0),
+            ("<start_of_turn>model\nThen five<end_of_turn>\n", 2.0),
+        ],
+    ),
+    "Mistral": (
+        MISTRAL,
+        [
+            ("<s>[INST] What is two plus two? [/INST]", 1.0),
+            (" It is four</s>", 0.3),
+            ("[INST] And one more? [/INST]", 1.0),
+            (" Then five</s>", 2.0),
+        ],
+    ),
+    "GLM": (
+        GLM,
+        [
+            ("[gMASK]<|user|>\nWhat is two plus two?", 1.0),
+            ("<|assistant|>\nIt is four", 0.3),
+            ("<|user|>\nAnd one more?", 1.0),
+            ("<|assistant|>\nThen five", 2.0),
+        ],
+    ),
+    # Every message is rendered differently once others follow: what can be told apart is the assistant's words
+    "numbered": (
+        CHATML.replace("<|im_end|>", " ({{ loop.length }})<|im_end|>"),
+        [
+            ("<|im_start|>user\nWhat is two plus two? (4)<|im_end|>\n<|im_start|>assistant\n", 1.0),
+            ("It is four", 0.3),
+            (" (4)<|im_end|>\n<|im_start|>user\nAnd one more? (4)<|im_end|>\n<|im_start|>assistant\n", 1.0),
+            ("Then five (4)<|im_end|>\n", 2.0),
         ],
     ),
 }
@@ -97,9 +122,9 @@ def test_messages(template, expected, prepare, tokenizer):
 
 def test_messages_of_a_prompt_and_a_completion(prepare, tokenizer):
     (row,) = prepare([{"prompt": TALK[:3], "completion": TALK[3:]}], CHATML, message_weight_key="weight")
-    # The prompt has no labels, whatever its messages weigh; what the template puts after the turn counts 1
-    assert [weight for _, weight in pieces(row, tokenizer)] == [0.0, 2.0, 1.0]
-    assert pieces(row, tokenizer)[1:] == [("Then five<|im_end|>", 2.0), ("\n", 1.0)]
+    # The prompt has no labels, whatever its messages weigh
+    assert [weight for _, weight in pieces(row, tokenizer)] == [0.0, 2.0]
+    assert pieces(row, tokenizer)[1:] == [("Then five<|im_end|>\n", 2.0)]
 
 
 def test_messages_after_a_prompt_that_opens_the_reasoning(prepare, tokenizer):
@@ -107,22 +132,18 @@ def test_messages_after_a_prompt_that_opens_the_reasoning(prepare, tokenizer):
     answer = {"role": "assistant", "content": "<think>\ntwo and two</think>It is four", "weight": 0.5}
     (row,) = prepare([{"prompt": TALK[:1], "completion": [answer]}], template, message_weight_key="weight")
     question = "<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    response = "two and two</think>It is four<|im_end|>"
-    assert pieces(row, tokenizer) == [(question, 0.0), (response, 0.5), ("\n", 1.0)]
+    response = "two and two</think>It is four<|im_end|>\n"
+    assert pieces(row, tokenizer) == [(question, 0.0), (response, 0.5)]
 
 
 def test_messages_whose_reasoning_is_left_out(prepare, tokenizer):
     thought = {"role": "assistant", "content": "<think>one</think>It is four", "weight": 0.3}
     (row,) = prepare([{"messages": [TALK[0], thought, *TALK[2:]]}], QWEN_3, message_weight_key="weight")
     assert pieces(row, tokenizer) == [
-        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
-        ("It is four<|im_end|>", 0.3),
-        (
-            "\n<|im_start|>user\nAnd one more?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-            1.0,
-        ),
-        ("Then five<|im_end|>", 2.0),
-        ("\n", 1.0),
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n", 1.0),
+        ("<|im_start|>assistant\nIt is four<|im_end|>\n", 0.3),
+        ("<|im_start|>user\nAnd one more?<|im_end|>\n", 1.0),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\nThen five<|im_end|>\n", 2.0),
     ]
 
 
@@ -130,19 +151,36 @@ def test_messages_around_tool_calls(prepare, tokenizer):
     call = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
     messages = [
         TALK[0],
-        {"role": "assistant", "content": "Let me see", "tool_calls": call, "weight": 0.5},
-        {"role": "tool", "content": "4", "weight": None},
+        {"role": "assistant", "content": None, "tool_calls": call, "weight": 0.5},
+        {"role": "tool", "content": "4", "weight": 0.1},
         {"role": "assistant", "content": "It is four", "weight": 0.0},
     ]
     (row,) = prepare([{"messages": messages}], TOOLS, message_weight_key="weight")
     assert pieces(row, tokenizer) == [
-        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
-        ("Let me see<tool_call>add</tool_call><|im_end|>", 0.5),
-        ("\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n", 1.0),
-        ("It is four<|im_end|>", 0.0),
-        ("\n", 1.0),
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n", 1.0),
+        ("<|im_start|>assistant\n<tool_call>add</tool_call><|im_end|>\n", 0.5),
+        ("<|im_start|>tool\n4<|im_end|>\n", 0.1),
+        ("<|im_start|>assistant\nIt is four<|im_end|>\n", 0.0),
     ]
     assert all(label == -100 for label, weight in zip(row["labels"], row["token_weights"], strict=True) if not weight)
+
+
+def test_everything_that_the_template_writes_for_a_message_of_weight_zero_leaves_the_loss(prepare, tokenizer):
+    template = GENERATION.replace("{% generation %}", "{% generation %}<think>{{ message.reasoning_content }}</think>")
+    first = {**TALK[1], "reasoning_content": "two and two", "weight": 0.0}
+    last = {**TALK[3], "reasoning_content": "four and one"}
+    rows = [{"messages": [TALK[0], first, TALK[2], last]}]
+    (row,) = prepare(rows, template, assistant_only_loss=True, message_weight_key="weight")
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == (
+        "<think>four and one</think>Then five<|im_end|>\n"
+    )
+
+
+def test_a_message_in_parts(prepare, tokenizer):
+    template = CHATML.replace("message['content']", "message['content'][0]['text']")
+    messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in TALK]
+    (row,) = prepare([{"messages": messages}], template, message_weight_key="weight")
+    assert pieces(row, tokenizer) == MESSAGES["ChatML"][1]
 
 
 def test_parts_of_a_response(prepare, tokenizer):
@@ -227,8 +265,6 @@ def talk(number, **changes):
         ({"prompt": "a ", "completion": "b"}, KEY, "`message_weight_key='weight'` needs messages"),
         (talk(3, weight=-2.0), KEY, "`weight` of message 3 has -2.0: give"),
         (talk(3, weight=math.inf), KEY, "`weight` of message 3 has inf: give"),
-        (talk(0, weight=0.5), KEY, "message 0 has the role 'user' and `weight` 0.5"),
-        (talk(1, content=""), KEY, "the words of message 1, whose `weight` is 0.3, are not in the rendered text"),
         (talk(0), {"message_weight_key": "wieght"}, "No message of the train dataset has the key `wieght`"),
         ({**TOKENS, "w": [1e20] * 12, "q": 1e20}, {**W, **Q}, "its weights multiply to 1e\\+40"),
         ({**TOKENS, "q": 1e-40}, Q, "its weights multiply to 1e-40"),
@@ -274,3 +310,8 @@ def test_settings_that_can_not_be(options, message, tmp_path):
 def test_every_row_of_weight_zero(prepare):
     with pytest.raises(InputError, match="The train dataset has no supervised token"):
         prepare([{"input_ids": IDS, "q": 0.0}], **Q)
+
+
+def test_a_message_that_can_not_be_told_from_the_others(prepare):
+    with pytest.raises(InputError, match="Row 0 .*: message 2, whose `weight` is 0.5, can't be told from its neighbo"):
+        prepare([talk(2, weight=0.5)], MESSAGES["numbered"][0], **KEY)
