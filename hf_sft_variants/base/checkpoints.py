@@ -39,8 +39,8 @@ _NEW_RUN = "or start a new run from its weights: pass the folder as `model`, wit
 class ResumeCheckMixin:
     """Refuses to resume from an incomplete checkpoint or from another run's."""
 
-    # Columns of the training set that a checkpoint must share
-    _columns_to_resume = ["input_ids", "labels"]
+    # Columns of the training set that a checkpoint must share, besides tokens, labels and the user's annotations
+    _columns_to_resume: list[str] = []
     _examples: dict[str, Any] | None = None
     _run: dict[str, Any] | None = None
 
@@ -74,7 +74,8 @@ class ResumeCheckMixin:
         can't be described. Called by all processes.
         """
         if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
-            self._examples = describe_examples(dataset, self._columns_to_resume)
+            columns = ["input_ids", "labels", *self._columns_to_resume, *sorted(self._columns_of_the_user)]
+            self._examples = describe_examples(dataset, columns)
 
     def describe_run(self) -> dict[str, Any]:
         """Describe what a checkpoint must share with this run, as JSON values: the loss, its settings and the data."""

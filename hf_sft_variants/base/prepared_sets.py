@@ -25,7 +25,7 @@ class PreparedSetsMixin:
     """Accepts data sets prepared by the same trainer with the same settings, and refuses all others."""
 
     # Annotation columns that users may supply themselves
-    _columns_of_the_user: frozenset[str | None] = frozenset()
+    _columns_of_the_user: frozenset[str] = frozenset()
 
     def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
         """

@@ -62,7 +62,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
     _name = "Weighted SFT"
     config_class = WeightedSFTConfig
     annotation_columns = {"token_weights": 0.0}
-    _columns_to_resume = ["input_ids", "labels", "token_weights"]
+    _columns_to_resume = ["token_weights"]
 
     # Annotation: a weight for each token
 
