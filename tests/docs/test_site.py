@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Each page with the configuration that it describes
 CONFIGS = {
-    "your_own_variant": hf_sft_variants.AnnotatedSFTConfig,
-    **{f"methods/{method}": METHODS[method].config_class for method in METHODS if method != "base"},
+    "reference/your_own_variant": hf_sft_variants.AnnotatedSFTConfig,
+    **{f"reference/{method}": METHODS[method].config_class for method in METHODS if method != "base"},
 }
 
 
@@ -69,6 +69,16 @@ def test_every_page_is_reached(site):
     for page in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]:
         if "_build" not in page.parts and page.name != "index.md":
             assert f'href="{page.relative_to(DOCS).with_suffix(".html")}"' in start, page
+
+
+def test_pages_to_read_are_short(site):
+    pages = [path.relative_to(DOCS) for path in DOCS.rglob("*.md") if "_build" not in path.parts]
+    to_look_up = {"compatibility.md", "changelog.md"}
+    for page in pages:
+        if str(page) not in to_look_up and page.parts[0] != "reference":
+            article = (site / page.with_suffix(".html")).read_text().split("<article", 1)[1].split("</article>", 1)[0]
+            words = html.unescape(re.sub(r"<math.*?</math>|<[^>]*>", " ", article, flags=re.DOTALL)).split()
+            assert len(words) < 1200, (page, len(words))
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
