@@ -23,8 +23,11 @@ DATA_sftkey_gsm8k = --tasks gsm8k --gsm8k $(GSM8K) --train_size 96 --validation_
 DATA_sftmix = --tasks chitchat --turns 4 --max_length 128 --train_size 64 --validation_size 48 --test_size 400
 DATA_sft_go = --tasks filler --train_size 160 --validation_size 0 --test_size 400
 MAKE_DATA = $(BIN)/python benchmarks/study_data.py --corrupted 0.3333
+# Seeds of these studies, and recipe keys for all their runs, such as another model on a GPU
+SEEDS = 0 1 2 3 4
+STUDY_KEYS =
 # Two runs at once with a thread each: faster on two cores than one run with two threads
-COMPARE = OMP_NUM_THREADS=1 $(BIN)/hf-sft-variants compare --jobs 2
+COMPARE = OMP_NUM_THREADS=1 $(BIN)/hf-sft-variants compare --jobs 2 $(STUDY_KEYS)
 EVALUATE = $(BIN)/hf-sft-variants evaluate $(EVALUATE_FLAGS) --show 1
 
 .PHONY: quickstart plan study study-poft test test-versions lint format docs dist
@@ -81,7 +84,7 @@ study: $(RUNTIME)
 study-%: studies/%.yaml $(RUNTIME)
 	$(BIN)/hf-sft-variants quickstart
 	$(MAKE_DATA) $(DATA_$*) --output studies/data/$*
-	$(COMPARE) --config $<
+	$(COMPARE) --config $< --seeds $(SEEDS)
 
 study-sftmix pilot-sftmix: $(VENV)/.dialogues
 
@@ -89,14 +92,14 @@ study-sftmix pilot-sftmix: $(VENV)/.dialogues
 study-poft: $(RUNTIME)
 	$(BIN)/hf-sft-variants quickstart
 	$(MAKE_DATA) $(DATA_poft) --output studies/data/poft
-	$(COMPARE) --config studies/poft_references.yaml
-	for seed in 0 1 2 3 4; do \
+	$(COMPARE) --config studies/poft_references.yaml --seeds $(SEEDS)
+	for seed in $(SEEDS); do \
 		$(BIN)/hf-sft-variants score --config recipes/quickstart/poft.yaml \
-			--dataset_name studies/data/poft/chain_sum_noisy \
+			--dataset_name studies/data/poft/chain_sum_noisy $(STUDY_KEYS) \
 			--reference_models studies/runs/poft_references/runs/clean/reference/seed_$$seed \
 			--keep-top 0.6667 --kept studies/data/poft/likely_rows_$$seed/train.jsonl || exit 1; \
 	done
-	$(COMPARE) --config studies/poft.yaml
+	$(COMPARE) --config studies/poft.yaml --seeds $(SEEDS)
 
 # The pilots of a study, which choose its settings on other rows
 pilot-%: studies/%_pilot.yaml $(RUNTIME)
