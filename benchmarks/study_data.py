@@ -219,7 +219,7 @@ def random_span(example: RenderedExample, tokens: dict, generator: random.Random
 
 
 def content_groups(example: RenderedExample, tokens: dict, generator: random.Random) -> dict:
-    """Group 1 for what differs between the responses, the answer and the end of the turn; 0 for filler. And weights."""
+    """Group 1 for what differs between the responses, the answer and the end of the turn; 0 for filler."""
     filler = set()
     for sentence in (OPENING, BEFORE_STEP, CLOSING):
         start = example.text.find(sentence)
