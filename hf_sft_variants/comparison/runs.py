@@ -31,9 +31,9 @@ def compare_study(
     """
     Do what is missing of a study, writing `results.json` and `report.html` to its folder after every run. `devices`
     has, for each of the runs to train at once, the GPU that it sees, or `None` for all; by default one run is trained
-    at a time. `seeds` and `flags` change the study as in [`read_study`]. Returns the runs that failed with the reasons,
-    and the path of the report. Raises an `InputError` if the study or anything it names can't be used, or it is running
-    already.
+    at a time. `seeds` and `flags` change the study as in [`read_study`]. Returns the runs that failed with the
+    reasons, and the path of the report. Raises an `InputError` if the study or anything it names can't be used, or it
+    is running already.
     """
     devices = devices or [None]
     study = read_study(path, seeds, flags)
