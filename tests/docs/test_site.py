@@ -34,8 +34,10 @@ def build(folder: str) -> None:
     assert main(["-W", "-q", "-d", f"{folder}/doctrees", str(DOCS), f"{folder}/html"]) == 0
 
 
-def text_of(page: Path) -> str:
-    return html.unescape(re.sub(r"<[^>]*>", "", page.read_text()))
+def num_words(page: Path) -> int:
+    """Of a page without its menus; a formula is none."""
+    article = re.search(r"<article.*?</article>", page.read_text(), re.DOTALL)[0]
+    return len(re.findall(r"\w\S*", html.unescape(re.sub(r"<math.*?</math>|<[^>]*>", " ", article, flags=re.DOTALL))))
 
 
 def test_public_names(site):
@@ -72,13 +74,11 @@ def test_every_page_is_reached(site):
 
 
 def test_pages_to_read_are_short(site):
-    pages = [path.relative_to(DOCS) for path in DOCS.rglob("*.md") if "_build" not in path.parts]
-    to_look_up = {"compatibility.md", "changelog.md"}
-    for page in pages:
-        if str(page) not in to_look_up and page.parts[0] != "reference":
-            article = (site / page.with_suffix(".html")).read_text().split("<article", 1)[1].split("</article>", 1)[0]
-            words = html.unescape(re.sub(r"<math.*?</math>|<[^>]*>", " ", article, flags=re.DOTALL)).split()
-            assert len(words) < 1200, (page, len(words))
+    to_look_up = {"_build", "reference", "compatibility.md", "registered.md"}
+    pages = [path.relative_to(DOCS) for path in DOCS.rglob("*.md") if not to_look_up & {*path.relative_to(DOCS).parts}]
+    assert len(pages) > 20
+    lengths = {str(page): num_words(site / page.with_suffix(".html")) for page in pages}
+    assert {page: length for page, length in lengths.items() if length >= 1200} == {}
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
