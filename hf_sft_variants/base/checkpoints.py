@@ -40,7 +40,7 @@ class ResumeCheckMixin:
     """Refuses to resume from an incomplete checkpoint or from another run's."""
 
     # Columns of the training set that a checkpoint must share, besides tokens, labels and the user's annotations
-    _columns_to_resume: list[str] = []
+    _columns_compared_on_resume: list[str] = []
     _examples: dict[str, Any] | None = None
     _run: dict[str, Any] | None = None
 
@@ -74,7 +74,7 @@ class ResumeCheckMixin:
         can't be described. Called by all processes.
         """
         if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
-            columns = ["input_ids", "labels", *self._columns_to_resume, *sorted(self._columns_of_the_user)]
+            columns = ["input_ids", "labels", *self._columns_compared_on_resume, *sorted(self._columns_of_the_user)]
             self._examples = describe_examples(dataset, columns)
 
     def describe_run(self) -> dict[str, Any]:
@@ -184,8 +184,8 @@ def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NE
     if None not in (examples, run["examples"]) and examples != run["examples"]:
         raise InputError(
             f"{folder} was made with {examples['number']} training examples, and the {run['examples']['number']} of "
-            "this run differ. Resume with the same data set, tokenizer, chat template and `max_length`, or set "
-            "`ignore_data_skip=True` to start from the first example."
+            "this run differ. Resume with the same data set and annotations, tokenizer, chat template and "
+            "`max_length`, or set `ignore_data_skip=True` to start from the first example."
         )
 
 

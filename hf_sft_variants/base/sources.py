@@ -17,6 +17,8 @@ MAX_SOURCES = 64
 
 SOURCE_IDS = "source_ids"
 
+RAW_ROWS = "pass the raw, unprepared rows"
+
 
 class MetricsBySourceMixin:
     """Numbers the values of the column `metrics_by`, over all data sets of a trainer."""
@@ -34,28 +36,35 @@ class MetricsBySourceMixin:
     def _sources(self) -> dict[str, int]:
         return {}
 
-    def adopt_sources(self, values: list[str], dataset_name: str) -> None:
+    def describe_sources(self) -> dict[str, Any]:
+        """For the description of a prepared data set: the column, and its values in the order of their numbers."""
+        return (
+            {} if self._metrics_by is None else {"sources": {"column": self._metrics_by, "values": [*self._sources]}}
+        )
+
+    def adopt_sources(self, made_with: dict[str, Any] | None, dataset_name: str) -> None:
         """Take over the numbers in a data set that is prepared already."""
         if self._metrics_by is None:
             return
-        if not values:
+        sources = (made_with or {}).get("sources", {})
+        if sources.get("column") != self._metrics_by:
             raise InputError(
                 f"The {dataset_name} dataset was not prepared with `metrics_by={self._metrics_by!r}`, so nothing says "
-                "where its tokens come from. Remove `metrics_by` or `skip_prepare_dataset`."
+                f"where its tokens come from. Remove `metrics_by`, or {RAW_ROWS}."
             )
-        for number, value in enumerate(values):
+        for number, value in enumerate(sources["values"]):
             if self._sources.setdefault(value, len(self._sources)) != number:
                 raise InputError(
                     f"The {dataset_name} dataset was prepared with other numbers of the values of "
-                    f"`metrics_by={self._metrics_by!r}`: pass the raw, unprepared rows."
+                    f"`metrics_by={self._metrics_by!r}`: {RAW_ROWS}."
                 )
 
     def number_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
-        """Number the values of a data set that has them all, before rows are dropped."""
+        """Number the values of `metrics_by`, also those of rows that are dropped later."""
         column = self._metrics_by
         if column is None:
             return
-        for value in _values(dataset, column, dataset_name):
+        for value in _values(dataset, column, self.args.dataset_text_field, dataset_name):
             self._sources.setdefault(value, len(self._sources))
         if len(self._sources) > MAX_SOURCES:
             raise InputError(
@@ -88,13 +97,17 @@ class MetricsBySourceMixin:
         return metrics
 
 
-def _values(dataset: Dataset | IterableDataset, column: str, dataset_name: str) -> list[str]:
+def _values(dataset: Dataset | IterableDataset, column: str, text_field: str, dataset_name: str) -> list[str]:
     if isinstance(dataset, IterableDataset):
         raise InputError(
             f"The {dataset_name} dataset is a stream, but `metrics_by={column!r}` needs all values of the column "
             "beforehand. Load it without streaming."
         )
     columns = get_dataset_column_names(dataset)
+    if column in ("prompt", "completion", text_field):
+        raise InputError(
+            f"`metrics_by={column!r}` names a text to train on. Name a column that says where it comes from."
+        )
     if column not in columns:
         raise InputError(
             f"The {dataset_name} dataset has no column `{column}`, which `metrics_by` names; it has {columns}."

@@ -54,7 +54,7 @@ def render_example(
     the assistant's text can't be found in the rendered text.
     """
     if is_conversational(example):
-        options = _template_options(example, chat_template)
+        options = template_options(example, chat_template)
         return render_conversation(tokenizer, messages_of(example), len(example.get("prompt", [])), **options)
     if "prompt" in example:
         return render_text(tokenizer, example["prompt"], example["completion"])
@@ -66,21 +66,8 @@ def messages_of(example: dict[str, Any]) -> list[dict[str, Any]]:
     return example["prompt"] + example["completion"] if "prompt" in example else example["messages"]
 
 
-def tokens_by_message(
-    example: dict[str, Any], rendered: RenderedExample, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
-) -> list[list[int] | None]:
-    """
-    Indices of the tokens of each message of a conversation, with everything that the chat template adds to it, its
-    header included. `None` for a message that the template renders so that it can't be told from its neighbours.
-    """
-    finder = _content_finder(tokenizer, _template_options(example, chat_template))
-    contents = {turn.message: turn.content for turn in rendered.turns}
-    spans = finder.find_messages(messages_of(example), contents, rendered.text)
-    starts = [start for start, _ in rendered.offsets]
-    return [span and [i for i, start in enumerate(starts) if span[0] <= start < span[1]] for span in spans]
-
-
-def _template_options(example: dict[str, Any], chat_template: str | None) -> dict[str, Any]:
+def template_options(example: dict[str, Any], chat_template: str | None) -> dict[str, Any]:
+    """Keyword arguments of `apply_chat_template` for a conversation."""
     tools = example.get("tools")
     return {
         "chat_template": chat_template,
@@ -89,7 +76,8 @@ def _template_options(example: dict[str, Any], chat_template: str | None) -> dic
     }
 
 
-def _content_finder(tokenizer: PreTrainedTokenizerBase, template_options: dict[str, Any]) -> ContentFinder:
+def content_finder(tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> ContentFinder:
+    """The finder of contents for conversations rendered with these keyword arguments of `apply_chat_template`."""
     render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options)
     return ContentFinder(render, tuple(tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer)))))
 
@@ -110,11 +98,11 @@ def render_conversation(
     Render a conversation with the chat template and find the assistant turns, starting with message number `first`.
     Raises an `InputError` if the content of the last assistant turn can't be found in the rendered text.
     """
-    finder = _content_finder(tokenizer, template_options)
+    finder = content_finder(tokenizer, **template_options)
     text = finder.render(messages)
     token_ids, offsets = tokenize_with_offsets(tokenizer, text, add_special_tokens=False)
     special = special_token_ids(tokenizer)
-    numbers = [i for i in range(first, len(messages)) if _has_words(messages[i])]
+    numbers = [i for i in range(first, len(messages)) if _speaks(messages[i])]
     contents = finder.find_contents(messages, numbers, text)
     if numbers and contents[-1] is None:
         raise InputError(
@@ -124,7 +112,7 @@ def render_conversation(
     turns = []
     for i, content in zip(numbers, contents, strict=True):
         if content is not None:
-            turn_end = finder.find_turn_end(messages, i, text, content)
+            turn_end = finder.find_turn_end(messages, i, text, content[1])
             turns.append(Turn(content, _end_token(text, token_ids, offsets, special, content[1], turn_end), i))
     return RenderedExample(text, token_ids, offsets, turns)
 
@@ -140,9 +128,14 @@ def render_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     return RenderedExample(text, token_ids, offsets, [Turn((len(prompt), end), end_token)])
 
 
-def _has_words(message: dict[str, Any]) -> bool:
+def _speaks(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and has_words(message)
+
+
+def has_words(message: dict[str, Any]) -> bool:
+    """Whether the content of a message is a text that is not blank."""
     content = message.get("content")
-    return message["role"] == "assistant" and isinstance(content, str) and bool(content.strip())
+    return isinstance(content, str) and bool(content.strip())
 
 
 def _end_token(

@@ -1,6 +1,7 @@
 """Finds the content of each turn in a rendered conversation, by rendering modified versions of the conversation."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,35 +82,55 @@ class ContentFinder:
             return None
         return start, start + len(words) - len(turn_end) if turn_end else len(through)
 
-    def find_turn_end(self, messages: Messages, number: int, text: str, content: Span | None) -> int | None:
+    def find_turn_end(self, messages: Messages, number: int, text: str, content_end: int) -> int:
+        """Find the end of a turn, including what the template adds after its content."""
+        if number == len(messages) - 1:
+            return len(text)
+        through = self._render_part(messages[: number + 1])
+        if not through:
+            return content_end
+        if text.startswith(through):
+            return len(through)
+        # The template renders the last turn of a conversation differently, but ends it like the others
+        (content,) = self.find_contents(messages[: number + 1], [number], through)
+        return content_end + common_length(through[content[1] :] if content else "", text[content_end:])
+
+    def find_messages(self, messages: Messages, contents: dict[int, Span | None], text: str) -> list[Span | None]:
         """
-        Find the end of a turn, including what the template adds after its content. `None` if the template renders it
-        differently once others follow, and its content is not known.
+        Find each message in `text` with everything that the template adds to it, its header included. `contents` has
+        the content of those that have words. `None` for a message whose bounds are not certain.
         """
+        spans: list[Span | None] = []
+        start: int | None = 0
+        for i in range(len(messages)):
+            end = self._find_message_end(messages, i, text, contents.get(i))
+            span = None if start is None or end is None else (start, end)
+            # Templates may write the words of one message into another
+            if span is not None and all(_is_where_it_should(j == i, content, span) for j, content in contents.items()):
+                spans.append(span)
+            else:
+                spans.append(None)
+            start = end
+        return spans
+
+    def _find_message_end(self, messages: Messages, number: int, text: str, content: Span | None) -> int | None:
         if number == len(messages) - 1:
             return len(text)
         through = self._render_part(messages[: number + 1])
         if through and text.startswith(through):
             return len(through)
         if content is None or not through:
-            return content and content[1]
-        # The template renders the last turn of a conversation differently, but ends it like the others
+            return None
         (in_part,) = self.find_contents(messages[: number + 1], [number], through)
-        return content[1] + common_length(through[in_part[1] :] if in_part else "", text[content[1] :])
-
-    def find_messages(self, messages: Messages, contents: dict[int, Span], text: str) -> list[Span | None]:
-        """
-        Find each message in `text` with everything that the template adds to it, its header included. `contents` has
-        the content of those where it is known. `None` for a message that can't be told from its neighbours.
-        """
-        spans, start = [], 0
-        for i in range(len(messages)):
-            content = contents.get(i)
-            end = self.find_turn_end(messages, i, text, content)
-            start = start if start is not None or content is None else content[0]
-            spans.append(None if start is None or end is None else (start, end))
-            start = end
-        return spans
+        if in_part is None:
+            return None
+        tail, rest = through[in_part[1] :], text[content[1] :]
+        if rest.startswith(tail):
+            return content[1] + len(tail)
+        # The last message of a conversation may end with other special tokens, but the first of them ends any message
+        special = rf"\s*(?:{'|'.join(map(re.escape, self.special_texts))})\s*"
+        ending = re.match(special, rest)
+        return content[1] + ending.end() if ending and re.fullmatch(f"(?:{special})+", tail) else None
 
     def _render_part(self, messages: Messages, **options: Any) -> str:
         """Render the first messages of a conversation; empty if the template rejects them, e.g. without a question."""
@@ -117,6 +138,13 @@ class ContentFinder:
             return self.render(messages, **options) if messages else ""
         except TemplateError:
             return ""
+
+
+def _is_where_it_should(is_own: bool, content: Span | None, span: Span) -> bool:
+    """Whether a message's own content is within its span, and that of another one outside."""
+    if content is None:
+        return not is_own
+    return span[0] <= content[0] <= content[1] <= span[1] if is_own else content[1] <= span[0] or span[1] <= content[0]
 
 
 def _without_reasoning(content: str) -> str:

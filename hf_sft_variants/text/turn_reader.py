@@ -4,9 +4,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .assistant_turns import RenderedExample, render_example, require_same_tokens, tokens_by_message
+from .assistant_turns import RenderedExample, render_example, require_same_tokens
 from .decoded_turns import assistant_header, decode_example
 from .key_finder import KeyFinder
+from .message_tokens import find_message_tokens
 from .special_tokens import special_token_ids
 from .token_offsets import TokenOffsets
 
@@ -48,8 +49,8 @@ class TurnReader:
             start += length
         return documents
 
-    def tokens_by_message(self, example: dict[str, Any]) -> list[list[int] | None]:
-        """Indices of the tokens of each message of a row with messages; see [`tokens_by_message`]."""
+    def message_tokens(self, example: dict[str, Any]) -> list[list[int] | None]:
+        """The tokens of each message of a row with messages, as [`find_message_tokens`] finds them."""
         (rendered,) = self(example)
         tokenizer, chat_template, _ = self.render_arguments
-        return tokens_by_message(example, rendered, tokenizer, chat_template)
+        return find_message_tokens(example, rendered, tokenizer, chat_template)

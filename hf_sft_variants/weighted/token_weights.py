@@ -15,15 +15,15 @@ from ..text.key_finder import KeyFinder
 from ..text.turn_reader import TurnReader
 
 
-# What sums in float32 can hold
-SMALLEST, LARGEST = 1e-30, 1e30
+# What the squares of gradients can hold in float32
+SMALLEST, LARGEST = 1e-10, 1e10
 
 
 @dataclass(frozen=True)
 class TokenWeigher:
     """
     Makes the weights and the labels of an example's tokens, with the settings of [`WeightedSFTConfig`]. Raises an
-    `InputError` if a weight is no number of 0 or more, or what it belongs to is not found.
+    `InputError` if a weight is negative or not a number, or what it belongs to is not found.
     """
 
     token_weight_column: str | None
@@ -57,8 +57,8 @@ class TokenWeigher:
         outside = (weights != 0) & ~((weights >= SMALLEST) & (weights <= LARGEST))
         if outside.any():
             raise InputError(
-                f"its weights multiply to {weights[outside][0]}; give weights with a product of 0, or {SMALLEST} to "
-                f"{LARGEST}"
+                f"the weights of a token multiply to {weights[outside][0]}; give weights with a product of 0, or from "
+                f"{SMALLEST} to {LARGEST}"
             )
         labels = np.where(weights > 0, labels, -100)
         return np.where(labels != -100, weights, 0.0).tolist(), labels.tolist()
@@ -77,15 +77,23 @@ class TokenWeigher:
         weighed = {i: message[key] for i, message in enumerate(messages_of(example)) if message.get(key) is not None}
         for i, weight in weighed.items():
             _numbers([weight], f"`{key}` of message {i}")
-        tokens = read_turns.tokens_by_message(example) if weighed else []
+        tokens = read_turns.message_tokens(example) if weighed else []
         for i, weight in weighed.items():
             if tokens[i] is not None:
                 weights[tokens[i]] *= weight
-            elif weight != 1:
+            elif weight != 1 and self._is_at_stake(tokens, example["labels"]):
                 raise InputError(
-                    f"message {i}, whose `{key}` is {weight!r}, can't be told from its neighbours in the rendered "
-                    "text, because the chat template changes it once others follow"
+                    f"message {i}, whose `{key}` is {weight!r}, can't be told from its neighbours, because the chat "
+                    "template writes it differently once others follow. Set `assistant_only_loss=True`, or give "
+                    "`input_ids` and `token_weight_column`"
                 )
+
+    def _is_at_stake(self, tokens: list[list[int] | None], labels: list[int]) -> bool:
+        """Whether a token that is in no message's bounds may have a label."""
+        known = {token for of_message in tokens for token in of_message or []}
+        return any(
+            i not in known and (label != -100 or self.prompt_weight is not None) for i, label in enumerate(labels)
+        )
 
     def _weigh_answers(self, weights: np.ndarray, documents: list[RenderedExample]) -> None:
         start = 0

@@ -101,16 +101,6 @@ MESSAGES = {
             ("<|assistant|>\nThen five", 2.0),
         ],
     ),
-    # Every message is rendered differently once others follow: what can be told apart is the assistant's words
-    "numbered": (
-        CHATML.replace("<|im_end|>", " ({{ loop.length }})<|im_end|>"),
-        [
-            ("<|im_start|>user\nWhat is two plus two? (4)<|im_end|>\n<|im_start|>assistant\n", 1.0),
-            ("It is four", 0.3),
-            (" (4)<|im_end|>\n<|im_start|>user\nAnd one more? (4)<|im_end|>\n<|im_start|>assistant\n", 1.0),
-            ("Then five (4)<|im_end|>\n", 2.0),
-        ],
-    ),
 }
 
 
@@ -266,8 +256,8 @@ def talk(number, **changes):
         (talk(3, weight=-2.0), KEY, "`weight` of message 3 has -2.0: give"),
         (talk(3, weight=math.inf), KEY, "`weight` of message 3 has inf: give"),
         (talk(0), {"message_weight_key": "wieght"}, "No message of the train dataset has the key `wieght`"),
-        ({**TOKENS, "w": [1e20] * 12, "q": 1e20}, {**W, **Q}, "its weights multiply to 1e\\+40"),
-        ({**TOKENS, "q": 1e-40}, Q, "its weights multiply to 1e-40"),
+        ({**TOKENS, "w": [1e6] * 12, "q": 1e5}, {**W, **Q}, "the weights of a token multiply to 1e\\+11"),
+        ({**TOKENS, "q": 1e-11}, Q, "the weights of a token multiply to 1e-11"),
         (
             {"prompt": "a ", "completion": "b"},
             {"prompt_weight": 0.5, "completion_only_loss": False},
@@ -312,6 +302,26 @@ def test_every_row_of_weight_zero(prepare):
         prepare([{"input_ids": IDS, "q": 0.0}], **Q)
 
 
-def test_a_message_that_can_not_be_told_from_the_others(prepare):
-    with pytest.raises(InputError, match="Row 0 .*: message 2, whose `weight` is 0.5, can't be told from its neighbo"):
-        prepare([talk(2, weight=0.5)], MESSAGES["numbered"][0], **KEY)
+# Every message is written differently once others follow, so its end is not certain
+NUMBERED = CHATML.replace("<|im_end|>", " ({{ loop.length }})<|im_end|>")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_message_that_can_not_be_told_from_the_others(number, prepare):
+    talk = [{**message, "weight": 0.5 if i == number else None} for i, message in enumerate(TALK)]
+    message = f"Row 0 .*: message {number}, whose `weight` is 0.5, can't be told from its neighbours"
+    with pytest.raises(InputError, match=message):
+        prepare([{"messages": talk}], NUMBERED, **KEY)
+
+
+def test_labels_tell_which_tokens_are_the_assistants(prepare, tokenizer):
+    template = GENERATION.replace("<|im_end|>", " ({{ loop.length }})<|im_end|>")
+    talk = [{**message, "weight": 0.0 if i < 3 else 0.5} for i, message in enumerate(TALK)]
+    (row,) = prepare([{"messages": talk}], template, assistant_only_loss=True, **KEY)
+    assert pieces(row, tokenizer)[-1] == ("Then five (4)<|im_end|>\n", 0.5)
+    assert [weight for _, weight in pieces(row, tokenizer)] == [0.0, 0.5]
+    (row,) = prepare([{"prompt": talk[:3], "completion": talk[3:]}], NUMBERED, **KEY)
+    assert pieces(row, tokenizer)[1:] == [("Then five (4)<|im_end|>\n", 0.5)]
+    # The prompt's messages are at stake once it has labels
+    with pytest.raises(InputError, match="message 0, whose `weight` is 0.0, can't be told"):
+        prepare([{"prompt": talk[:3], "completion": talk[3:]}], NUMBERED, prompt_weight=0.5, **KEY)
