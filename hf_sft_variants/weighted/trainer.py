@@ -115,7 +115,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
         key, prompt_weight = self.args.message_weight_key, self.args.prompt_weight
         if from_text and self.args.token_weight_column is not None:
             raise InputError(
-                f"`token_weight_column` has weights of tokens, but the {dataset_name} dataset has text. Give `input_ids`."
+                f"`token_weight_column` is for tokens, but the {dataset_name} dataset has text. Give `input_ids`."
             )
         if not from_text and key is not None:
             raise InputError(
