@@ -69,7 +69,8 @@ class Row:
 
     def examples(self) -> list[dict[str, list[int]]]:
         """Tokens and labels of each example in the row."""
-        slices = [slice(start, end) for start, end in pairwise(accumulate(self.lengths, initial=0))]
+        ends = [min(end, len(self.input_ids)) for end in accumulate(self.lengths, initial=0)]  # the last may be cut
+        slices = [slice(start, end) for start, end in pairwise(ends) if start < end]
         return [{"input_ids": self.input_ids[part], "labels": self.labels[part]} for part in slices]
 
     def values_in_loss(self, column: Column) -> list:

@@ -106,6 +106,8 @@ class ContentFinder:
             end = self._find_message_end(messages, i, text, contents.get(i))
             span = None if start is None or end is None else (start, end)
             # Templates may write the words of one message into another
+            if span is not None and not _has_parts(messages[i], text[slice(*span)]):
+                span = end = None
             if span is not None and all(_is_where_it_should(j == i, content, span) for j, content in contents.items()):
                 spans.append(span)
             else:
@@ -122,7 +124,7 @@ class ContentFinder:
         if content is None or not through:
             return None
         (in_part,) = self.find_contents(messages[: number + 1], [number], through)
-        if in_part is None:
+        if in_part is None or through[slice(*in_part)] != text[slice(*content)]:
             return None
         tail, rest = through[in_part[1] :], text[content[1] :]
         if rest.startswith(tail):
@@ -138,6 +140,13 @@ class ContentFinder:
             return self.render(messages, **options) if messages else ""
         except TemplateError:
             return ""
+
+
+def _has_parts(message: dict[str, Any], text: str) -> bool:
+    """Whether all texts of a content that comes in parts are in a text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return all((part.get("text") or "").strip() in text for part in parts)
 
 
 def _is_where_it_should(is_own: bool, content: Span | None, span: Span) -> bool:

@@ -291,7 +291,7 @@ class TestText:
         examples = [row["input_ids"] for row in trained_rows()][:3]
         packed = {"input_ids": list(chain.from_iterable(examples)), "seq_lengths": list(map(len, examples))}
         (folder / "data" / "train.jsonl").write_text(json.dumps(packed) + "\n")
-        data = Page(inspect_page("--config", "sft.yaml", "--probabilities")).data
+        data = Page(inspect_page("--config", "sft.yaml", "--probabilities", "--max_length", "512")).data
         (number,) = [i for i, column in enumerate(data["columns"]) if column["name"] == "probability"]
         expected = [
             probability

@@ -41,7 +41,7 @@ def test_flags_are_overrides_of_the_study(write_study):
     study = read_study(write_study(**changes), seeds=[7], flags=flags)
     assert study.overrides == {"max_length": 48, "learning_rate": 0.01, "use_cpu": True}
     assert study.content["overrides"] == study.overrides and study.content["seeds"] == [7]
-    recipes = {run.arm.name: run.recipe for run in plan_runs(study)}
+    recipes = {run.arm: run.recipe for run in plan_runs(study)}
     assert {name: recipe["max_length"] for name, recipe in recipes.items()} == {"sft": 48, "sft_go": 64}
     assert {recipe["learning_rate"] for recipe in recipes.values()} == {0.01}
 

@@ -1,5 +1,6 @@
 """The weight of each token, against weights written by hand, and weights that can't be used."""
 
+import copy
 import math
 from itertools import groupby
 from operator import itemgetter
@@ -31,7 +32,8 @@ def prepare(tiny_model, tokenizer, tmp_path):
             (tmp_path / "template.jinja").write_text(template)
             options["chat_template_path"] = str(tmp_path / "template.jinja")
         rows = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-        arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer, rows, tmp_path)
+        own_tokenizer = copy.deepcopy(tokenizer)  # it gets the template
+        arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, own_tokenizer, rows, tmp_path)
         return helpers.make_trainer(*arguments, **{"max_length": 400, **options}).train_dataset
 
     return prepare
