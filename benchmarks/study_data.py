@@ -16,7 +16,8 @@ The training rows are also written as tokens, for controls:
 * `<task>_random_groups`: with a random score for each token (SFT-GO).
 * `<task>_random_mask`: with labels on a random half of the response (rho1).
 * `<task>_random_span`: with a random span of the response, as long as the answer, as the key (SFTKey).
-* `<task>_content_groups`: with the tokens that are not filler as the important group (SFT-GO; only `filler`).
+* `<task>_content_groups`: with the tokens that are not filler as the important group (SFT-GO; only `filler`), and with
+  the weights that SFT-GO with λ = 0.9 would give if that group always had the higher loss.
 
 `filler` is `chain_sum` with sentences around each step that are the same in every response. GSM8K is read from its
 folder or from the Hub. The dialogues come from a package: `pip install chitchat-dataset==0.9.0`.
@@ -225,7 +226,10 @@ def content_groups(example: RenderedExample, tokens: dict, generator: random.Ran
         while start >= 0:
             filler |= {*example.tokens_in((start, start + len(sentence)))}
             start = example.text.find(sentence, start + 1)
-    return {**tokens, "content_groups": [int(i not in filler) for i in range(len(example.token_ids))]}
+    groups = [int(i not in filler) for i in range(len(example.token_ids))]
+    supervised = [group for group, label in zip(groups, tokens["labels"], strict=True) if label != -100]
+    weights = [0.1 + 0.9 * len(supervised) / sum(supervised) * group for group in groups]
+    return {**tokens, "content_groups": groups, "content_weights": weights}
 
 
 if __name__ == "__main__":

@@ -13,11 +13,18 @@ import hf_sft_variants
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON_BLOCKS, OF_A_VARIANT = (
+    re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for text in (README, (ROOT / "docs" / "your_own_variant.md").read_text())
+)
+
+
+def test_it_is_short():
+    assert len(README.split()) <= 900
 
 
 def test_variant_runs(tiny_model, tokenizer, token_rows, tmp_path):
-    (code,) = [block for block in PYTHON_BLOCKS if "AnnotatedSFTTrainer" in block]
+    (code,) = [block for block in OF_A_VARIANT if "AnnotatedSFTTrainer" in block]
     assert len(code.splitlines()) <= 30
     namespace = {}
     exec(code[: code.index("trainer =")], namespace)
@@ -27,7 +34,7 @@ def test_variant_runs(tiny_model, tokenizer, token_rows, tmp_path):
     assert trainer.state.log_history[0]["loss"] < trainer.state.log_history[0]["nll"]  # its weights are below one
 
 
-@pytest.mark.parametrize("code", PYTHON_BLOCKS)
+@pytest.mark.parametrize("code", [*PYTHON_BLOCKS, *OF_A_VARIANT])
 def test_imported_names_are_there(code):
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module == "hf_sft_variants":

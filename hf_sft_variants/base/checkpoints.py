@@ -39,6 +39,8 @@ _NEW_RUN = "or start a new run from its weights: pass the folder as `model`, wit
 class ResumeCheckMixin:
     """Refuses to resume from an incomplete checkpoint or from another run's."""
 
+    # Columns of the training set that a checkpoint must share, besides tokens, labels and the user's annotations
+    _columns_compared_on_resume: list[str] = []
     _examples: dict[str, Any] | None = None
     _run: dict[str, Any] | None = None
 
@@ -72,7 +74,8 @@ class ResumeCheckMixin:
         can't be described. Called by all processes.
         """
         if dataset_name == "train" and self._examples is None and isinstance(dataset, Dataset):
-            self._examples = describe_examples(dataset)
+            columns = ["input_ids", "labels", *self._columns_compared_on_resume, *sorted(self._columns_of_the_user)]
+            self._examples = describe_examples(dataset, columns)
 
     def describe_run(self) -> dict[str, Any]:
         """Describe what a checkpoint must share with this run, as JSON values: the loss, its settings and the data."""
@@ -143,10 +146,10 @@ def local_name(name: str) -> str:
     return os.path.basename(os.path.abspath(name)) if is_path else name
 
 
-def describe_examples(dataset: Dataset) -> dict[str, Any]:
-    """Number of prepared examples in a data set, with a hash of the tokens and labels of some of them."""
+def describe_examples(dataset: Dataset, columns: list[str]) -> dict[str, Any]:
+    """Number of prepared examples in a data set, with a hash of some of them."""
     rows = np.unique(np.linspace(0, len(dataset) - 1, _NUM_COMPARED, dtype=int))
-    some = dataset.select_columns(["input_ids", "labels"])[rows]
+    some = dataset.select_columns(columns)[rows]
     return {"number": len(dataset), "hash": hashlib.sha256(json.dumps(some).encode()).hexdigest()[:16]}
 
 
@@ -181,8 +184,8 @@ def require_same_run(folder: str | Path, run: dict[str, Any], or_else: str = _NE
     if None not in (examples, run["examples"]) and examples != run["examples"]:
         raise InputError(
             f"{folder} was made with {examples['number']} training examples, and the {run['examples']['number']} of "
-            "this run differ. Resume with the same data set, tokenizer, chat template and `max_length`, or set "
-            "`ignore_data_skip=True` to start from the first example."
+            "this run differ. Resume with the same data set and annotations, tokenizer, chat template and "
+            "`max_length`, or set `ignore_data_skip=True` to start from the first example."
         )
 
 

@@ -88,7 +88,7 @@ def _drop_without_labels(
     if isinstance(dataset, Dataset) and len(kept) < len(dataset):
         logger.warning(
             f"Dropped {len(dataset) - len(kept)} of {len(dataset)} examples of the {dataset_name} dataset: they "
-            f"have no supervised tokens left after truncation to max_length={args.max_length}."
+            f"have no token in the loss, or none within `max_length={args.max_length}`."
         )
     return kept
 

@@ -12,20 +12,19 @@ from .checkpoints import describe_settings
 from .field_checks import as_json_values
 from .fingerprints import vocabulary_hash, what_counts
 from .preparation import kept_length, map_description
+from .sources import RAW_ROWS
 from .trl_internals import get_dataset_column_names
 
 
 # A column, the same on all rows, survives `select`, `concatenate_datasets`, Parquet, JSON and the Hub
 MADE_WITH = "annotated_with"
 
-_RAW_ROWS = "pass the raw, unprepared rows"
-
 
 class PreparedSetsMixin:
     """Accepts data sets prepared by the same trainer with the same settings, and refuses all others."""
 
     # Annotation columns that users may supply themselves
-    _columns_of_the_user: frozenset[str | None] = frozenset()
+    _columns_of_the_user: frozenset[str] = frozenset()
 
     def annotation_settings(self, columns: list[str], is_packed: bool) -> dict[str, Any]:
         """
@@ -52,7 +51,9 @@ class PreparedSetsMixin:
         """
         columns = get_dataset_column_names(dataset)
         if not {MADE_WITH, "input_ids"} <= set(columns):
-            if not self._skip_prepare_dataset:
+            if self._skip_prepare_dataset:
+                self.adopt_sources(None, dataset_name)
+            else:
                 unknown = {*self.token_columns} & {*columns} - self._columns_of_the_user
                 refuse_unknown_annotations(unknown, dataset_name)
             return None
@@ -63,7 +64,8 @@ class PreparedSetsMixin:
         # Settings that this trainer does not have, such as unnamed reference models, must match across data sets
         unknown = made_with["settings"].keys() - wanted["settings"].keys()
         self._settings_of_first_set |= {name: made_with["settings"][name] for name in unknown}
-        self.adopt_sources(made_with["sources"], dataset_name)
+        if is_packed(made_with) or self._skip_prepare_dataset:  # others are numbered again
+            self.adopt_sources(made_with, dataset_name)
         return made_with
 
     def describe_annotations(
@@ -77,7 +79,6 @@ class PreparedSetsMixin:
             **(before["settings"] if before else {}),
             "processing_class": self._vocabulary,
             **cut_settings(self.args, packing, is_packed),
-            **({"metrics_by": self._metrics_by} if is_packed else {}),
             **self.annotation_settings(columns, is_packed),
         }
         return {"trainer": _annotating_class(type(self)), "settings": as_json_values(settings)}
@@ -132,17 +133,27 @@ def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dic
     dataset = dataset.with_format(None)
     is_stream = isinstance(dataset, IterableDataset)
     texts = {next(iter(dataset))[MADE_WITH]} if is_stream else set(dataset[MADE_WITH][:])
-    if len(texts) > 1:
+    if len(texts) > 1 and None in texts:
         raise InputError(_mixture_message(dataset_name))
-    (text,) = texts
+    made_with, *others = [_parse_made_with(text, dataset_name) for text in texts]
+    if any({**other, "sources": {}} != {**made_with, "sources": {}} for other in others):
+        raise InputError(_mixture_message(dataset_name))
+    # Sets prepared alike may have other sources; then their numbers say nothing
+    return {**made_with, "sources": {}} if others else made_with
+
+
+def _parse_made_with(text: str, dataset_name: str) -> dict[str, Any]:
     try:
         made_with = json.loads(text)
-        sources = list(made_with.get("sources", []))
-        return {"trainer": str(made_with["trainer"]), "settings": dict(made_with["settings"]), "sources": sources}
+        return {
+            "trainer": str(made_with["trainer"]),
+            "settings": dict(made_with["settings"]),
+            "sources": dict(made_with.get("sources", {})),
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"The column `{MADE_WITH}` of the {dataset_name} dataset was not written by a trainer ({text!r}). Rename "
-            f"it, or {_RAW_ROWS}."
+            f"it, or {RAW_ROWS}."
         ) from error
 
 
@@ -161,7 +172,7 @@ def _require_text(example: dict[str, Any], text: str, dataset_name: str) -> dict
 def _mixture_message(dataset_name: str) -> str:
     return (
         f"The rows of the {dataset_name} dataset were prepared with different settings, or some were not prepared at "
-        f"all (see the column `{MADE_WITH}`). Prepare all rows with the same settings, or {_RAW_ROWS}."
+        f"all (see the column `{MADE_WITH}`). Prepare all rows with the same settings, or {RAW_ROWS}."
     )
 
 
@@ -174,7 +185,7 @@ def require_same_settings(found: dict[str, Any], wanted: dict[str, Any], dataset
     if found["trainer"] != wanted["trainer"]:
         raise InputError(
             f"The {dataset_name} dataset was prepared by {found['trainer']}, but this is {wanted['trainer']}, which "
-            f"annotates differently. Use {found['trainer']}, or {_RAW_ROWS}."
+            f"annotates differently. Use {found['trainer']}, or {RAW_ROWS}."
         )
     changes = [
         f"`{name}` was {value!r}, is now {wanted['settings'][name]!r}"
@@ -184,7 +195,7 @@ def require_same_settings(found: dict[str, Any], wanted: dict[str, Any], dataset
     if changes:
         raise InputError(
             f"The {dataset_name} dataset was prepared with different settings: {'; '.join(changes)}. Restore them, or "
-            f"{_RAW_ROWS}."
+            f"{RAW_ROWS}."
         )
 
 
@@ -193,7 +204,7 @@ def refuse_unknown_annotations(columns: set[str], dataset_name: str) -> None:
     if columns:
         raise InputError(
             f"The {dataset_name} dataset has the column `{min(columns)}`, which this trainer creates, but no column "
-            f"`{MADE_WITH}` that records its settings. Rename or remove the former, or {_RAW_ROWS}."
+            f"`{MADE_WITH}` that records its settings. Rename or remove the former, or {RAW_ROWS}."
         )
 
 

@@ -17,6 +17,8 @@ MAX_SOURCES = 64
 
 SOURCE_IDS = "source_ids"
 
+RAW_ROWS = "pass the raw, unprepared rows"
+
 
 class MetricsBySourceMixin:
     """Numbers the values of the column `metrics_by`, over all data sets of a trainer."""
@@ -31,24 +33,38 @@ class MetricsBySourceMixin:
         return {**self.annotation_columns, **({} if self._metrics_by is None else {SOURCE_IDS: -1})}
 
     @cached_property
-    def _sources(self) -> dict[str | int, int]:
+    def _sources(self) -> dict[str, int]:
         return {}
 
-    def adopt_sources(self, values: list[str | int], dataset_name: str) -> None:
+    def describe_sources(self) -> dict[str, Any]:
+        """For the description of a prepared data set: the column, and its values in the order of their numbers."""
+        return (
+            {} if self._metrics_by is None else {"sources": {"column": self._metrics_by, "values": [*self._sources]}}
+        )
+
+    def adopt_sources(self, made_with: dict[str, Any] | None, dataset_name: str) -> None:
         """Take over the numbers in a data set that is prepared already."""
-        for number, value in enumerate(values if self._metrics_by else []):
+        if self._metrics_by is None:
+            return
+        sources = (made_with or {}).get("sources", {})
+        if sources.get("column") != self._metrics_by:
+            raise InputError(
+                f"The {dataset_name} dataset was not prepared with `metrics_by={self._metrics_by!r}`, so nothing says "
+                f"where its tokens come from. Remove `metrics_by`, or {RAW_ROWS}."
+            )
+        for number, value in enumerate(sources["values"]):
             if self._sources.setdefault(value, len(self._sources)) != number:
                 raise InputError(
                     f"The {dataset_name} dataset was prepared with other numbers of the values of "
-                    f"`metrics_by={self._metrics_by!r}`: pass the raw, unprepared rows."
+                    f"`metrics_by={self._metrics_by!r}`: {RAW_ROWS}."
                 )
 
-    def add_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-        """Add the column of the sources' numbers: on each token, the number of its row's value."""
+    def number_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
+        """Number the values of `metrics_by`, also those of rows that are dropped later."""
         column = self._metrics_by
         if column is None:
-            return dataset
-        for value in _values(dataset, column, dataset_name):
+            return
+        for value in _values(dataset, column, self.args.dataset_text_field, dataset_name):
             self._sources.setdefault(value, len(self._sources))
         if len(self._sources) > MAX_SOURCES:
             raise InputError(
@@ -56,7 +72,12 @@ class MetricsBySourceMixin:
                 f"{next(iter(self._sources))!r}, but at most {MAX_SOURCES} can have metrics of their own. Name a "
                 "column with fewer."
             )
-        fn_kwargs = {"column": column, "numbers": dict(self._sources)}
+
+    def add_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
+        """Add the column of the sources' numbers: on each token, the number of its row's value."""
+        if self._metrics_by is None:
+            return dataset
+        fn_kwargs = {"column": self._metrics_by, "numbers": dict(self._sources)}
         map_kwargs = map_description(dataset, self.args, f"Numbering sources of {dataset_name} dataset")
         return dataset.map(_add_source_ids, fn_kwargs=fn_kwargs, **map_kwargs)
 
@@ -76,13 +97,17 @@ class MetricsBySourceMixin:
         return metrics
 
 
-def _values(dataset: Dataset | IterableDataset, column: str, dataset_name: str) -> list[str | int]:
+def _values(dataset: Dataset | IterableDataset, column: str, text_field: str, dataset_name: str) -> list[str]:
     if isinstance(dataset, IterableDataset):
         raise InputError(
             f"The {dataset_name} dataset is a stream, but `metrics_by={column!r}` needs all values of the column "
             "beforehand. Load it without streaming."
         )
     columns = get_dataset_column_names(dataset)
+    if column in ("prompt", "completion", text_field):
+        raise InputError(
+            f"`metrics_by={column!r}` names a text to train on. Name a column that says where it comes from."
+        )
     if column not in columns:
         raise InputError(
             f"The {dataset_name} dataset has no column `{column}`, which `metrics_by` names; it has {columns}."
@@ -99,8 +124,8 @@ def _values(dataset: Dataset | IterableDataset, column: str, dataset_name: str) 
         raise InputError(
             f"Row {row} of the {dataset_name} dataset has no value in `{column}`, which `metrics_by` names."
         )
-    return sorted(values)
+    return sorted(set(map(str, values)))
 
 
-def _add_source_ids(example: dict[str, Any], column: str, numbers: dict[str | int, int]) -> dict[str, list[int]]:
-    return {SOURCE_IDS: [numbers[example[column]]] * len(example["input_ids"])}
+def _add_source_ids(example: dict[str, Any], column: str, numbers: dict[str, int]) -> dict[str, list[int]]:
+    return {SOURCE_IDS: [numbers[str(example[column])]] * len(example["input_ids"])}

@@ -181,6 +181,7 @@ class AnnotatedSFTTrainer(
             return dataset
         if from_text:
             refuse_token_columns(dataset, dataset_name)
+        self.number_sources(dataset, dataset_name)
         if from_text and formatting_func is not None:
             formatting_func = partial(checked_text, formatting_func=formatting_func)
         else:
@@ -204,7 +205,7 @@ class AnnotatedSFTTrainer(
                 dataset = pack(dataset, list(self.token_columns), args, dataset_name)
             if self.token_columns:
                 made_with = self.describe_annotations(columns, packing, packing, made_with)
-                made_with |= {"sources": list(self._sources)} if self._sources else {}
+                made_with |= self.describe_sources()
                 dataset = add_made_with(dataset, made_with, args, dataset_name)
         dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         self.remember_examples(dataset, dataset_name)

@@ -15,14 +15,17 @@ def add_parser(subparsers) -> None:
         help="compare recipes over seeds, with intervals",
         description="Train every arm of a study with every seed on every data set, evaluate them in the same way, and "
         "write results.json and report.html to the study's output_dir. Finished runs are kept: run it again after an "
-        "interruption, or after adding an arm or a seed. docs/compare.md explains the study file.",
+        "interruption, or after adding an arm or a seed. docs/compare.md explains the study file. Other flags are "
+        "recipe keys for every arm that does not set them, e.g. --model_name_or_path MODEL --use_cpu false.",
         epilog=EXAMPLE,
+        allow_abbrev=False,  # `--config_name` or the like is a key of the recipe, not an abbreviation
     )
     parser.add_argument("--config", required=True, metavar="STUDY", help="YAML file of the study")
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (%(default)s)")
     several.add_argument("--devices", nargs="+", metavar="ID", help="GPUs to use, one run on each, e.g. 0 1 2 3")
-    parser.set_defaults(run=run)
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds in place of the study's own")
+    parser.set_defaults(run=run, recipe_flags=[])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from ..comparison import compare_study
 
     try:
-        failures, report = compare_study(args.config, args.devices or [None] * args.jobs)
+        devices = args.devices or [None] * args.jobs
+        failures, report = compare_study(args.config, devices, args.seeds, args.recipe_flags)
     except KeyboardInterrupt:
         print("stopped; the same command continues where it left off", file=sys.stderr)
         return 130

@@ -22,15 +22,21 @@ from .results import collect_results
 from .study import Study, read_study
 
 
-def compare_study(path: str, devices: list[str | None] | None = None) -> tuple[dict[Run, str], Path]:
+def compare_study(
+    path: str,
+    devices: list[str | None] | None = None,
+    seeds: list[int] | None = None,
+    flags: list[str] | None = None,
+) -> tuple[dict[Run, str], Path]:
     """
     Do what is missing of a study, writing `results.json` and `report.html` to its folder after every run. `devices`
     has, for each of the runs to train at once, the GPU that it sees, or `None` for all; by default one run is trained
-    at a time. Returns the runs that failed with the reasons, and the path of the report. Raises an `InputError` if the
-    study or anything it names can't be used, or it is running already.
+    at a time. `seeds` and `flags` change the study as in [`read_study`]. Returns the runs that failed with the
+    reasons, and the path of the report. Raises an `InputError` if the study or anything it names can't be used, or it
+    is running already.
     """
     devices = devices or [None]
-    study = read_study(path)
+    study = read_study(path, seeds, flags)
     results_path, report_path = study.output_dir / "results.json", study.output_dir / "report.html"
     _check_results(results_path, study)
     runs = plan_runs(study)

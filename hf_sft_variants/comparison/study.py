@@ -4,8 +4,11 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..errors import InputError
 from ..launch.recipe_checks import check_type, error_in, nearest, read_mapping
@@ -97,11 +100,26 @@ class Study:
     content: dict[str, Any]
 
 
-def read_study(path: str) -> Study:
-    """Read and check a study file. Raises an `InputError` if a key or value is unknown, missing or wrong."""
+def read_study(path: str, seeds: list[int] | None = None, flags: list[str] | None = None) -> Study:
+    """
+    Read and check a study file. `seeds` replaces its own, and `flags` (`["--use_cpu", "false"]`) are added to its
+    `overrides`. Raises an `InputError` if a key or value is unknown, missing or wrong.
+    """
     content = read_mapping(path)
     with error_in(path):
+        if seeds:
+            content["seeds"] = seeds
+        if flags:
+            content["overrides"] = {**(content.get("overrides") or {}), **_overrides_of(flags)}
         return parse_study(content, path)
+
+
+def _overrides_of(flags: list[str]) -> dict[str, Any]:
+    names, values = flags[::2], flags[1::2]
+    for name, value in zip_longest(names, values):
+        if not name.startswith("--") or value is None:
+            raise InputError(f"recipe keys must be given as `--key value`, got `{' '.join(flags)}`.")
+    return {name.removeprefix("--"): yaml.safe_load(value) for name, value in zip(names, values, strict=True)}
 
 
 def parse_study(content: dict[str, Any], path: str) -> Study:

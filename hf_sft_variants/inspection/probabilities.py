@@ -1,6 +1,7 @@
 """How likely the recipe's starting model finds each token in the loss."""
 
 import math
+from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
@@ -28,8 +29,8 @@ def add_probabilities(view: View, model: str, options: dict[str, Any]) -> None:
     """
     score = LogProbScorer(load_model(model, options, usable_device(None), what="`model_name_or_path`"), per_token=True)
     for row in tqdm(view.rows, desc="Scoring rows"):
-        (result,) = score([{"input_ids": row.input_ids, "labels": row.labels}])
-        log_probs = result["token_log_probs"].tolist()
+        results = [score([example])[0] for example in row.examples()]
+        log_probs = chain.from_iterable(result["token_log_probs"].tolist() for result in results)
         row.values[PROBABILITY] = [
             math.exp(log_prob) if in_loss else 0.0 for log_prob, in_loss in zip(log_probs, row.in_loss(), strict=True)
         ]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from datasets import IterableDataset
@@ -51,18 +51,27 @@ class Column:
 @dataclass
 class Row:
     """
-    One example of the prepared data set, at the position `number`. A token with the label -100 is not supervised.
-    `values` has the values of each per-token column.
+    One example of the prepared data set, at the position `number`, or a packed row of several. A token with the label
+    -100 is not supervised. `values` has the values of each per-token column, `lengths` the number of tokens of each
+    example.
     """
 
     number: int
     input_ids: list[int]
     labels: list[int]
     values: dict[str, list]
+    lengths: list[int]
 
     def in_loss(self) -> list[bool]:
-        """Whether each token is in the loss; nothing predicts the first."""
-        return [position > 0 and label != -100 for position, label in enumerate(self.labels)]
+        """Whether each token is in the loss; nothing predicts the first of an example."""
+        starts = set(accumulate(self.lengths, initial=0))
+        return [position not in starts and label != -100 for position, label in enumerate(self.labels)]
+
+    def examples(self) -> list[dict[str, list[int]]]:
+        """Tokens and labels of each example in the row."""
+        ends = [min(end, len(self.input_ids)) for end in accumulate(self.lengths, initial=0)]  # the last may be cut
+        slices = [slice(start, end) for start, end in pairwise(ends) if start < end]
+        return [{"input_ids": self.input_ids[part], "labels": self.labels[part]} for part in slices]
 
     def values_in_loss(self, column: Column) -> list:
         """Values of the tokens in the loss, or the row's single value."""
@@ -129,7 +138,13 @@ def read_view(trainer: SFTTrainer, wanted: slice) -> View:
         raise InputError("The prepared data set has no `input_ids` and `labels`: the collator makes its tokens.")
     columns = _find_columns(examples, trainer)
     rows = [
-        Row(number, example["input_ids"], example["labels"], {column.name: example[column.name] for column in columns})
+        Row(
+            number,
+            example["input_ids"],
+            example["labels"],
+            {column.name: example[column.name] for column in columns},
+            example.get("seq_lengths") or [len(example["input_ids"])],
+        )
         for number, example in enumerate(examples, wanted.start)
     ]
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)

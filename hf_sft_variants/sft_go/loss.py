@@ -104,7 +104,7 @@ def group_optimization(
     taken_nll, is_there = (values.gather(1, taken_group[:, None]).squeeze(1) for values in (group_nll, has_tokens))
 
     worst_sum = torch.where(is_there, weight.sum(dim=1) * taken_nll, nll_sum.sum(dim=1))
-    # The cross-entropy is summed as in SFTTrainer, so that λ = 0 gives its loss to the last bit
+    # The cross-entropy is summed as in SFTTrainer, so that λ = 0 gives its loss
     loss_sum = (1 - worst_group_weight) * weighted_nll.sum() + worst_group_weight * worst_sum.sum()
     return GroupOptimization(loss_sum, group_nll.detach(), group_weight, worst_group)
 

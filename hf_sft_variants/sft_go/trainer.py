@@ -103,7 +103,7 @@ class SFTGOTrainer(AnnotatedSFTTrainer):
 
     @property
     def _columns_of_the_user(self):
-        return frozenset({self.args.importance_column, self.args.group_column} - {None})
+        return frozenset(filter(None, (self.args.importance_column, self.args.group_column)))
 
     @property
     def _no_group(self) -> int:

@@ -54,19 +54,32 @@ def render_example(
     the assistant's text can't be found in the rendered text.
     """
     if is_conversational(example):
-        tools = example.get("tools")
-        options = {
-            "chat_template": chat_template,
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(example.get("chat_template_kwargs") or {}),
-        }
-        if "prompt" not in example:
-            return render_conversation(tokenizer, example["messages"], **options)
-        messages = example["prompt"] + example["completion"]
-        return render_conversation(tokenizer, messages, len(example["prompt"]), **options)
+        options = template_options(example, chat_template)
+        return render_conversation(tokenizer, messages_of(example), len(example.get("prompt", [])), **options)
     if "prompt" in example:
         return render_text(tokenizer, example["prompt"], example["completion"])
     return render_text(tokenizer, "", example[text_field])
+
+
+def messages_of(example: dict[str, Any]) -> list[dict[str, Any]]:
+    """All messages of a conversation."""
+    return example["prompt"] + example["completion"] if "prompt" in example else example["messages"]
+
+
+def template_options(example: dict[str, Any], chat_template: str | None) -> dict[str, Any]:
+    """Keyword arguments of `apply_chat_template` for a conversation."""
+    tools = example.get("tools")
+    return {
+        "chat_template": chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
+
+
+def content_finder(tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> ContentFinder:
+    """The finder of contents for conversations rendered with these keyword arguments of `apply_chat_template`."""
+    render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options)
+    return ContentFinder(render, tuple(tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer)))))
 
 
 def require_same_tokens(rendered: RenderedExample, input_ids: list[int]) -> None:
@@ -85,12 +98,11 @@ def render_conversation(
     Render a conversation with the chat template and find the assistant turns, starting with message number `first`.
     Raises an `InputError` if the content of the last assistant turn can't be found in the rendered text.
     """
-    render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options)
-    text = render(messages)
+    finder = content_finder(tokenizer, **template_options)
+    text = finder.render(messages)
     token_ids, offsets = tokenize_with_offsets(tokenizer, text, add_special_tokens=False)
     special = special_token_ids(tokenizer)
-    finder = ContentFinder(render, tuple(tokenizer.convert_ids_to_tokens(sorted(special))))
-    numbers = [i for i in range(first, len(messages)) if _has_words(messages[i])]
+    numbers = [i for i in range(first, len(messages)) if _speaks(messages[i])]
     contents = finder.find_contents(messages, numbers, text)
     if numbers and contents[-1] is None:
         raise InputError(
@@ -116,9 +128,14 @@ def render_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     return RenderedExample(text, token_ids, offsets, [Turn((len(prompt), end), end_token)])
 
 
-def _has_words(message: dict[str, Any]) -> bool:
+def _speaks(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and has_words(message)
+
+
+def has_words(message: dict[str, Any]) -> bool:
+    """Whether the content of a message is a text that is not blank."""
     content = message.get("content")
-    return message["role"] == "assistant" and isinstance(content, str) and bool(content.strip())
+    return isinstance(content, str) and bool(content.strip())
 
 
 def _end_token(

@@ -1,6 +1,7 @@
 """Finds the content of each turn in a rendered conversation, by rendering modified versions of the conversation."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -94,12 +95,65 @@ class ContentFinder:
         (content,) = self.find_contents(messages[: number + 1], [number], through)
         return content_end + common_length(through[content[1] :] if content else "", text[content_end:])
 
+    def find_messages(self, messages: Messages, contents: dict[int, Span | None], text: str) -> list[Span | None]:
+        """
+        Find each message in `text` with everything that the template adds to it, its header included. `contents` has
+        the content of those that have words. `None` for a message whose bounds are not certain.
+        """
+        spans: list[Span | None] = []
+        start: int | None = 0
+        for i in range(len(messages)):
+            end = self._find_message_end(messages, i, text, contents.get(i))
+            span = None if start is None or end is None else (start, end)
+            # Templates may write the words of one message into another
+            if span is not None and not _has_parts(messages[i], text[slice(*span)]):
+                span = end = None
+            if span is not None and all(_is_where_it_should(j == i, content, span) for j, content in contents.items()):
+                spans.append(span)
+            else:
+                spans.append(None)
+            start = end
+        return spans
+
+    def _find_message_end(self, messages: Messages, number: int, text: str, content: Span | None) -> int | None:
+        if number == len(messages) - 1:
+            return len(text)
+        through = self._render_part(messages[: number + 1])
+        if through and text.startswith(through):
+            return len(through)
+        if content is None or not through:
+            return None
+        (in_part,) = self.find_contents(messages[: number + 1], [number], through)
+        if in_part is None or through[slice(*in_part)] != text[slice(*content)]:
+            return None
+        tail, rest = through[in_part[1] :], text[content[1] :]
+        if rest.startswith(tail):
+            return content[1] + len(tail)
+        # The last message of a conversation may end with other special tokens, but the first of them ends any message
+        special = rf"\s*(?:{'|'.join(map(re.escape, self.special_texts))})\s*"
+        ending = re.match(special, rest)
+        return content[1] + ending.end() if ending and re.fullmatch(f"(?:{special})+", tail) else None
+
     def _render_part(self, messages: Messages, **options: Any) -> str:
         """Render the first messages of a conversation; empty if the template rejects them, e.g. without a question."""
         try:
             return self.render(messages, **options) if messages else ""
         except TemplateError:
             return ""
+
+
+def _has_parts(message: dict[str, Any], text: str) -> bool:
+    """Whether all texts of a content that comes in parts are in a text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return all((part.get("text") or "").strip() in text for part in parts)
+
+
+def _is_where_it_should(is_own: bool, content: Span | None, span: Span) -> bool:
+    """Whether a message's own content is within its span, and that of another one outside."""
+    if content is None:
+        return not is_own
+    return span[0] <= content[0] <= content[1] <= span[1] if is_own else content[1] <= span[0] or span[1] <= content[0]
 
 
 def _without_reasoning(content: str) -> str:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from .assistant_turns import RenderedExample, render_example, require_same_tokens
 from .decoded_turns import assistant_header, decode_example
 from .key_finder import KeyFinder
+from .message_tokens import find_message_tokens
 from .special_tokens import special_token_ids
 from .token_offsets import TokenOffsets
 
@@ -47,3 +48,9 @@ class TurnReader:
             documents.append(decode_example(*arguments))
             start += length
         return documents
+
+    def message_tokens(self, example: dict[str, Any]) -> list[list[int] | None]:
+        """The tokens of each message of a row with messages, as [`find_message_tokens`] finds them."""
+        (rendered,) = self(example)
+        tokenizer, chat_template, _ = self.render_arguments
+        return find_message_tokens(example, rendered, tokenizer, chat_template)

@@ -13,14 +13,15 @@ class WeightedSFTConfig(AnnotatedSFTConfig):
     Configuration class for the [`WeightedSFTTrainer`].
 
     Lists only the parameters that [`AnnotatedSFTConfig`] does not have. Every weight is a number of 0 or more; a
-    token's weights multiply, and a token with weight 0 has no label. By default, all weights are 1.
+    token's weights multiply, to 0 or to something from 1e-10 to 1e10, and a token with weight 0 has no label. By
+    default, all weights are 1.
 
     Parameters that weigh tokens:
         token_weight_column (`str`, *optional*):
             Column with a weight for each token of `input_ids`, in rows that come as tokens.
         message_weight_key (`str`, *optional*):
-            Key of assistant messages, such as `"weight"`, with the weight of the message's words and of the end of its
-            turn. Messages without it count 1.
+            Key of messages, such as `"weight"`, with the weight of the message: of everything that the chat template
+            writes for it, from its header to the end of its turn. Messages without it count 1.
         example_weight_column (`str`, *optional*):
             Column with a weight for each row.
         prompt_weight (`float`, *optional*):
@@ -58,7 +59,7 @@ class WeightedSFTConfig(AnnotatedSFTConfig):
     )
     message_weight_key: str | None = field(
         default=None,
-        metadata={"help": "Key of assistant messages with the weight of the message."},
+        metadata={"help": "Key of messages with the weight of the message."},
     )
     example_weight_column: str | None = field(
         default=None,

@@ -1,28 +1,29 @@
 """Multiplies the weights of a row into one for each token."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
 
 from ..errors import InputError
-from ..text.assistant_turns import RenderedExample, Turn
+from ..text.assistant_turns import RenderedExample, Turn, messages_of
 from ..text.key_finder import KeyFinder
 from ..text.turn_reader import TurnReader
 
 
-ReadTurns = Callable[[dict[str, Any]], list[RenderedExample]]
+# What the squares of gradients can hold in float32
+SMALLEST, LARGEST = 1e-10, 1e10
 
 
 @dataclass(frozen=True)
 class TokenWeigher:
     """
     Makes the weights and the labels of an example's tokens, with the settings of [`WeightedSFTConfig`]. Raises an
-    `InputError` if a weight is no number of 0 or more, or what it belongs to is not found.
+    `InputError` if a weight is negative or not a number, or what it belongs to is not found.
     """
 
     token_weight_column: str | None
@@ -33,7 +34,7 @@ class TokenWeigher:
     answer_weight: float
     find_key: KeyFinder
 
-    def __call__(self, example: dict[str, Any], read_turns: ReadTurns) -> tuple[list[float], list[int]]:
+    def __call__(self, example: dict[str, Any], read_turns: TurnReader) -> tuple[list[float], list[int]]:
         input_ids, labels = np.asarray(example["input_ids"]), np.asarray(example["labels"])
         weights = np.ones(len(input_ids))
         if self.example_weight_column is not None:
@@ -46,13 +47,19 @@ class TokenWeigher:
             self._weigh_answers(weights, read_turns(example))
         if self.prompt_weight is not None:
             is_prompt = labels == -100
-            if not is_prompt.any():
+            if not is_prompt.any() and "prompt" not in example:
                 raise InputError(
                     f"every token has a label, so there is no prompt for `prompt_weight={self.prompt_weight}`. Give "
                     "`prompt` and `completion`, set `assistant_only_loss=True`, or label prompts with -100"
                 )
             weights[is_prompt] *= self.prompt_weight
             labels = np.where(is_prompt, input_ids, labels)
+        outside = (weights != 0) & ~((weights >= SMALLEST) & (weights <= LARGEST))
+        if outside.any():
+            raise InputError(
+                f"the weights of a token multiply to {weights[outside][0]}; give weights with a product of 0, or from "
+                f"{SMALLEST} to {LARGEST}"
+            )
         labels = np.where(weights > 0, labels, -100)
         return np.where(labels != -100, weights, 0.0).tolist(), labels.tolist()
 
@@ -63,32 +70,30 @@ class TokenWeigher:
             raise InputError(f"{where} has {found}, but `input_ids` has {num_tokens} tokens; give one for each")
         return _numbers(values, where)
 
-    def _weigh_messages(self, weights: np.ndarray, example: dict[str, Any], read_turns: ReadTurns) -> None:
-        key, messages = self.message_weight_key, _messages_of(example)
-        if messages is None:
+    def _weigh_messages(self, weights: np.ndarray, example: dict[str, Any], read_turns: TurnReader) -> None:
+        key = self.message_weight_key
+        if not is_conversational(example):
             raise InputError(f"`message_weight_key={key!r}` needs messages, but the row has none")
-        weighed = {i: message[key] for i, message in enumerate(messages) if message.get(key) is not None}
+        weighed = {i: message[key] for i, message in enumerate(messages_of(example)) if message.get(key) is not None}
         for i, weight in weighed.items():
             _numbers([weight], f"`{key}` of message {i}")
-            if messages[i]["role"] != "assistant":
-                raise InputError(
-                    f"message {i} has the role {messages[i]['role']!r} and `{key}` {weight!r}, but only the "
-                    "assistant's messages are weighed: remove it, and set `assistant_only_loss=True` to leave the "
-                    "others out"
-                )
-        if not weighed:
-            return
-        others = {name: value for name, value in example.items() if name not in ("prompt", "completion")}
-        (document,) = read_turns({**others, "messages": messages})
-        turns = {turn.message: turn for turn in document.turns}
+        tokens = read_turns.message_tokens(example) if weighed else []
         for i, weight in weighed.items():
-            if i in turns:
-                weights[_tokens_of(document, turns[i])] *= weight
-            elif weight != 1:
+            if tokens[i] is not None:
+                weights[tokens[i]] *= weight
+            elif weight != 1 and self._is_at_stake(tokens, example["labels"]):
                 raise InputError(
-                    f"the words of message {i}, whose `{key}` is {weight!r}, are not in the rendered text: it has "
-                    "none, or the chat template leaves them out or changes them"
+                    f"message {i}, whose `{key}` is {weight!r}, can't be told from its neighbours, because the chat "
+                    "template writes it differently once others follow. Set `assistant_only_loss=True`, or give "
+                    "`input_ids` and `token_weight_column`"
                 )
+
+    def _is_at_stake(self, tokens: list[list[int] | None], labels: list[int]) -> bool:
+        """Whether a token that is in no message's bounds may have a label."""
+        known = {token for of_message in tokens for token in of_message or []}
+        return any(
+            i not in known and (label != -100 or self.prompt_weight is not None) for i, label in enumerate(labels)
+        )
 
     def _weigh_answers(self, weights: np.ndarray, documents: list[RenderedExample]) -> None:
         start = 0
@@ -126,13 +131,6 @@ def add_token_weights(
         all_weights.append(weights)
         all_labels.append(labels)
     return {"token_weights": all_weights, "labels": all_labels}
-
-
-def _messages_of(example: dict[str, Any]) -> list[dict[str, Any]] | None:
-    if isinstance(example.get("messages"), list):
-        return example["messages"]
-    is_conversation = isinstance(example.get("prompt"), list)
-    return example["prompt"] + example["completion"] if is_conversation else None
 
 
 def _numbers(values: list[Any], where: str) -> np.ndarray:

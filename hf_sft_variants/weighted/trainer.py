@@ -62,6 +62,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
     _name = "Weighted SFT"
     config_class = WeightedSFTConfig
     annotation_columns = {"token_weights": 0.0}
+    _columns_compared_on_resume = ["token_weights"]
 
     # Annotation: a weight for each token
 
@@ -72,10 +73,8 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
     def annotate_untruncated(
         self, dataset: Dataset | IterableDataset, dataset_name: str, from_text: bool
     ) -> Dataset | IterableDataset:
-        columns = get_dataset_column_names(dataset)
-        if MADE_WITH in columns:  # with the same settings, or it would have been refused
+        if MADE_WITH in get_dataset_column_names(dataset):  # with the same settings, or it would have been refused
             return dataset
-        self._require_columns(columns, dataset_name, from_text)
         args = self.args
         fn_kwargs = {
             "weigh": TokenWeigher(
@@ -96,17 +95,48 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
         map_kwargs = map_description(dataset, args, f"Weighing tokens of {dataset_name} dataset")
         return dataset.map(add_token_weights, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
-    def _require_columns(self, columns: list[str], dataset_name: str, from_text: bool) -> None:
+    def check_prepared(
+        self, dataset: Dataset | IterableDataset, packing: bool, dataset_name: str
+    ) -> dict[str, Any] | None:
+        made_with = super().check_prepared(dataset, packing, dataset_name)
+        if made_with is None and not self._skip_prepare_dataset:
+            self._require_weights(get_dataset_column_names(dataset), dataset_name)
+            self._require_message_key(dataset.features or {}, dataset_name)
+        return made_with
+
+    def _require_weights(self, columns: list[str], dataset_name: str) -> None:
+        from_text = "input_ids" not in columns
         for name in ("token_weight_column", "example_weight_column"):
             column = getattr(self.args, name)
             if column is not None and column not in columns:
                 raise InputError(
                     f"The {dataset_name} dataset has no column `{column}`, which `{name}` names; it has {columns}."
                 )
+        key, prompt_weight = self.args.message_weight_key, self.args.prompt_weight
         if from_text and self.args.token_weight_column is not None:
             raise InputError(
-                f"`token_weight_column` has weights of tokens, but the {dataset_name} dataset has text. Give "
-                "`input_ids`, or weigh messages or parts of the response."
+                f"`token_weight_column` is for tokens, but the {dataset_name} dataset has text. Give `input_ids`."
+            )
+        if not from_text and key is not None:
+            raise InputError(
+                f"`message_weight_key={key!r}` needs messages, but the {dataset_name} dataset has `input_ids`."
+            )
+        leaves_in = self.args.completion_only_loss is False and not self.args.assistant_only_loss
+        if prompt_weight is not None and leaves_in and "prompt" in columns:
+            raise InputError(
+                f"`prompt_weight={prompt_weight}` is for prompts that `SFTTrainer` leaves out of the loss, but "
+                "`completion_only_loss=False` leaves them in. Set only one of them."
+            )
+
+    def _require_message_key(self, features: dict[str, Any], dataset_name: str) -> None:
+        """Refuse a key that no message has, such as a misspelt one. Streams may not know their keys."""
+        key = self.args.message_weight_key
+        columns = (getattr(features.get(name), "feature", None) for name in ("messages", "prompt", "completion"))
+        keys = {name for of_messages in columns if isinstance(of_messages, dict) for name in of_messages}
+        if key is not None and keys and key not in keys:
+            raise InputError(
+                f"No message of the {dataset_name} dataset has the key `{key}`, which `message_weight_key` names; "
+                f"they have {sorted(keys)}."
             )
 
     # Loss

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from helpers import make_trainer, one_step_log, padded_document_log_probs
 from trl import SFTConfig
 
@@ -88,8 +88,33 @@ def test_a_prepared_set_knows_its_sources(tiny_model, tokenizer, sourced_rows, t
     other = copy.copy(sourced_rows).filter(lambda row: row["source"] != "books")
     with pytest.raises(InputError, match="was prepared with other numbers of the values of `metrics_by='source'`"):
         make_trainer(*arguments, other, tmp_path, **options, eval_dataset=prepared)
-    with pytest.raises(InputError, match="`metrics_by` was 'source', is now 'origin'"):
+    with pytest.raises(InputError, match="The train dataset was not prepared with `metrics_by='origin'`"):
         make_trainer(*arguments, prepared, tmp_path, **{**options, "metrics_by": "origin"})
+    log, _ = one_step_log(*arguments, prepared, tmp_path, **LAYOUTS["packed"])
+    assert of_sources(log) == {}
+
+
+def test_unpacked_rows_are_numbered_again(tiny_model, tokenizer, sourced_rows, tmp_path):
+    arguments = (*CLASSES, tiny_model, tokenizer)
+    prepared = make_trainer(*arguments, sourced_rows, tmp_path, metrics_by="source").train_dataset
+    other = sourced_rows.filter(lambda row: row["source"] != "books")
+    trainer = make_trainer(*arguments, other, tmp_path, metrics_by="source", eval_dataset=prepared)
+    found = {key: value for key, value in of_sources(trainer.evaluate(), "eval_").items() if value}
+    assert found == pytest.approx(expected_metrics(tiny_model, sourced_rows), rel=1e-5)
+
+
+def test_rows_that_are_not_prepared_again(tiny_model, tokenizer, sourced_rows, tmp_path):
+    arguments, as_they_are = (*CLASSES, tiny_model, tokenizer), {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    prepared = make_trainer(*arguments, sourced_rows, tmp_path, metrics_by="source").train_dataset
+    log, _ = one_step_log(*arguments, prepared, tmp_path, metrics_by="source", **LAYOUTS["padded"], **as_they_are)
+    assert of_sources(log) == pytest.approx(expected_metrics(tiny_model, sourced_rows), rel=1e-5)
+    for rows in (
+        make_trainer(*arguments, sourced_rows, tmp_path).train_dataset,
+        prepared.remove_columns("annotated_with"),
+        make_trainer(*arguments, sourced_rows.add_column("a", [1] * 8), tmp_path, metrics_by="a").train_dataset,
+    ):
+        with pytest.raises(InputError, match="The train dataset was not prepared with `metrics_by='source'`"):
+            make_trainer(*arguments, rows, tmp_path, metrics_by="source", **as_they_are)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +129,8 @@ def test_a_prepared_set_knows_its_sources(tiny_model, tokenizer, sourced_rows, t
 def test_what_can_not_be_a_source(values, message, tiny_model, tokenizer, sourced_rows, tmp_path):
     rows = sourced_rows.remove_columns("source")
     rows = rows if values is None else rows.add_column("source", values)
+    labels = [ids if row else [-100] * len(ids) for row, ids in enumerate(rows["input_ids"])]
+    rows = rows.add_column("labels", labels)  # the first row is dropped, but counts
     with pytest.raises(InputError, match=message):
         make_trainer(*CLASSES, tiny_model, tokenizer, rows, tmp_path, metrics_by="source")
 
@@ -126,3 +153,30 @@ def test_a_configuration_of_ones_own_needs_no_metrics_by(tiny_model, tokenizer, 
     rows = Dataset.from_list([{"input_ids": [5, 6, 7]}])
     trainer = make_trainer(AnnotatedSFTTrainer, OwnConfig, tiny_model, tokenizer, rows, tmp_path)
     assert type(trainer.args) is OwnConfig
+
+
+def test_a_number_and_its_text_are_one_source(tiny_model, tokenizer, tmp_path):
+    numbers, texts = (Dataset.from_list([{"input_ids": [5, 6, 7], "source": value}] * 2) for value in (1, "1"))
+    arguments = (*CLASSES, tiny_model, tokenizer, numbers, tmp_path)
+    trainer = make_trainer(*arguments, eval_dataset=texts, metrics_by="source")
+    assert trainer.evaluate()["eval_token_share/1"] == 1
+
+
+def test_sets_with_other_sources_are_joined(tiny_model, tokenizer, sourced_rows, tmp_path):
+    arguments = (*CLASSES, tiny_model, tokenizer)
+    parts = [sourced_rows.filter(lambda row, name=name: row["source"] == name) for name in ("web", "code")]
+    prepared = [make_trainer(*arguments, part, tmp_path, metrics_by="source").train_dataset for part in parts]
+    together = concatenate_datasets(prepared)
+    log, _ = one_step_log(*arguments, together, tmp_path, metrics_by="source", **LAYOUTS["padded"])
+    assert of_sources(log) == pytest.approx(expected_metrics(tiny_model, concatenate_datasets(parts)), rel=1e-5)
+    assert len(make_trainer(*arguments, together, tmp_path).train_dataset) == 7
+    with pytest.raises(InputError, match="was not prepared with `metrics_by='source'`"):
+        as_they_are = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        make_trainer(*arguments, together, tmp_path, metrics_by="source", **as_they_are)
+
+
+@pytest.mark.parametrize("column", ["text", "completion"])
+def test_a_text_to_train_on_is_no_source(column, tiny_model, tokenizer, tmp_path):
+    rows = Dataset.from_dict({"prompt": ["a "], "completion": ["b"]} if column == "completion" else {"text": ["a b"]})
+    with pytest.raises(InputError, match=f"`metrics_by='{column}'` names a text to train on"):
+        make_trainer(*CLASSES, tiny_model, tokenizer, rows, tmp_path, metrics_by=column)

@@ -2,6 +2,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import chain
 
 import pytest
 from datasets import load_dataset
@@ -284,6 +285,21 @@ class TestText:
         assert f"{sentence}{sum(mean) / len(mean):.2f}" in page and "2510.00526" in page
         assert sentence in inspect_text(capsys, "--config", "sft.yaml", "--probabilities")
         assert sentence not in inspect_text(capsys, "--config", "sft.yaml")
+
+    def test_probabilities_of_packed_rows(self, folder, tiny_model, trained_rows):
+        tiny_model.save_pretrained("model")
+        examples = [row["input_ids"] for row in trained_rows()][:3]
+        packed = {"input_ids": list(chain.from_iterable(examples)), "seq_lengths": list(map(len, examples))}
+        (folder / "data" / "train.jsonl").write_text(json.dumps(packed) + "\n")
+        data = Page(inspect_page("--config", "sft.yaml", "--probabilities", "--max_length", "512")).data
+        (number,) = [i for i, column in enumerate(data["columns"]) if column["name"] == "probability"]
+        expected = [
+            probability
+            for ids in examples
+            for probability in (0.0, *map(math.exp, padded_document_log_probs(tiny_model, ids, ids)))
+        ]
+        (row,) = data["rows"].values()
+        assert list(map(float, row["values"][number])) == pytest.approx(expected, rel=1e-3)
 
     def test_into_a_file(self, folder, capsys):
         assert main(["inspect", "--config", "sft.yaml", "--format", "text", "--output", "tokens.txt"]) == 0

@@ -35,6 +35,23 @@ def test_values_and_defaults(write_study):
     assert study.overrides == {}
 
 
+def test_flags_are_overrides_of_the_study(write_study):
+    changes = {**arms(sft_go={**SFT_GO, "overrides": {"max_length": 64}}), "overrides": {"max_length": 32}}
+    flags = ["--max_length", "48", "--learning_rate", "1.0e-2", "--use_cpu", "true"]
+    study = read_study(write_study(**changes), seeds=[7], flags=flags)
+    assert study.overrides == {"max_length": 48, "learning_rate": 0.01, "use_cpu": True}
+    assert study.content["overrides"] == study.overrides and study.content["seeds"] == [7]
+    recipes = {run.arm: run.recipe for run in plan_runs(study)}
+    assert {name: recipe["max_length"] for name, recipe in recipes.items()} == {"sft": 48, "sft_go": 64}
+    assert {recipe["learning_rate"] for recipe in recipes.values()} == {0.01}
+
+
+@pytest.mark.parametrize("flags", [["--max_length"], ["max_length", "3"], ["--a", "1", "2", "3"]])
+def test_flags_that_are_no_keys(flags, write_study):
+    with pytest.raises(InputError, match="recipe keys must be given as `--key value`, got `.*max_length|--a"):
+        read_study(write_study(), flags=flags)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Each page with the configuration that it describes
 CONFIGS = {
-    "your_own_variant": hf_sft_variants.AnnotatedSFTConfig,
-    **{f"methods/{method}": METHODS[method].config_class for method in METHODS if method != "base"},
+    "reference/your_own_variant": hf_sft_variants.AnnotatedSFTConfig,
+    **{f"reference/{method}": METHODS[method].config_class for method in METHODS if method != "base"},
 }
 
 
@@ -34,8 +34,10 @@ def build(folder: str) -> None:
     assert main(["-W", "-q", "-d", f"{folder}/doctrees", str(DOCS), f"{folder}/html"]) == 0
 
 
-def text_of(page: Path) -> str:
-    return html.unescape(re.sub(r"<[^>]*>", "", page.read_text()))
+def num_words(page: Path) -> int:
+    """Of a page without its menus; a formula is none."""
+    article = re.search(r"<article.*?</article>", page.read_text(), re.DOTALL)[0]
+    return len(re.findall(r"\w\S*", html.unescape(re.sub(r"<math.*?</math>|<[^>]*>", " ", article, flags=re.DOTALL))))
 
 
 def test_public_names(site):
@@ -69,6 +71,14 @@ def test_every_page_is_reached(site):
     for page in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]:
         if "_build" not in page.parts and page.name != "index.md":
             assert f'href="{page.relative_to(DOCS).with_suffix(".html")}"' in start, page
+
+
+def test_pages_to_read_are_short(site):
+    to_look_up = {"_build", "reference", "compatibility.md", "registered.md"}
+    pages = [path.relative_to(DOCS) for path in DOCS.rglob("*.md") if not to_look_up & {*path.relative_to(DOCS).parts}]
+    assert len(pages) > 20
+    lengths = {str(page): num_words(site / page.with_suffix(".html")) for page in pages}
+    assert {page: length for page, length in lengths.items() if length >= 1200} == {}
 
 
 def test_nothing_is_loaded_from_elsewhere(site):

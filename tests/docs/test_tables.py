@@ -16,6 +16,7 @@ TABLES = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
 PAGES = [
     "README.md",
     "docs/reproducibility.md",
+    "docs/when_it_helps.md",
     *(f"docs/methods/{method}.md" for method in METHODS if method != "base"),
 ]
 
@@ -31,7 +32,7 @@ def test_tables_are_up_to_date():
 def test_every_method_and_every_arm_is_in_the_docs():
     overhead = json.loads((ROOT / "benchmarks/results/step_overhead_cpu.json").read_text())
     assert {run["method"] for run in overhead["runs"]} == set(TABLES["METHODS"])
-    page = (ROOT / "docs/reproducibility.md").read_text()
+    page = (ROOT / "docs/when_it_helps.md").read_text()
     assert all(f"| `{arm}` |" in page for arm in read_study(str(ROOT / "studies/small.yaml")).arms)
 
 

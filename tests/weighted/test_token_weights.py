@@ -1,5 +1,6 @@
 """The weight of each token, against weights written by hand, and weights that can't be used."""
 
+import copy
 import math
 from itertools import groupby
 from operator import itemgetter
@@ -7,7 +8,7 @@ from operator import itemgetter
 import helpers
 import pytest
 from datasets import Dataset
-from fixtures.chat_templates import CHATML, GEMMA, GENERATION, LLAMA_3, QWEN_3, TOOLS, ZEPHYR
+from fixtures.chat_templates import CHATML, GEMMA, GENERATION, GLM, LLAMA_3, MISTRAL, QWEN_3, TOOLS, ZEPHYR
 
 from hf_sft_variants import WeightedSFTConfig, WeightedSFTTrainer
 from hf_sft_variants.errors import InputError
@@ -31,7 +32,8 @@ def prepare(tiny_model, tokenizer, tmp_path):
             (tmp_path / "template.jinja").write_text(template)
             options["chat_template_path"] = str(tmp_path / "template.jinja")
         rows = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-        arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer, rows, tmp_path)
+        own_tokenizer = copy.deepcopy(tokenizer)  # it gets the template
+        arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, own_tokenizer, rows, tmp_path)
         return helpers.make_trainer(*arguments, **{"max_length": 400, **options}).train_dataset
 
     return prepare
@@ -50,40 +52,55 @@ MESSAGES = {
     "ChatML": (
         CHATML,
         [
-            ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
-            ("It is four<|im_end|>", 0.3),
-            ("\n<|im_start|>user\nAnd one more?<|im_end|>\n<|im_start|>assistant\n", 1.0),
-            ("Then five<|im_end|>", 2.0),
-            ("\n", 1.0),
+            ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n", 1.0),
+            ("<|im_start|>assistant\nIt is four<|im_end|>\n", 0.3),
+            ("<|im_start|>user\nAnd one more?<|im_end|>\n", 1.0),
+            ("<|im_start|>assistant\nThen five<|im_end|>\n", 2.0),
         ],
     ),
     "Llama 3": (
         LLAMA_3,
         [
-            ("<s><|start|>user<|header|>\n\nWhat is two plus two?<|end|><|start|>assistant<|header|>\n\n", 1.0),
-            ("It is four<|end|>", 0.3),
-            ("<|start|>user<|header|>\n\nAnd one more?<|end|><|start|>assistant<|header|>\n\n", 1.0),
-            ("Then five<|end|>", 2.0),
+            ("<s><|start|>user<|header|>\n\nWhat is two plus two?<|end|>", 1.0),
+            ("<|start|>assistant<|header|>\n\nIt is four<|end|>", 0.3),
+            ("<|start|>user<|header|>\n\nAnd one more?<|end|>", 1.0),
+            ("<|start|>assistant<|header|>\n\nThen five<|end|>", 2.0),
         ],
     ),
     "Zephyr": (
         ZEPHYR,
         [
-            ("<|user|>\nWhat is two plus two?</s>\n<|assistant|>\n", 1.0),
-            ("It is four</s>", 0.3),
-            ("\n<|user|>\nAnd one more?</s>\n<|assistant|>\n", 1.0),
-            ("Then five</s>", 2.0),
-            ("\n", 1.0),
+            ("<|user|>\nWhat is two plus two?</s>\n", 1.0),
+            ("<|assistant|>\nIt is four</s>\n", 0.3),
+            ("<|user|>\nAnd one more?</s>\n", 1.0),
+            ("<|assistant|>\nThen five</s>\n", 2.0),
         ],
     ),
     "Gemma": (
         GEMMA,
         [
-            ("<bos><start_of_turn>user\nWhat is two plus two?<end_of_turn>\n<start_of_turn>model\n", 1.0),
-            ("It is four<end_of_turn>", 0.3),
-            ("\n<start_of_turn>user\nAnd one more?<end_of_turn>\n<start_of_turn>model\n", 1.0),
-            ("Then five<end_of_turn>", 2.0),
-            ("\n", 1.0),
+            ("<bos><start_of_turn>user\nWhat is two plus two?<end_of_turn>\n", 1.0),
+            ("<start_of_turn>model\nIt is four<end_of_turn>\n", 0.3),
+            ("<start_of_turn>user\nAnd one more?<end_of_turn>\n", 1.0),
+            ("<start_of_turn>model\nThen five<end_of_turn>\n", 2.0),
+        ],
+    ),
+    "Mistral": (
+        MISTRAL,
+        [
+            ("<s>[INST] What is two plus two? [/INST]", 1.0),
+            (" It is four</s>", 0.3),
+            ("[INST] And one more? [/INST]", 1.0),
+            (" Then five</s>", 2.0),
+        ],
+    ),
+    "GLM": (
+        GLM,
+        [
+            ("[gMASK]<|user|>\nWhat is two plus two?", 1.0),
+            ("<|assistant|>\nIt is four", 0.3),
+            ("<|user|>\nAnd one more?", 1.0),
+            ("<|assistant|>\nThen five", 2.0),
         ],
     ),
 }
@@ -97,9 +114,9 @@ def test_messages(template, expected, prepare, tokenizer):
 
 def test_messages_of_a_prompt_and_a_completion(prepare, tokenizer):
     (row,) = prepare([{"prompt": TALK[:3], "completion": TALK[3:]}], CHATML, message_weight_key="weight")
-    # The prompt has no labels, whatever its messages weigh; what the template puts after the turn counts 1
-    assert [weight for _, weight in pieces(row, tokenizer)] == [0.0, 2.0, 1.0]
-    assert pieces(row, tokenizer)[1:] == [("Then five<|im_end|>", 2.0), ("\n", 1.0)]
+    # The prompt has no labels, whatever its messages weigh
+    assert [weight for _, weight in pieces(row, tokenizer)] == [0.0, 2.0]
+    assert pieces(row, tokenizer)[1:] == [("Then five<|im_end|>\n", 2.0)]
 
 
 def test_messages_after_a_prompt_that_opens_the_reasoning(prepare, tokenizer):
@@ -107,22 +124,18 @@ def test_messages_after_a_prompt_that_opens_the_reasoning(prepare, tokenizer):
     answer = {"role": "assistant", "content": "<think>\ntwo and two</think>It is four", "weight": 0.5}
     (row,) = prepare([{"prompt": TALK[:1], "completion": [answer]}], template, message_weight_key="weight")
     question = "<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    response = "two and two</think>It is four<|im_end|>"
-    assert pieces(row, tokenizer) == [(question, 0.0), (response, 0.5), ("\n", 1.0)]
+    response = "two and two</think>It is four<|im_end|>\n"
+    assert pieces(row, tokenizer) == [(question, 0.0), (response, 0.5)]
 
 
 def test_messages_whose_reasoning_is_left_out(prepare, tokenizer):
     thought = {"role": "assistant", "content": "<think>one</think>It is four", "weight": 0.3}
     (row,) = prepare([{"messages": [TALK[0], thought, *TALK[2:]]}], QWEN_3, message_weight_key="weight")
     assert pieces(row, tokenizer) == [
-        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
-        ("It is four<|im_end|>", 0.3),
-        (
-            "\n<|im_start|>user\nAnd one more?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-            1.0,
-        ),
-        ("Then five<|im_end|>", 2.0),
-        ("\n", 1.0),
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n", 1.0),
+        ("<|im_start|>assistant\nIt is four<|im_end|>\n", 0.3),
+        ("<|im_start|>user\nAnd one more?<|im_end|>\n", 1.0),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\nThen five<|im_end|>\n", 2.0),
     ]
 
 
@@ -130,19 +143,36 @@ def test_messages_around_tool_calls(prepare, tokenizer):
     call = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
     messages = [
         TALK[0],
-        {"role": "assistant", "content": "Let me see", "tool_calls": call, "weight": 0.5},
-        {"role": "tool", "content": "4", "weight": None},
+        {"role": "assistant", "content": None, "tool_calls": call, "weight": 0.5},
+        {"role": "tool", "content": "4", "weight": 0.1},
         {"role": "assistant", "content": "It is four", "weight": 0.0},
     ]
     (row,) = prepare([{"messages": messages}], TOOLS, message_weight_key="weight")
     assert pieces(row, tokenizer) == [
-        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n", 1.0),
-        ("Let me see<tool_call>add</tool_call><|im_end|>", 0.5),
-        ("\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n", 1.0),
-        ("It is four<|im_end|>", 0.0),
-        ("\n", 1.0),
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n", 1.0),
+        ("<|im_start|>assistant\n<tool_call>add</tool_call><|im_end|>\n", 0.5),
+        ("<|im_start|>tool\n4<|im_end|>\n", 0.1),
+        ("<|im_start|>assistant\nIt is four<|im_end|>\n", 0.0),
     ]
     assert all(label == -100 for label, weight in zip(row["labels"], row["token_weights"], strict=True) if not weight)
+
+
+def test_everything_that_the_template_writes_for_a_message_of_weight_zero_leaves_the_loss(prepare, tokenizer):
+    template = GENERATION.replace("{% generation %}", "{% generation %}<think>{{ message.reasoning_content }}</think>")
+    first = {**TALK[1], "reasoning_content": "two and two", "weight": 0.0}
+    last = {**TALK[3], "reasoning_content": "four and one"}
+    rows = [{"messages": [TALK[0], first, TALK[2], last]}]
+    (row,) = prepare(rows, template, assistant_only_loss=True, message_weight_key="weight")
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == (
+        "<think>four and one</think>Then five<|im_end|>\n"
+    )
+
+
+def test_a_message_in_parts(prepare, tokenizer):
+    template = CHATML.replace("message['content']", "message['content'][0]['text']")
+    messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in TALK]
+    (row,) = prepare([{"messages": messages}], template, message_weight_key="weight")
+    assert pieces(row, tokenizer) == MESSAGES["ChatML"][1]
 
 
 def test_parts_of_a_response(prepare, tokenizer):
@@ -175,6 +205,11 @@ def test_prompts_with_a_weight_have_labels(prepare, tokenizer):
         ("<|im_start|>user\nAnd one more?<|im_end|>\n<|im_start|>assistant\n", 0.5),
         ("Then five<|im_end|>\n", 1.0),
     ]
+
+
+def test_a_row_without_a_prompt_has_only_its_response(prepare):
+    rows = [{"prompt": "one two ", "completion": "three"}, {"prompt": "", "completion": "three four"}]
+    assert set(prepare(rows, prompt_weight=0.1)["token_weights"][1]) == {1.0}
 
 
 def test_weights_multiply(prepare):
@@ -222,8 +257,14 @@ def talk(number, **changes):
         ({"prompt": "a ", "completion": "b"}, KEY, "`message_weight_key='weight'` needs messages"),
         (talk(3, weight=-2.0), KEY, "`weight` of message 3 has -2.0: give"),
         (talk(3, weight=math.inf), KEY, "`weight` of message 3 has inf: give"),
-        (talk(0, weight=0.5), KEY, "message 0 has the role 'user' and `weight` 0.5"),
-        (talk(1, content=""), KEY, "the words of message 1, whose `weight` is 0.3, are not in the rendered text"),
+        (talk(0), {"message_weight_key": "wieght"}, "No message of the train dataset has the key `wieght`"),
+        ({**TOKENS, "w": [1e6] * 12, "q": 1e5}, {**W, **Q}, "the weights of a token multiply to 100000000000.0"),
+        ({**TOKENS, "q": 1e-11}, Q, "the weights of a token multiply to 1e-11"),
+        (
+            {"prompt": "a ", "completion": "b"},
+            {"prompt_weight": 0.5, "completion_only_loss": False},
+            "but `completion_only_loss=False` leaves them in",
+        ),
         (TOKENS, {"prompt_weight": 0.5}, "every token has a label, so there is no prompt for `prompt_weight=0.5`"),
         (talk(0), {"thinking_weight": 0.5}, "the tag '<Thinking>' is not there"),
         (talk(0), {"answer_weight": 0.5, "key_delimiter": "####"}, "`key_delimiter='####'` is not there"),
@@ -261,3 +302,26 @@ def test_settings_that_can_not_be(options, message, tmp_path):
 def test_every_row_of_weight_zero(prepare):
     with pytest.raises(InputError, match="The train dataset has no supervised token"):
         prepare([{"input_ids": IDS, "q": 0.0}], **Q)
+
+
+# Every message is written differently once others follow, so its end is not certain
+NUMBERED = CHATML.replace("<|im_end|>", " ({{ loop.length }})<|im_end|>")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_message_that_can_not_be_told_from_the_others(number, prepare):
+    talk = [{**message, "weight": 0.5 if i == number else None} for i, message in enumerate(TALK)]
+    message = f"Row 0 .*: message {number}, whose `weight` is 0.5, can't be told from its neighbours"
+    with pytest.raises(InputError, match=message):
+        prepare([{"messages": talk}], NUMBERED, **KEY)
+
+
+def test_labels_tell_which_tokens_are_the_assistants(prepare, tokenizer):
+    template = GENERATION.replace("<|im_end|>", " ({{ loop.length }})<|im_end|>")
+    talk = [{**message, "weight": 0.0 if i < 3 else 0.5} for i, message in enumerate(TALK)]
+    (row,) = prepare([{"messages": talk}], template, assistant_only_loss=True, **KEY)
+    assert pieces(row, tokenizer)[-1] == ("Then five (4)<|im_end|>\n", 0.5)
+    assert [weight for _, weight in pieces(row, tokenizer)] == [0.0, 0.5]
+    # Those of the user are at stake once they have labels
+    with pytest.raises(InputError, match="message 0, whose `weight` is 0.0, can't be told"):
+        prepare([{"messages": talk}], template, assistant_only_loss=True, prompt_weight=0.5, **KEY)

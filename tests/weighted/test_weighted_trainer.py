@@ -16,6 +16,7 @@ from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
 
 from hf_sft_variants import WeightedSFTConfig, WeightedSFTTrainer
+from hf_sft_variants.errors import InputError
 
 
 COLUMNS = {"token_weight_column": "w", "example_weight_column": "quality"}
@@ -187,3 +188,16 @@ def test_evaluation_is_weighted(tiny_model, tokenizer, weighted_rows, tmp_path):
     expected = slow_loss(tiny_model, weighted_rows, "weights").item()
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert metrics["eval_weighted/nll"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_changed_weights_are_not_resumed(tiny_model, tokenizer, weighted_rows, tmp_path):
+    arguments = (WeightedSFTTrainer, WeightedSFTConfig, tiny_model, tokenizer)
+    options = {**COLUMNS, "save_strategy": "steps", "save_steps": 1}
+    helpers.make_trainer(*arguments, weighted_rows, tmp_path, max_steps=1, **options).train()
+    other = weighted_rows.map(lambda row: {"quality": row["quality"] / 2})
+    trainer = helpers.make_trainer(*arguments, other, tmp_path, max_steps=2, **options)
+    with pytest.raises(InputError, match="made with 8 training examples, and the 8 of this run differ"):
+        trainer.train(resume_from_checkpoint=True)
+    helpers.make_trainer(*arguments, weighted_rows, tmp_path, max_steps=2, **options).train(
+        resume_from_checkpoint=True
+    )
