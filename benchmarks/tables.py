@@ -4,12 +4,14 @@ Generates the tables of figures in README and docs from the results in `benchmar
     python benchmarks/tables.py
 
 In every page, the text between `<!-- table: study sft sft_go -->` and `<!-- end of table -->` is replaced by the table
-of these arms of the small study; `step_time sft_go` and `scoring` give the cost of a training step and of scoring.
+of these arms of the small study; `step_time sft_go`, `step_time_256` and `scoring` give the cost of a training step
+and of scoring.
 """
 
 import json
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from hf_sft_variants.comparison.statistics import TOO_FEW_SEEDS
@@ -33,14 +35,29 @@ METHODS = {
 
 
 def step_time_table(*methods: str) -> str:
+    runs = read("step_overhead_cpu")["runs"]
+    return table(["a training step of", "time", "memory"], step_times(runs, methods or METHODS))
+
+
+def step_time_256_table() -> str:
+    """Of rows with 256 tokens, all of them labels."""
+    rows = [
+        [training, *row]
+        for training, name in (("LoRA", "lora"), ("full fine-tuning", "full"))
+        for row in step_times(read(f"step_overhead_{name}_256_cpu")["runs"], METHODS)
+    ]
+    return table(["training", "a training step of", "time", "memory"], rows)
+
+
+def step_times(runs: list[dict], methods: Iterable[str]) -> list[list[str]]:
     """Medians of the ratios to `SFTTrainer`, in time with quartiles."""
     rows = []
-    for run in read("step_overhead_cpu")["runs"]:
+    for run in runs:
         method, (first, third) = run["method"], run["time_ratio_quartiles"]
-        if method in (methods or METHODS):
+        if method in methods:
             time = f"{run['time_ratio']:.2f} × ({first:.2f} to {third:.2f})"
             rows.append([METHODS[method], time, f"{run['memory_ratio']:.2f} ×"])
-    return table(["a training step of", "time", "memory"], rows)
+    return rows
 
 
 def scoring_table() -> str:
@@ -96,7 +113,12 @@ def read(name: str) -> dict:
 
 
 def made(match: re.Match) -> str:
-    kinds = {"step_time": step_time_table, "scoring": scoring_table, "study": study_table}
+    kinds = {
+        "step_time": step_time_table,
+        "step_time_256": step_time_256_table,
+        "scoring": scoring_table,
+        "study": study_table,
+    }
     return f"{match[1]}{match[2]} -->\n{kinds[match[1]](*match[2].split())}\n"
 
 

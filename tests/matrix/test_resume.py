@@ -208,7 +208,11 @@ class TestAnotherRunIsRefused:
         others = [
             (rows.select(range(10)), {}, "with 12 training examples, and the 10 of this run differ"),
             (Dataset.from_list([rows[3], *rows.select(range(1, 12))]), {}, "and the 12 of this run differ"),
-            (rows, {"max_length": 44}, r"the same data set and annotations, tokenizer, chat template and `max_length`, or set"),
+            (
+                rows,
+                {"max_length": 44},
+                r"the same data set and annotations, tokenizer, chat template and `max_length`, or set",
+            ),
         ]
         for other_rows, options, message in others:
             trainer = make(make_method, tiny_model, tokenizer, other_rows, tmp_path, **options)
