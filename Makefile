@@ -9,9 +9,8 @@ INSTALLED = $(VENV)/.installed
 RECIPE = recipes/quickstart/sft_go.yaml
 RUN = quickstart/runs/sft_go
 # CI overrides these to keep runs short
-TRAIN_FLAGS =
-QUICKSTART_SIZES = --train-size 192 --test-size 30
-EVALUATE_FLAGS = --max-new-tokens 64
+TRAIN_FLAGS = --dataset_train_split 'train[:192]'
+EVALUATE_FLAGS = --max-new-tokens 64 --split 'test[:30]'
 STUDY = studies/small.yaml
 STUDY_SIZES = --train_size 200 --test_size 84
 # Data of the studies in docs/registered.md, and where GSM8K is: an id on the Hub, or a folder
@@ -38,7 +37,7 @@ quickstart: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
 quickstart: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 quickstart: plan $(RUNTIME)
 	@printf '\n1. Write the model and the data\n\n'
-	$(BIN)/hf-sft-variants quickstart $(QUICKSTART_SIZES)
+	$(BIN)/hf-sft-variants quickstart
 	@printf '\n2. Evaluate the model before training\n\n'
 	$(EVALUATE) quickstart/model --json quickstart/before.json
 	@printf '\n3. Train\n\n'

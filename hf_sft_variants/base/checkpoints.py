@@ -39,7 +39,7 @@ _NEW_RUN = "or start a new run from its weights: pass the folder as `model`, wit
 class ResumeCheckMixin:
     """Refuses to resume from an incomplete checkpoint or from another run's."""
 
-    # Columns of the training set that a checkpoint must share, besides tokens, labels and the user's annotations
+    # Columns to compare with a checkpoint's training set, in addition to tokens, labels and the user's annotations
     _columns_compared_on_resume: list[str] = []
     _examples: dict[str, Any] | None = None
     _run: dict[str, Any] | None = None

@@ -46,8 +46,9 @@ class PreparedSetsMixin:
         self, dataset: Dataset | IterableDataset, packing: bool, dataset_name: str
     ) -> dict[str, Any] | None:
         """
-        Return the trainer and settings that annotated a data set; `None` if it is not annotated. Raises an
-        `InputError` if they differ from this trainer's, or the data set has annotations but does not record them.
+        Return the trainer and settings that annotated a data set; `None` if it is not annotated. Takes over the
+        numbers of its sources where its rows are used unchanged. Raises an `InputError` if they differ from this
+        trainer's, or the data set has annotations but does not record them.
         """
         columns = get_dataset_column_names(dataset)
         if not {MADE_WITH, "input_ids"} <= set(columns):
@@ -136,10 +137,14 @@ def read_made_with(dataset: Dataset | IterableDataset, dataset_name: str) -> dic
     if len(texts) > 1 and None in texts:
         raise InputError(_mixture_message(dataset_name))
     made_with, *others = [_parse_made_with(text, dataset_name) for text in texts]
-    if any({**other, "sources": {}} != {**made_with, "sources": {}} for other in others):
+    if any(not _is_alike(other, made_with) for other in others):
         raise InputError(_mixture_message(dataset_name))
-    # Sets prepared alike may have other sources; then their numbers say nothing
+    # Sets prepared alike may number their sources differently, so the joined numbers mean nothing
     return {**made_with, "sources": {}} if others else made_with
+
+
+def _is_alike(made_with: dict[str, Any], other: dict[str, Any]) -> bool:
+    return {**made_with, "sources": {}} == {**other, "sources": {}}
 
 
 def _parse_made_with(text: str, dataset_name: str) -> dict[str, Any]:
@@ -159,12 +164,13 @@ def _parse_made_with(text: str, dataset_name: str) -> dict[str, Any]:
 
 def require_as_first_row(dataset: IterableDataset, dataset_name: str) -> IterableDataset:
     """Check each row of a stream as it arrives, and refuse one whose settings differ from the first row's."""
-    fn_kwargs = {"text": next(iter(dataset))[MADE_WITH], "dataset_name": dataset_name}
-    return dataset.map(_require_text, fn_kwargs=fn_kwargs)
+    first = _parse_made_with(next(iter(dataset))[MADE_WITH], dataset_name)
+    return dataset.map(_require_alike, fn_kwargs={"first": first, "dataset_name": dataset_name})
 
 
-def _require_text(example: dict[str, Any], text: str, dataset_name: str) -> dict[str, Any]:
-    if example[MADE_WITH] != text:
+def _require_alike(example: dict[str, Any], first: dict[str, Any], dataset_name: str) -> dict[str, Any]:
+    text = example[MADE_WITH]
+    if text is None or not _is_alike(_parse_made_with(text, dataset_name), first):
         raise InputError(_mixture_message(dataset_name))
     return example
 

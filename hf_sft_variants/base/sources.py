@@ -37,20 +37,24 @@ class MetricsBySourceMixin:
         return {}
 
     def describe_sources(self) -> dict[str, Any]:
-        """For the description of a prepared data set: the column, and its values in the order of their numbers."""
+        """The column and its values in the order of their numbers, to record with a prepared data set."""
         return (
             {} if self._metrics_by is None else {"sources": {"column": self._metrics_by, "values": [*self._sources]}}
         )
 
     def adopt_sources(self, made_with: dict[str, Any] | None, dataset_name: str) -> None:
-        """Take over the numbers in a data set that is prepared already."""
+        """
+        Take over the numbering of a prepared data set. Raises an `InputError` if it has none of this column, or
+        another.
+        """
         if self._metrics_by is None:
             return
         sources = (made_with or {}).get("sources", {})
         if sources.get("column") != self._metrics_by:
             raise InputError(
-                f"The {dataset_name} dataset was not prepared with `metrics_by={self._metrics_by!r}`, so nothing says "
-                f"where its tokens come from. Remove `metrics_by`, or {RAW_ROWS}."
+                f"The {dataset_name} dataset was not prepared with `metrics_by={self._metrics_by!r}`, or was joined "
+                "from sets with other values, so nothing says where its tokens come from. Remove `metrics_by`, or "
+                f"{RAW_ROWS}."
             )
         for number, value in enumerate(sources["values"]):
             if self._sources.setdefault(value, len(self._sources)) != number:
@@ -60,7 +64,7 @@ class MetricsBySourceMixin:
                 )
 
     def number_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> None:
-        """Number the values of `metrics_by`, also those of rows that are dropped later."""
+        """Number the values of `metrics_by`, including those of rows that are dropped later."""
         column = self._metrics_by
         if column is None:
             return
@@ -74,7 +78,7 @@ class MetricsBySourceMixin:
             )
 
     def add_sources(self, dataset: Dataset | IterableDataset, dataset_name: str) -> Dataset | IterableDataset:
-        """Add the column of the sources' numbers: on each token, the number of its row's value."""
+        """Add the column `source_ids`: for each token, the number of its row's value."""
         if self._metrics_by is None:
             return dataset
         fn_kwargs = {"column": self._metrics_by, "numbers": dict(self._sources)}
@@ -106,7 +110,7 @@ def _values(dataset: Dataset | IterableDataset, column: str, text_field: str, da
     columns = get_dataset_column_names(dataset)
     if column in ("prompt", "completion", text_field):
         raise InputError(
-            f"`metrics_by={column!r}` names a text to train on. Name a column that says where it comes from."
+            f"`metrics_by={column!r}` names a text to train on. Name a column that says where each row comes from."
         )
     if column not in columns:
         raise InputError(

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +115,18 @@ def read_study(path: str, seeds: list[int] | None = None, flags: list[str] | Non
 
 def _overrides_of(flags: list[str]) -> dict[str, Any]:
     names, values = flags[::2], flags[1::2]
-    for name, value in zip_longest(names, values):
-        if not name.startswith("--") or value is None:
-            raise InputError(f"recipe keys must be given as `--key value`, got `{' '.join(flags)}`.")
-    return {name.removeprefix("--"): yaml.safe_load(value) for name, value in zip(names, values, strict=True)}
+    if len(names) != len(values) or not all(name.startswith("--") for name in names):
+        raise InputError(f"recipe keys must be given as `--key value`, got `{' '.join(flags)}`.")
+    return {name.removeprefix("--"): _value_of(text) for name, text in zip(names, values, strict=True)}
+
+
+def _value_of(text: str) -> Any:
+    """The value that a recipe would have; what YAML can't read or takes for a comment is a text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if value is None and text.startswith("#") else value
 
 
 def parse_study(content: dict[str, Any], path: str) -> Study:

@@ -69,7 +69,9 @@ class Row:
 
     def examples(self) -> list[dict[str, list[int]]]:
         """Tokens and labels of each example in the row."""
-        ends = [min(end, len(self.input_ids)) for end in accumulate(self.lengths, initial=0)]  # the last may be cut
+        ends = [
+            min(end, len(self.input_ids)) for end in accumulate(self.lengths, initial=0)
+        ]  # truncation may have cut the last
         slices = [slice(start, end) for start, end in pairwise(ends) if start < end]
         return [{"input_ids": self.input_ids[part], "labels": self.labels[part]} for part in slices]
 

@@ -17,13 +17,11 @@ from .turn_contents import ContentFinder
 @dataclass(frozen=True)
 class Turn:
     """
-    Assistant turn: the characters of its content, the index of the first token after the turn has ended, and the
-    number of its message in a conversation.
+    Assistant turn: the characters of its content, and the index of the first token after the turn has ended.
     """
 
     content: Span
     end_token: int
-    message: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def render_conversation(
     for i, content in zip(numbers, contents, strict=True):
         if content is not None:
             turn_end = finder.find_turn_end(messages, i, text, content[1])
-            turns.append(Turn(content, _end_token(text, token_ids, offsets, special, content[1], turn_end), i))
+            turns.append(Turn(content, _end_token(text, token_ids, offsets, special, content[1], turn_end)))
     return RenderedExample(text, token_ids, offsets, turns)
 
 

@@ -13,11 +13,11 @@ def find_message_tokens(
     example: dict[str, Any], rendered: RenderedExample, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
 ) -> list[list[int] | None]:
     """
-    Find the tokens of each message of a conversation with labels: header, reasoning, content, tool calls and the end
-    of its turn. `None` for a message whose bounds are not certain.
+    Find the tokens of each message of a labelled conversation: header, reasoning, content, tool calls and the end of
+    its turn. `None` for a message whose bounds are not certain.
 
     Where only the assistant's messages have labels, as with `assistant_only_loss` or with a single message as the
-    completion, the tokens of such a message are those with labels.
+    completion, an assistant message's tokens are the labelled ones.
     """
     messages = messages_of(example)
     finder = content_finder(tokenizer, **template_options(example, chat_template))
@@ -30,6 +30,7 @@ def find_message_tokens(
     starts = [start for start, _ in rendered.offsets]
     tokens = [span and [i for i, start in enumerate(starts) if span[0] <= start < span[1]] for span in spans]
     in_content = {i: content and rendered.tokens_in(content) for i, content in contents.items()}
+    # With labels on a completion alone, earlier assistant messages have none; with `assistant_only_loss`, all may
     for first in dict.fromkeys((len(example.get("prompt", [])), 0)):
         of_assistant = _labelled_messages(messages, first, in_content, example["labels"])
         if of_assistant is not None:
@@ -55,7 +56,9 @@ def _labelled_messages(
     for i, message in enumerate(messages):
         words = in_content.get(i)
         if words is None and message.get("content") and i not in found:
-            return None  # they could be in any run
-        if any(set(run).isdisjoint(words or []) == (i == j and words is not None) for j, run in found.items()):
-            return None
+            return None  # its words could be in any run
+        for j, run in found.items():
+            has_words = not set(run).isdisjoint(words or [])
+            if has_words != (i == j and words is not None):
+                return None
     return found

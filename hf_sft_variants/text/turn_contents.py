@@ -108,14 +108,13 @@ class ContentFinder:
             # Templates may write the words of one message into another
             if span is not None and not _has_parts(messages[i], text[slice(*span)]):
                 span = end = None
-            if span is not None and all(_is_where_it_should(j == i, content, span) for j, content in contents.items()):
-                spans.append(span)
-            else:
-                spans.append(None)
+            is_certain = span is not None and all(_is_in_place(j == i, words, span) for j, words in contents.items())
+            spans.append(span if is_certain else None)
             start = end
         return spans
 
     def _find_message_end(self, messages: Messages, number: int, text: str, content: Span | None) -> int | None:
+        """End of a message; `None` if it is not certain, where [`find_turn_end`] takes the longest common ending."""
         if number == len(messages) - 1:
             return len(text)
         through = self._render_part(messages[: number + 1])
@@ -129,7 +128,7 @@ class ContentFinder:
         tail, rest = through[in_part[1] :], text[content[1] :]
         if rest.startswith(tail):
             return content[1] + len(tail)
-        # The last message of a conversation may end with other special tokens, but the first of them ends any message
+        # A template may write more special tokens after the last message than after others; the first one ends it
         special = rf"\s*(?:{'|'.join(map(re.escape, self.special_texts))})\s*"
         ending = re.match(special, rest)
         return content[1] + ending.end() if ending and re.fullmatch(f"(?:{special})+", tail) else None
@@ -143,14 +142,14 @@ class ContentFinder:
 
 
 def _has_parts(message: dict[str, Any], text: str) -> bool:
-    """Whether all texts of a content that comes in parts are in a text."""
+    """Whether a text has all parts of a message's content; a content that is a single text has none."""
     content = message.get("content")
     parts = content if isinstance(content, list) else []
     return all((part.get("text") or "").strip() in text for part in parts)
 
 
-def _is_where_it_should(is_own: bool, content: Span | None, span: Span) -> bool:
-    """Whether a message's own content is within its span, and that of another one outside."""
+def _is_in_place(is_own: bool, content: Span | None, span: Span) -> bool:
+    """Whether a message's own content is inside its span, or another's outside it."""
     if content is None:
         return not is_own
     return span[0] <= content[0] <= content[1] <= span[1] if is_own else content[1] <= span[0] or span[1] <= content[0]

@@ -16,7 +16,7 @@ class WeightedSFTConfig(AnnotatedSFTConfig):
     token's weights multiply, to 0 or to something from 1e-10 to 1e10, and a token with weight 0 has no label. By
     default, all weights are 1.
 
-    Parameters that weigh tokens:
+    Parameters that weight tokens:
         token_weight_column (`str`, *optional*):
             Column with a weight for each token of `input_ids`, in rows that come as tokens.
         message_weight_key (`str`, *optional*):

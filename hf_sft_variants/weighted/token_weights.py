@@ -15,7 +15,7 @@ from ..text.key_finder import KeyFinder
 from ..text.turn_reader import TurnReader
 
 
-# What the squares of gradients can hold in float32
+# Beyond these, the squares of gradients (Adam's, the norm's) leave float32
 SMALLEST, LARGEST = 1e-10, 1e10
 
 
@@ -57,8 +57,8 @@ class TokenWeigher:
         outside = (weights != 0) & ~((weights >= SMALLEST) & (weights <= LARGEST))
         if outside.any():
             raise InputError(
-                f"the weights of a token multiply to {weights[outside][0]}; give weights with a product of 0, or from "
-                f"{SMALLEST} to {LARGEST}"
+                f"the weights of a token multiply to {weights[outside][0]}; the product must be 0, or from "
+                f"{SMALLEST:g} to {LARGEST:g}"
             )
         labels = np.where(weights > 0, labels, -100)
         return np.where(labels != -100, weights, 0.0).tolist(), labels.tolist()
@@ -81,15 +81,15 @@ class TokenWeigher:
         for i, weight in weighed.items():
             if tokens[i] is not None:
                 weights[tokens[i]] *= weight
-            elif weight != 1 and self._is_at_stake(tokens, example["labels"]):
+            elif weight != 1 and self._may_be_in_loss(tokens, example["labels"]):
                 raise InputError(
-                    f"message {i}, whose `{key}` is {weight!r}, can't be told from its neighbours, because the chat "
-                    "template writes it differently once others follow. Set `assistant_only_loss=True`, or give "
-                    "`input_ids` and `token_weight_column`"
+                    f"message {i}, whose `{key}` is {weight!r}, can't be told from its neighbours: the chat template "
+                    "moves its words, or writes it differently once others follow. Set `assistant_only_loss=True` "
+                    "without `prompt_weight`, or give `input_ids` and `token_weight_column`"
                 )
 
-    def _is_at_stake(self, tokens: list[list[int] | None], labels: list[int]) -> bool:
-        """Whether a token that is in no message's bounds may have a label."""
+    def _may_be_in_loss(self, tokens: list[list[int] | None], labels: list[int]) -> bool:
+        """Whether any token outside the messages that were found has a label, or gets one from `prompt_weight`."""
         known = {token for of_message in tokens for token in of_message or []}
         return any(
             i not in known and (label != -100 or self.prompt_weight is not None) for i, label in enumerate(labels)

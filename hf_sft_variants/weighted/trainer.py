@@ -31,7 +31,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
         2. `token_weight_column` needs rows of tokens (`input_ids`); `message_weight_key` needs messages.
 
     Logs, in addition to SFTTrainer's metrics and `nll` (without weights):
-        - `weighted/nll`: the mean of the tokens' loss by weight, in nats;
+        - `weighted/nll`: the weighted mean of the tokens' loss, in nats;
         - `weighted/mean_weight`: the mean weight of the tokens with a label.
 
     Relations:
@@ -54,7 +54,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
     ```
 
     Raises:
-        `InputError`: For a column that is missing, a weight that is negative or no number, and a message or an answer
+        `InputError`: For a column that is missing, a weight that is negative or not a number, and a message or answer
             that is not found; the message names the row.
     """
 
@@ -92,19 +92,19 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
             "has_text": from_text,
             "dataset_name": dataset_name,
         }
-        map_kwargs = map_description(dataset, args, f"Weighing tokens of {dataset_name} dataset")
+        map_kwargs = map_description(dataset, args, f"Weighting tokens of {dataset_name} dataset")
         return dataset.map(add_token_weights, batched=True, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def check_prepared(
         self, dataset: Dataset | IterableDataset, packing: bool, dataset_name: str
     ) -> dict[str, Any] | None:
         made_with = super().check_prepared(dataset, packing, dataset_name)
-        if made_with is None and not self._skip_prepare_dataset:
-            self._require_weights(get_dataset_column_names(dataset), dataset_name)
+        if made_with is None and not self._skip_prepare_dataset:  # before anything is tokenized
+            self._check_columns(get_dataset_column_names(dataset), dataset_name)
             self._require_message_key(dataset.features or {}, dataset_name)
         return made_with
 
-    def _require_weights(self, columns: list[str], dataset_name: str) -> None:
+    def _check_columns(self, columns: list[str], dataset_name: str) -> None:
         from_text = "input_ids" not in columns
         for name in ("token_weight_column", "example_weight_column"):
             column = getattr(self.args, name)

@@ -46,9 +46,15 @@ def test_flags_are_overrides_of_the_study(write_study):
     assert {recipe["learning_rate"] for recipe in recipes.values()} == {0.01}
 
 
+def test_texts_as_flags(write_study):
+    flags = ["--key_delimiter", "####", "--key_pattern", "[a", "--group_column", "null"]
+    expected = {"key_delimiter": "####", "key_pattern": "[a", "group_column": None}
+    assert read_study(write_study(), flags=flags).overrides == expected
+
+
 @pytest.mark.parametrize("flags", [["--max_length"], ["max_length", "3"], ["--a", "1", "2", "3"]])
 def test_flags_that_are_no_keys(flags, write_study):
-    with pytest.raises(InputError, match="recipe keys must be given as `--key value`, got `.*max_length|--a"):
+    with pytest.raises(InputError, match="recipe keys must be given as `--key value`, got `(.*max_length|--a 1 2 3)"):
         read_study(write_study(), flags=flags)
 
 

@@ -35,7 +35,7 @@ def build(folder: str) -> None:
 
 
 def num_words(page: Path) -> int:
-    """Of a page without its menus; a formula is none."""
+    """Number of words on a page, without its menus and formulas."""
     article = re.search(r"<article.*?</article>", page.read_text(), re.DOTALL)[0]
     return len(re.findall(r"\w\S*", html.unescape(re.sub(r"<math.*?</math>|<[^>]*>", " ", article, flags=re.DOTALL))))
 

@@ -316,6 +316,16 @@ def test_a_message_that_can_not_be_told_from_the_others(number, prepare):
         prepare([{"messages": talk}], NUMBERED, **KEY)
 
 
+def test_words_in_another_message(prepare):
+    """The system's words are in the first question."""
+    talk = [{"role": "system", "content": "Be brief", "weight": 0.5}, *TALK]
+    with pytest.raises(InputError, match="message 0, whose `weight` is 0.5, can't be told from its neighbours"):
+        prepare([{"messages": talk}], MISTRAL, **KEY)
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in talk]
+    with pytest.raises(InputError, match="message 0, whose `weight` is 0.5, can't be told from its neighbours"):
+        prepare([{"messages": parts}], MISTRAL.replace("message['content']", "message['content'][0]['text']"), **KEY)
+
+
 def test_labels_tell_which_tokens_are_the_assistants(prepare, tokenizer):
     template = GENERATION.replace("<|im_end|>", " ({{ loop.length }})<|im_end|>")
     talk = [{**message, "weight": 0.0 if i < 3 else 0.5} for i, message in enumerate(TALK)]
