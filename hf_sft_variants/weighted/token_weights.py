@@ -11,7 +11,7 @@ from trl import is_conversational
 
 from ..errors import InputError
 from ..text.assistant_turns import RenderedExample, Turn, messages_of
-from ..text.key_finder import KeyFinder
+from ..text.key_finder import KeyFinder, NoKeyError
 from ..text.turn_reader import TurnReader
 
 
@@ -127,7 +127,8 @@ def add_token_weights(
         try:
             weights, labels = weigh(example, read_turns)
         except InputError as problem:
-            raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.") from problem
+            fix = " Set `key_delimiter`, `key_pattern` or the tags." if isinstance(problem, NoKeyError) else ""
+            raise InputError(f"Row {row} of the {dataset_name} dataset: {problem}.{fix}") from problem
         all_weights.append(weights)
         all_labels.append(labels)
     return {"token_weights": all_weights, "labels": all_labels}

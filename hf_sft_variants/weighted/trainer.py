@@ -1,3 +1,4 @@
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -77,15 +78,7 @@ class WeightedSFTTrainer(AnnotatedSFTTrainer):
             return dataset
         args = self.args
         fn_kwargs = {
-            "weigh": TokenWeigher(
-                args.token_weight_column,
-                args.message_weight_key,
-                args.example_weight_column,
-                args.prompt_weight,
-                args.thinking_weight,
-                args.answer_weight,
-                args.find_key,
-            ),
+            "weigh": TokenWeigher(**{field.name: getattr(args, field.name) for field in fields(TokenWeigher)}),
             "tokenizer": self._tokenizer,
             "chat_template": self.chat_template,
             "text_field": args.dataset_text_field,

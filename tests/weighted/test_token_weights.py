@@ -266,7 +266,7 @@ def talk(number, **changes):
             "but `completion_only_loss=False` leaves them in",
         ),
         (TOKENS, {"prompt_weight": 0.5}, "every token has a label, so there is no prompt for `prompt_weight=0.5`"),
-        (talk(0), {"thinking_weight": 0.5}, "the tag '<Thinking>' is not there"),
+        (talk(0), {"thinking_weight": 0.5}, "the tag '<Thinking>' is not there. Set `key_delimiter`, `key"),
         (talk(0), {"answer_weight": 0.5, "key_delimiter": "####"}, "`key_delimiter='####'` is not there"),
     ],
 )
