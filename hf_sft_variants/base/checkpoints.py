@@ -147,7 +147,7 @@ def local_name(name: str) -> str:
 
 
 def describe_examples(dataset: Dataset, columns: list[str]) -> dict[str, Any]:
-    """Number of prepared examples in a data set, with a hash of some of them."""
+    """Number of prepared examples in a data set, with a hash of these columns of some of them."""
     rows = np.unique(np.linspace(0, len(dataset) - 1, _NUM_COMPARED, dtype=int))
     some = dataset.select_columns(columns)[rows]
     return {"number": len(dataset), "hash": hashlib.sha256(json.dumps(some).encode()).hexdigest()[:16]}

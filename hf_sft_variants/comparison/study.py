@@ -190,7 +190,7 @@ def read_evaluations(given: dict[str, Any]) -> dict[str, Any]:
             re.compile(pattern)
         except re.error as error:
             raise InputError(
-                f"{where}: the pattern of `{name}` in `parts`, {pattern!r}, is no valid regular expression: {error}."
+                f"{where}: the pattern of `{name}` in `parts`, {pattern!r}, is not a regular expression: {error}."
             ) from error
     if evaluations["lm_eval"] is not None:
         evaluations["lm_eval"] = read_lm_eval(evaluations["lm_eval"])

@@ -53,12 +53,11 @@ def _labelled_messages(
     if len(runs) != len(numbers):
         return None
     found = dict(zip(numbers, runs, strict=True))
+    owners = {token: i for i, run in found.items() for token in run}
     for i, message in enumerate(messages):
         words = in_content.get(i)
         if words is None and message.get("content") and i not in found:
             return None  # its words could be in any run
-        for j, run in found.items():
-            has_words = not set(run).isdisjoint(words or [])
-            if has_words != (i == j and words is not None):
-                return None
+        if words is not None and {owners[token] for token in words if token in owners} != {i} & found.keys():
+            return None
     return found

@@ -123,9 +123,8 @@ class ContentFinder:
         if content is None or not through:
             return None
         (in_part,) = self.find_contents(messages[: number + 1], [number], through)
-        if in_part is None or not through[slice(*in_part)].endswith(
-            text[slice(*content)]
-        ):  # it may lose its reasoning
+        words = text[slice(*content)]  # perhaps without the reasoning that is in `through`
+        if in_part is None or not through[slice(*in_part)].endswith(words):
             return None
         tail, rest = through[in_part[1] :], text[content[1] :]
         if rest.startswith(tail):

@@ -13,7 +13,7 @@ class WeightedSFTConfig(AnnotatedSFTConfig):
     Configuration class for the [`WeightedSFTTrainer`].
 
     Lists only the parameters that [`AnnotatedSFTConfig`] does not have. Every weight is a number of 0 or more; a
-    token's weights multiply, to 0 or to something from 1e-10 to 1e10, and a token with weight 0 has no label. By
+    token's weights multiply, to 0 or a number from 1e-10 to 1e10, and a token with weight 0 has no label. By
     default, all weights are 1.
 
     Parameters that weight tokens:

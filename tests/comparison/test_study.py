@@ -122,7 +122,7 @@ def test_flags_that_are_no_keys(flags, write_study):
         ({"evaluations": {"tagged": "yes"}}, "`tagged` must be bool, got 'yes'"),
         (
             {"evaluations": {"parts": {"answer": "(####"}}},
-            "`evaluations`: the pattern of `answer` in `parts`, '(####', is no valid regular expression: missing ), ",
+            "`evaluations`: the pattern of `answer` in `parts`, '(####', is not a regular expression: missing ), ",
         ),
         ({"evaluations": {"parts": {"answer": 4}}}, "`parts` must be dict[str, str] | None, got {'answer': 4}"),
         ({"evaluations": {"lm_eval": {"limit": 3}}}, "`tasks` must be a list of names, such as [arc_easy], got None"),
