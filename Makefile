@@ -15,13 +15,13 @@ STUDY = studies/small.yaml
 STUDY_SIZES = --train_size 200 --test_size 84
 # Data of the studies in docs/registered.md, and where GSM8K is: an id on the Hub, or a folder
 GSM8K = openai/gsm8k
-DATA_poft = --tasks chain_sum --train_size 96 --validation_size 80 --test_size 400
-DATA_rho1 = --tasks chain_sum --train_size 96 --validation_size 0 --test_size 400
-DATA_plain = --tasks chain_sum --train_size 200 --validation_size 0 --test_size 400
-DATA_sftkey = --tasks leg_counting --train_size 144 --validation_size 0 --test_size 400
-DATA_sftkey_gsm8k = --tasks gsm8k --gsm8k $(GSM8K) --train_size 96 --validation_size 0 --test_size 400
+DATA_poft = --short_prompts --tasks chain_sum --train_size 96 --validation_size 80 --test_size 400
+DATA_rho1 = --short_prompts --tasks chain_sum --train_size 96 --validation_size 0 --test_size 400
+DATA_plain = --short_prompts --tasks chain_sum --train_size 200 --validation_size 0 --test_size 400
+DATA_sftkey = --short_prompts --tasks leg_counting --train_size 144 --validation_size 0 --test_size 400
+DATA_sftkey_gsm8k = --short_prompts --tasks gsm8k --gsm8k $(GSM8K) --train_size 96 --validation_size 0 --test_size 400
 DATA_sftmix = --tasks chitchat --turns 4 --max_length 128 --train_size 64 --validation_size 48 --test_size 400
-DATA_sft_go = --tasks filler --train_size 160 --validation_size 0 --test_size 400
+DATA_sft_go = --short_prompts --tasks filler --train_size 160 --validation_size 0 --test_size 400
 MAKE_DATA = $(BIN)/python benchmarks/study_data.py --corrupted 0.3333
 # Seeds of these studies, and recipe keys for all their runs, such as another model on a GPU
 SEEDS = 0 1 2 3 4

@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.evaluation.answers import ANSWER_MARK
 from hf_sft_variants.quickstart import TASKS, build_splits, write_data
+from hf_sft_variants.quickstart.data import INSTRUCTION
 from hf_sft_variants.text.assistant_turns import RenderedExample, render_conversation
 
 
@@ -42,6 +43,8 @@ from hf_sft_variants.text.assistant_turns import RenderedExample, render_convers
 OPENING = "Let us work through this problem carefully, one step at a time."
 BEFORE_STEP = "We take the result that we have so far and go on from there:"
 CLOSING = "There is nothing left to do, so we can write down the answer."
+# Replaces SmolLM2's own system message and the instruction in the prompt, which are half of a short problem's tokens
+SHORT_INSTRUCTION = {"role": "system", "content": "Work step by step."}
 
 Splits = dict[str, list[dict]]
 
@@ -57,6 +60,7 @@ def main() -> None:
         "--pilot", action="store_true", help="rows for pilots: none of those of the same sizes without"
     )
     parser.add_argument("--corrupted", type=float, default=0.3, help="share of wrong or noisy rows (%(default)s)")
+    parser.add_argument("--short_prompts", action="store_true", help="problems with a short instruction")
     parser.add_argument("--turns", type=int, default=6, help="turns of a dialogue, the last is the response")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a dialogue (%(default)s)")
     parser.add_argument("--gsm8k", default="openai/gsm8k", help="folder or id on the Hub (%(default)s)")
@@ -73,6 +77,8 @@ def main() -> None:
 def write_task(task: str, options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     splits = splits_of(task, options, tokenizer)
+    if options.short_prompts and task != "chitchat":
+        splits = {split: [with_short_prompt(row) for row in rows] for split, rows in splits.items()}
     train, others = splits["train"][: options.train_size], splits["train"][options.train_size :]
     held_out = {"test": splits["test"][: options.test_size], "validation": splits["test"][options.test_size :]}
     held_out = {split: rows for split, rows in held_out.items() if rows}
@@ -113,6 +119,11 @@ def filler_splits(train_size: int, test_size: int) -> Splits:
 def with_filler(row: dict) -> dict:
     steps = [f"{BEFORE_STEP} {step}." for step in row["reasoning"].splitlines()]
     return with_response(row, "\n".join([OPENING, *steps, CLOSING]), row["answer"])
+
+
+def with_short_prompt(row: dict) -> dict:
+    question = row["prompt"][-1]["content"].removesuffix(f"\n{INSTRUCTION}")
+    return {**row, "prompt": [SHORT_INSTRUCTION, {"role": "user", "content": question}]}
 
 
 def gsm8k_splits(source: str, train_size: int, test_size: int) -> Splits:

@@ -11,6 +11,7 @@ import pytest
 
 from hf_sft_variants.errors import InputError
 from hf_sft_variants.evaluation.answers import extract_answer
+from hf_sft_variants.quickstart import build_splits
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "study_data.py"
@@ -55,6 +56,15 @@ def rows_of(folder):
         return [json.loads(line) for line in lines]
 
     return read
+
+
+def test_short_prompts_keep_the_question(script):
+    row = build_splits(train_size=1, test_size=1)["train"][0]
+    short = script["with_short_prompt"](row)
+    system, user = short.pop("prompt")
+    assert system == {"role": "system", "content": "Work step by step."}
+    assert user["content"].endswith(" =") and row["prompt"][0]["content"].startswith(user["content"] + "\n")
+    assert short == {name: value for name, value in row.items() if name != "prompt"}
 
 
 @pytest.mark.parametrize("task", TASKS)
