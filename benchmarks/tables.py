@@ -4,8 +4,8 @@ Generates the tables of figures in README and docs from the results in `benchmar
     python benchmarks/tables.py
 
 In every page, the text between `<!-- table: study sft sft_go -->` and `<!-- end of table -->` is replaced by the table
-of these arms of the small study; `step_time sft_go`, `step_time_256` and `scoring` give the cost of a training step
-and of scoring.
+of these arms of the small study; `findings` gives the verdicts of the registered studies, `registered poft` all arms
+of one; `step_time sft_go`, `step_time_256` and `scoring` give the cost of a training step and of scoring.
 """
 
 import json
@@ -78,7 +78,6 @@ def study_table(*arms: str) -> str:
     summary = {(row["arm"], row["metric"]): row for row in study["summary"]}
     differences = {(row["arm"], row["baseline"], row["metric"]): row for row in study["differences"]}
     baseline = study["study"]["baseline"]
-    seconds = {arm: statistics.fmean(run["seconds"] for run in study["runs"] if run["arm"] == arm) for arm in arms}
     rows = []
     for arm in arms:
         cells = [f"`{arm}`"]
@@ -86,7 +85,7 @@ def study_table(*arms: str) -> str:
             row = summary[arm, metric]
             cells.append(f"{row['mean']:{form}} ± {row['spread']:{form}}")
             cells.append(difference(differences, arm, baseline, metric))
-        rows.append([*cells, f"{seconds[arm] / seconds[baseline]:.1f} ×"])
+        rows.append([*cells, f"{seconds(study, arm) / seconds(study, baseline):.1f} ×"])
     pairs = dict.fromkeys((arm, other) for arm, other, _ in differences if arm in arms and other != baseline)
     for arm, other in pairs:
         cells = (difference(differences, arm, other, metric) for metric in ("nll", "accuracy"))
@@ -94,13 +93,60 @@ def study_table(*arms: str) -> str:
     return table(["", "held-out NLL", f"minus `{baseline}`", "accuracy", f"minus `{baseline}`", "time"], rows)
 
 
+def findings_table() -> str:
+    """The main arm of each registered study, but not those of the plain setting."""
+    rows = []
+    for study in read("findings").values():
+        differences = {(row["arm"], row["baseline"]): row for row in study["differences"]}
+        for found in study["verdicts"] if len(study["verdicts"]) == 1 else ():
+            arm, control = found["arm"], found["strongest_control"]
+            rows.append(
+                [
+                    study["title"],
+                    f"{study['sft']:.4f}",
+                    interval(differences[arm, "sft"]),
+                    f"{interval(differences[arm, control])}, `{control}`",
+                    found["verdict"],
+                ]
+            )
+    return table(["study", "SFT's NLL", "method − SFT", "method − strongest control", "verdict"], rows)
+
+
+def registered_table(name: str) -> str:
+    """SFT's metrics, all arms' differences from them, and then the main arms' from their controls."""
+    study, main = read(f"study_{name}"), read("findings")[name]["main"]
+    levels = {row["metric"]: row for row in study["summary"] if row["arm"] == "sft"}
+    differences = {(row["arm"], row["baseline"], row["metric"]): row for row in study["differences"]}
+    cells = [f"{row['mean']:{form_of(m)}} ± {row['spread']:{form_of(m)}}" for m, row in levels.items()]
+    rows = [["`sft`", *cells, ""]]
+    pairs = dict.fromkeys((arm, other) for arm, other, _ in differences)
+    for arm, other in sorted(pairs, key=lambda pair: pair[1] != "sft"):
+        cells = [interval(differences[arm, other, m], form_of(m, "+")) for m in levels]
+        if other == "sft":
+            rows.append([f"`{arm}`", *cells, f"{seconds(study, arm) / seconds(study, 'sft'):.1f} ×"])
+        elif arm in main:
+            rows.append([f"`{arm}` − `{other}`", *cells, ""])
+    return table(["", *("NLL" if m == "nll" else m for m in levels), "time"], rows)
+
+
+def seconds(study: dict, arm: str) -> float:
+    return statistics.fmean(run["seconds"] for run in study["runs"] if run["arm"] == arm)
+
+
+def form_of(metric: str, sign: str = "") -> str:
+    return f"{sign}.1%" if metric in ("accuracy", "format") else f"{sign}.4f"
+
+
+def interval(row: dict, form: str = "+.4f") -> str:
+    return f"{row['difference']:{form}} ({row['low']:{form}} to {row['high']:{form}})"
+
+
 def difference(differences: dict, arm: str, other: str, metric: str) -> str:
     if arm == other:
         return ""
     row = differences[arm, other, metric]
-    form = "+.1%" if metric == "accuracy" else "+.3f"
     verdict = "" if row["verdict"] == TOO_FEW_SEEDS else f": {row['verdict']}"
-    return f"{row['difference']:{form}} ({row['low']:{form}} to {row['high']:{form}}){verdict}"
+    return f"{interval(row, '+.1%' if metric == 'accuracy' else '+.3f')}{verdict}"
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -118,6 +164,8 @@ def made(match: re.Match) -> str:
         "step_time_256": step_time_256_table,
         "scoring": scoring_table,
         "study": study_table,
+        "findings": findings_table,
+        "registered": registered_table,
     }
     return f"{match[1]}{match[2]} -->\n{kinds[match[1]](*match[2].split())}\n"
 

@@ -42,9 +42,9 @@ def load_split(dataset: str, split: str = "test", config: str | None = None) -> 
         rows = load_dataset(dataset, config, split=split)
     except (DatasetsError, OSError, ValueError) as error:
         raise InputError(
-            f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({first_line(error)}): pass a "
-            "folder that holds one file per split, e.g. test.jsonl (`hf-sft-variants quickstart` writes one), or an "
-            "id on the Hub."
+            f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({first_line(error)}). Pass a folder "
+            "with one file per split, e.g. test.jsonl (`hf-sft-variants quickstart` writes quickstart/data), or an id "
+            "on the Hub."
         ) from error
     if len(rows) == 0:
         raise InputError(f"`split` {split!r} of `dataset` {dataset!r} is empty: choose another split.")

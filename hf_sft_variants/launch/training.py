@@ -1,5 +1,6 @@
 """`python -m hf_sft_variants.<method>`: the steps of `trl sft` with the method's trainer."""
 
+import logging
 import sys
 from pickle import UnpicklingError
 from typing import Any
@@ -23,6 +24,8 @@ def main(trainer_class: type, config_class: type, argv: list[str] | None = None)
     adds. `argv` defaults to `sys.argv[1:]`. Invalid input ends the program with exit code 2 and a short message.
     """
     hide_third_party_warnings()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_sft_variants").setLevel(logging.INFO)  # such as which stage begins
     parser = make_parser(trainer_class, config_class)
     try:
         train(trainer_class, *parse(parser, sys.argv[1:] if argv is None else argv))
@@ -106,7 +109,10 @@ def load_data(script_args, dataset_args, evaluates: bool = False) -> tuple:
         try:
             dataset = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
         except (OSError, ValueError) as error:
-            raise InputError(f"`dataset_name` is {name!r}, which can't be loaded: {error}") from error
+            raise InputError(
+                f"`dataset_name` is {name!r}, which can't be loaded: {error}. Pass a folder with one file per split, "
+                "e.g. train.jsonl (`hf-sft-variants quickstart` writes quickstart/data), or an id on the Hub."
+            ) from error
     for key in ["dataset_train_split", "dataset_test_split"][: 2 if evaluates else 1]:
         split = getattr(script_args, key)
         if split not in dataset:

@@ -91,7 +91,7 @@ class ReferencePhase:
             if trainer.is_world_process_zero():
                 folder.mkdir(parents=True, exist_ok=True)
                 settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            logger.info(f"SFTMix, first phase: training the reference model in {folder}.")
+            logger.info(f"First of two phases: training the reference model in {folder}.")
             with _on_the_cpu(trainer):
                 self._train(trainer, path, resume)
                 release_memory()

@@ -1,5 +1,6 @@
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from accelerate.logging import get_logger
 from launches import launch_of_trl, start
 from methods import METHODS, needs
 from safetensors import SafetensorError
@@ -272,7 +274,9 @@ def test_missing_data(recipe, tmp_path, capsys):
     folder = str(tmp_path / "nowhere")
     with pytest.raises(SystemExit):
         main(ToyTrainer, ToyConfig, ["--config", recipe(RECIPE.replace("a/dataset", folder))])
-    assert f"`dataset_name` is {folder!r}, which can't be loaded" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"`dataset_name` is {folder!r}, which can't be loaded" in error
+    assert "`hf-sft-variants quickstart` writes quickstart/data" in error
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -440,6 +444,25 @@ def test_stock_trl_command_refuses_a_misspelt_key(tiny_recipe, capsys):
         start(launch_of_trl(["sft", "--config", str(tiny_recipe)]))
     error = f"error: {tiny_recipe}: unknown key `learnin_rate`; did you mean `learning_rate`?"
     assert error in capsys.readouterr().err
+
+
+def test_what_a_trainer_announces_is_shown(tmp_path, monkeypatch, caplog):
+    """Such as which stage begins, although Python shows warnings only."""
+
+    class AnnouncingTrainer:
+        """Stands in for a trainer with stages."""
+
+        def __init__(self, **kwargs):
+            get_logger("hf_sft_variants.toy").info("Stage 1 begins.")
+            raise InputError("That's all.")
+
+    AnnouncingTrainer.__module__ = "toy_variant.trainer"
+    monkeypatch.setattr(logging.getLogger("hf_sft_variants"), "level", logging.NOTSET)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    argv = ["--model_name_or_path", "nowhere", "--dataset_name", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    with pytest.raises(SystemExit):
+        main(AnnouncingTrainer, SFTConfig, argv)
+    assert "Stage 1 begins." in caplog.text
 
 
 def test_refusals_and_missing_models_are_short_messages(tmp_path, capsys):
