@@ -20,7 +20,7 @@ DATA_rho1 = --short_prompts --tasks chain_sum --train_size 96 --validation_size 
 DATA_plain = --short_prompts --tasks chain_sum --train_size 200 --validation_size 0 --test_size 400
 DATA_sftkey = --short_prompts --tasks leg_counting --train_size 144 --validation_size 0 --test_size 400
 DATA_sftkey_gsm8k = --short_prompts --tasks gsm8k --gsm8k $(GSM8K) --train_size 96 --validation_size 0 --test_size 400
-DATA_sftmix = --tasks chitchat --turns 4 --max_length 128 --train_size 64 --validation_size 48 --test_size 400
+DATA_sftmix = --tasks chitchat --turns 2 --max_length 96 --train_size 64 --validation_size 48 --test_size 400
 DATA_sft_go = --short_prompts --tasks filler --train_size 160 --validation_size 0 --test_size 400
 MAKE_DATA = $(BIN)/python benchmarks/study_data.py --corrupted 0.3333
 # Seeds of these studies, and recipe keys for all their runs, such as another model on a GPU

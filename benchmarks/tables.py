@@ -5,7 +5,8 @@ Generates the tables of figures in README and docs from the results in `benchmar
 
 In every page, the text between `<!-- table: study sft sft_go -->` and `<!-- end of table -->` is replaced by the table
 of these arms of the small study; `findings` gives the verdicts of the registered studies, `registered poft` all arms
-of one; `step_time sft_go`, `step_time_256` and `scoring` give the cost of a training step and of scoring.
+of one, `curves sftmix` their validation loss; `step_time sft_go`, `step_time_256` and `scoring` give the cost of a
+training step and of scoring.
 """
 
 import json
@@ -129,6 +130,21 @@ def registered_table(name: str) -> str:
     return table(["", *("NLL" if m == "nll" else m for m in levels), "time"], rows)
 
 
+def curves_table(name: str) -> str:
+    """Each arm's NLL of the validation rows, averaged over seeds: the lowest of all epochs, and the last."""
+    study, rows = read(f"study_{name}"), []
+    for arm in study["study"]["arms"]:
+        losses: dict[float, list[float]] = {}
+        for run in study["runs"]:
+            for log in run["log_history"] if run["arm"] == arm else ():
+                if "eval_loss" in log:
+                    losses.setdefault(log["epoch"], []).append(log["eval_loss"])
+        curve = {epoch: statistics.fmean(values) for epoch, values in losses.items()}
+        best = min(curve, key=curve.__getitem__)
+        rows.append([f"`{arm}`", f"{curve[best]:.4f}", f"{best:g}", f"{curve[max(curve)]:.4f}"])
+    return table(["", "lowest NLL", "in epoch", "last NLL"], rows)
+
+
 def seconds(study: dict, arm: str) -> float:
     return statistics.fmean(run["seconds"] for run in study["runs"] if run["arm"] == arm)
 
@@ -166,6 +182,7 @@ def made(match: re.Match) -> str:
         "study": study_table,
         "findings": findings_table,
         "registered": registered_table,
+        "curves": curves_table,
     }
     return f"{match[1]}{match[2]} -->\n{kinds[match[1]](*match[2].split())}\n"
 
