@@ -57,10 +57,10 @@ SFT-GO and LoRA on the CPU. It shows what the model answers to sums that it has 
 between 5 and 6 minutes on two cores:
 
 0. Install the packages into $(VENV), the first time: 1.5 GB, 2 minutes
-1. Write the model and the data: half a minute
-2. Evaluate the model before training: a minute
+1. Write the model and the data: a minute
+2. Evaluate the model before training: less than a minute
 3. Train for 20 steps: 2 to 3 minutes
-4. Evaluate the trained model on the same questions: a minute
+4. Evaluate the trained model on the same questions: less than a minute
 endef
 export PLAN
 
