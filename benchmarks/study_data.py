@@ -43,7 +43,7 @@ from hf_sft_variants.text.assistant_turns import RenderedExample, render_convers
 OPENING = "Let us work through this problem carefully, one step at a time."
 BEFORE_STEP = "We take the result that we have so far and go on from there:"
 CLOSING = "There is nothing left to do, so we can write down the answer."
-# Short prompts leave out SmolLM2's own system message and instructions, which are half of a short problem's tokens
+# Short prompts leave out SmolLM2's own system message and the instructions, a third of a short problem's tokens
 LEG_COUNTING = "Your task is to count how many legs there are in total when given a list of animals."
 SHORT_INSTRUCTION = {"role": "system", "content": "Work step by step."}
 

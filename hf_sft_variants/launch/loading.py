@@ -12,6 +12,13 @@ from ..errors import InputError, first_line
 from ..scoring import load_model, load_tokenizer
 
 
+# Ends the errors of data that can't be loaded
+DATA_TO_PASS = (
+    "Pass a folder with one file per split, e.g. train.jsonl (`hf-sft-variants quickstart` writes quickstart/data), "
+    "or an id on the Hub."
+)
+
+
 def load_model_and_tokenizer(
     model: str,
     adapter: str | None = None,
@@ -42,9 +49,7 @@ def load_split(dataset: str, split: str = "test", config: str | None = None) -> 
         rows = load_dataset(dataset, config, split=split)
     except (DatasetsError, OSError, ValueError) as error:
         raise InputError(
-            f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({first_line(error)}). Pass a folder "
-            "with one file per split, e.g. test.jsonl (`hf-sft-variants quickstart` writes quickstart/data), or an id "
-            "on the Hub."
+            f"`dataset` {dataset!r} with `split` {split!r} could not be loaded ({first_line(error)}). {DATA_TO_PASS}"
         ) from error
     if len(rows) == 0:
         raise InputError(f"`split` {split!r} of `dataset` {dataset!r} is empty: choose another split.")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from trl import ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
 from ..errors import InputError, first_line
+from .loading import DATA_TO_PASS
 from .parsing import make_parser, parse
 from .third_party_warnings import hide_third_party_warnings
 
@@ -24,8 +25,9 @@ def main(trainer_class: type, config_class: type, argv: list[str] | None = None)
     adds. `argv` defaults to `sys.argv[1:]`. Invalid input ends the program with exit code 2 and a short message.
     """
     hide_third_party_warnings()
+    # Python shows warnings only, but users want to know, for example, which stage begins
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_sft_variants").setLevel(logging.INFO)  # such as which stage begins
+    logging.getLogger("hf_sft_variants").setLevel(logging.INFO)
     parser = make_parser(trainer_class, config_class)
     try:
         train(trainer_class, *parse(parser, sys.argv[1:] if argv is None else argv))
@@ -109,10 +111,7 @@ def load_data(script_args, dataset_args, evaluates: bool = False) -> tuple:
         try:
             dataset = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"`dataset_name` is {name!r}, which can't be loaded: {error}. Pass a folder with one file per split, "
-                "e.g. train.jsonl (`hf-sft-variants quickstart` writes quickstart/data), or an id on the Hub."
-            ) from error
+            raise InputError(f"`dataset_name` is {name!r}, which can't be loaded: {error}. {DATA_TO_PASS}") from error
     for key in ["dataset_train_split", "dataset_test_split"][: 2 if evaluates else 1]:
         split = getattr(script_args, key)
         if split not in dataset:

@@ -58,6 +58,7 @@ def _labelled_messages(
         words = in_content.get(i)
         if words is None and message.get("content") and i not in found:
             return None  # its words could be in any run
+        # Its words are in its own run, if it has one, and in no other's
         if words is not None and {owners[token] for token in words if token in owners} != {i} & found.keys():
             return None
     return found
